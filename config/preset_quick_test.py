@@ -1,0 +1,20 @@
+# GPT, byte level, on the Python standard library's source
+dataset = 'pystdlib'
+out_dir = 'out'
+arch_preset = 'llama'
+weight_tying = True
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 3e-4
+beta2 = 0.99
+max_iters = 600
+lr_decay_iters = 600
+warmup_iters = 50
+eval_interval = 200
+eval_iters = 50
+log_interval = 20

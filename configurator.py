@@ -1,0 +1,182 @@
+"""
+Configuration for every script alike, in nanoGPT's manner: a script's settings are a block of plain assignments at its top,
+override files are Python that assigns some of the same names, and --key=value flags come last and win.
+
+    python train.py config/preset_quick_test.py --batch_size=32
+    python train.py --help
+
+In a script, right after its block:
+
+    config, given = configure(__file__)
+    globals().update(config)
+
+The block is read from the source, so that it is its own documentation: each line's comment becomes the help text, and a
+type that the default does not show is written as an annotation (`d_ff: int = None`). A name with a leading underscore in
+an override file is the file's own. Override files are code and are executed; nothing else is.
+"""
+import ast
+import difflib
+import os
+import sys
+import tokenize
+import types
+import typing
+
+
+def fail(message):
+    """Print one line and leave with exit status 2, for whatever a person typed wrong. Only rank 0 speaks under torchrun."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def read_block(script):
+    """
+    The settings of a script, read from its source without running it: {name: (default, type, comment)}.
+    They are the assignments that stand before `... = configure(...)` in the same block of statements.
+    """
+    with tokenize.open(script) as f:
+        source = f.read()
+    comments = {}
+    for token in tokenize.generate_tokens(iter(source.splitlines(True)).__next__):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip('# ')
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, 'body', None)
+        calls = [i for i, s in enumerate(body) if is_configure(s)] if isinstance(body, list) else []
+        if calls:
+            break
+    else:
+        raise RuntimeError(f'{script} does not call configure()')
+    block = {}
+    for s in body[:calls[0]]:
+        target = s.targets[0] if isinstance(s, ast.Assign) else getattr(s, 'target', None)
+        if isinstance(target, ast.Name) and not target.id.startswith('_'):
+            default = eval(compile(ast.Expression(s.value), script, 'eval'), {})
+            annotation = getattr(s, 'annotation', None)
+            kind = type(default) if annotation is None else eval(ast.unparse(annotation), {'Literal': typing.Literal})
+            block[target.id] = (default, kind, comments.get(s.end_lineno, ''))
+    return block
+
+
+def is_configure(statement):
+    call = getattr(statement, 'value', None)
+    return isinstance(statement, ast.Assign) and isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure'
+
+
+def coerce(value, default, kind):
+    """`value` as type `kind`: an int is fine for a float, None for a key whose default is None. ValueError says what was expected."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and default is None:
+        return None
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            for choice in typing.get_args(option):
+                if type(choice) is type(value) and choice == value:
+                    return value
+        elif type(value) is option:
+            return value
+        elif option is float and type(value) is int:
+            return float(value)
+    raise ValueError(describe(kind))
+
+
+def describe(kind):
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return ' or '.join(' | '.join(map(repr, typing.get_args(o))) if typing.get_origin(o) is typing.Literal else
+                       {int: 'int', float: 'float', bool: 'True or False', str: 'str'}.get(o, str(o)) for o in options)
+
+
+def accepts_text(kind):
+    """Whether any text at all is a value of this type, so that --out_dir=123 is the name 123 and no number."""
+    return str in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
+
+
+def nearest(name, names):
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{match[0]}'?" if match else f"'python {sys.argv[0]} --help' lists every key"
+
+
+def show_help(script, block, own):
+    doc = ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or ''
+    print(doc, end='\n\n')
+    print(f'usage: python {os.path.basename(script)} [override_file.py ...] [--key=value ...]\n')
+    for title, names in (('keys of this script:', own), ('keys of train.py, which override files may set:', block.keys() - own.keys())):
+        print(title if names else '', end='\n' if names else '')
+        for name in (n for n in block if n in names):
+            line, (default, kind, comment) = f'  --{name}={block[name][0]}', block[name]
+            print(f'{line:<42} {comment or describe(kind)}')
+
+
+def configure(script, *also, argv=None):
+    """
+    The settings of `script` (and those of the scripts in `also`, where it has no key of that name) after override files
+    and flags: (config, given). config is {name: value} for every key, given {name: where} for those that somebody set.
+    Prints the help for --help, and one line with exit status 2 for anything wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    block = own = read_block(script)
+    for other in also:
+        block = block | {k: v for k, v in read_block(other).items() if k not in block}
+    if '--help' in argv or '-h' in argv:
+        show_help(script, block, own)
+        raise SystemExit(0)
+    config, given = {k: default for k, (default, _, _) in block.items()}, {}
+
+    def put(name, value, where):
+        if name not in block:
+            fail(f"unknown key '{name}' {where}; {nearest(name, block)}")
+        default, kind, _ = block[name]
+        try:
+            config[name] = coerce(value, default, kind)
+        except ValueError as expected:
+            choices = [str(c) for o in (typing.get_args(kind) or ()) for c in (typing.get_args(o) or (o,))]
+            hint = difflib.get_close_matches(str(value), choices, n=1)
+            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else ''))
+        given[name] = where
+
+    flags = []
+    for i, arg in enumerate(argv):
+        if not arg.startswith('-') and '=' not in arg:
+            if i and argv[i - 1].startswith('--') and '=' not in argv[i - 1]:
+                fail(f"flags are written --key=value: '{argv[i - 1]}={arg}', not '{argv[i - 1]} {arg}'")
+            run_file(arg, config, put)
+        elif arg.startswith('--') and '=' in arg and arg[2:arg.index('=')].isidentifier():
+            flags.append(arg[2:].split('=', 1))
+        elif i + 1 == len(argv) or not arg.startswith('--') or argv[i + 1].startswith('-'):
+            fail(f"malformed flag '{arg}': flags are written --key=value" +
+                 (f"; {nearest(arg.strip('-').split('=')[0], block)}" if arg.strip('-').split('=')[0] not in block else ''))
+    for name, text in flags:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = text
+        if name in block and accepts_text(block[name][1]) and value is not None and not isinstance(value, str):
+            value = text
+        put(name, value, 'on the command line')
+    return config, given
+
+
+def run_file(path, config, put):
+    """Execute an override file with the values so far in scope, then put() each name it set."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or '.'
+        here = [os.path.join(folder, n) for n in os.listdir(folder)] if os.path.isdir(folder) else []
+        match = difflib.get_close_matches(path, [p.removeprefix('./') for p in here if p.endswith('.py')], n=1)
+        fail(f"no such override file: '{path}'" + (f"; did you mean '{match[0]}'?" if match else ''))
+    scope, assigned = dict(config, __file__=path, __name__='config'), set()
+    try:
+        with tokenize.open(path) as f:
+            tree = ast.parse(f.read(), path)
+        assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        exec(compile(tree, path, 'exec'), scope)
+    except Exception as e:  # whatever a person's file does wrong is reported at its line
+        line, tb = getattr(e, 'lineno', None), e.__traceback__
+        while tb is not None:
+            line, tb = (tb.tb_lineno if tb.tb_frame.f_code.co_filename == path else line), tb.tb_next
+        fail(f"override file '{path}' line {line}: {type(e).__name__}: {getattr(e, 'msg', e)}")
+    for name, value in scope.items():
+        if name.startswith('_') or isinstance(value, types.ModuleType):
+            continue
+        if name in assigned or name not in config or value is not config[name]:
+            put(name, value, f"in '{path}'")

@@ -1,0 +1,31 @@
+"""Tiny Shakespeare, one id a character: 1.1 MB of plays, 65 characters, 1,003,854 tokens to train and 111,540 to validate.
+
+    python data/shakespeare_char/prepare.py [--input=FILE] [--out_dir=DIR]
+
+Downloads 1.1 MB once, keeps it as input.txt, and writes 2.2 MB: train.bin, val.bin and meta.json.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
+
+from data.loader import write_dataset
+from data.source import run, tinyshakespeare
+from data.tokenizer import get_tokenizer
+
+download_mb = 1.1
+vocab_size = 65
+
+
+def prepare(out_dir, input=None):
+    train, val = tinyshakespeare(out_dir, input)
+    tokenizer = get_tokenizer({'name': 'char', 'chars': sorted(set(train + val))})
+    splits = {'train': tokenizer.encode(train), 'val': tokenizer.encode(val)}
+    write_dataset(out_dir, splits, {
+        'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.spec,
+        'bytes': {'train': len(train.encode('utf-8')), 'val': len(val.encode('utf-8'))}})
+    print(f'{tokenizer.vocab_size} characters; train has {len(splits["train"]):,} tokens, val has {len(splits["val"]):,} tokens')
+
+
+if __name__ == '__main__':
+    run(prepare, __file__, __doc__)

@@ -1,0 +1,65 @@
+"""What the prepare.py scripts share: flags, the text to prepare, and errors of one line."""
+import argparse
+import http.client
+import sys
+import urllib.request
+from pathlib import Path
+
+from data.loader import write_files
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message} (--help shows the flags)\n')
+
+
+def run(prepare, script, doc, takes_input=True):
+    """Call prepare(out_dir) or prepare(out_dir, input) from the command line of a prepare.py.
+
+    script and doc are its __file__ and __doc__; out_dir is a Path, the script's folder by default; input is a path or
+    None. A ValueError or OSError ends it with one line on stderr and status 1, a wrong flag with status 2."""
+    script = Path(script).resolve()
+    parser = _Parser(prog='/'.join(script.parts[-3:]), description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out_dir', metavar='DIR', type=Path, default=script.parent, help='where to write, by default beside the script')
+    if takes_input:
+        parser.add_argument('--input', metavar='FILE', help='a local UTF-8 text instead of the download')
+    try:
+        prepare(**vars(parser.parse_args()))
+    except (OSError, ValueError) as e:
+        sys.exit(f'{parser.prog}: {e}')
+
+
+def read_text(path):
+    """A file's text, with line ends as \\n. ValueError when it is empty or not UTF-8, OSError when it cannot be read."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 (byte {e.start}: {e.reason}): convert it first') from None
+    if not text:
+        raise ValueError(f'{path} is empty: give a file with text in it')
+    return text
+
+
+def download(url, path):
+    """Fetch url into path, unless it is there already. ValueError says why that failed and names the way without it."""
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            data = response.read()  # IncompleteRead when it is shorter than Content-Length
+    except (OSError, http.client.HTTPException) as e:
+        raise ValueError(f'download of {url} failed ({e}): --input=FILE takes a local copy') from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_files({path: data})
+
+
+def tinyshakespeare(out_dir, input=None):
+    """Train and val text of Tiny Shakespeare, or of the file input: the first 90 % of the characters, and the rest."""
+    if input is None:
+        input = out_dir / 'input.txt'
+        download('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', input)
+    text = read_text(input)
+    cut = int(len(text) * 0.9)
+    return text[:cut], text[cut:]

@@ -1,0 +1,109 @@
+"""
+Text out of a trained model, as it comes.
+
+    python sample.py --out_dir=out
+    python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
+    python sample.py --out_dir=out --start=FILE:prompt.txt
+    python sample.py --out_dir=out --interactive=True
+"""
+import codecs
+import os
+import sys
+
+import torch
+
+from configurator import configure, fail
+from data.loader import read_meta
+from data.tokenizer import get_tokenizer
+from model import load_checkpoint, model_of, pick_device
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
+init_from = 'resume'  # from out_dir; there is no other source yet
+start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> means that token; empty: from the end-of-text token
+num_samples = 10  # samples, drawn together in one batch
+max_new_tokens = 500  # tokens a sample
+temperature = 0.8  # 1.0: the model's own probabilities, lower: safer, 0: always the likeliest token
+top_k = 200  # draw from this many likeliest tokens; 0: from all
+top_p = 1.0  # draw from the fewest likeliest tokens that together reach this probability; 1.0: from all
+stop = True  # end a sample where the model says end of text
+slide = 1  # past block_size, tokens the window moves at once: 1 as nanoGPT (slow, each token a whole forward), block_size // 2 fast
+seed = 1337  # the same seed, the same text
+interactive = False  # ask for prompt after prompt, until Ctrl-D
+device = 'auto'  # cuda, mps or cpu
+dtype = 'auto'  # of the weights: float32, bfloat16 or float16
+compile = False  # nanoGPT's key; generation has a KV cache instead and is not compiled
+config, given = configure(__file__)
+globals().update(config)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(ckpt):
+    """The tokenizer that a checkpoint names; for nanoGPT's, which name none, the one of its data set, else GPT-2's."""
+    if ckpt.get('tokenizer'):
+        return get_tokenizer(ckpt['tokenizer'])
+    dataset = (ckpt.get('config') or {}).get('dataset')
+    if isinstance(dataset, str) and dataset not in ('', '.', '..') and os.path.basename(dataset) == dataset:  # a checkpoint is no guide to other folders
+        meta = read_meta(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset))
+        if 'tokenizer' in meta:
+            return get_tokenizer(meta['tokenizer'])
+    print('the checkpoint names no tokenizer, so this assumes GPT-2\'s', file=sys.stderr)
+    return get_tokenizer('gpt2')
+
+
+def generate(prompt):
+    """Print num_samples continuations: the first as its tokens come, the others when it is done. Only whole characters are printed."""
+    ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot] if tokenizer.eot is not None else []
+    if not ids:
+        raise ValueError('an empty --start needs a tokenizer with an end-of-text token; give it some text')
+    bad = max(ids)
+    if bad >= model.config.vocab_size:
+        raise ValueError(f'the prompt has token {bad}, the model knows {model.config.vocab_size}')
+    idx = torch.tensor([ids] * num_samples, device=device)
+    decoder, rows = codecs.getincrementaldecoder('utf-8')('replace'), [[] for _ in range(num_samples)]
+    print(prompt, end='', flush=True)
+    eot = tokenizer.eot if stop else None
+    for step in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, seed, eot, slide=slide):
+        for row, token in zip(rows, step.tolist()):
+            if not (row and row[-1] == eot):
+                row.append(token)
+        if len(rows[0]) and rows[0][-1] != eot and step[0].item() == rows[0][-1]:
+            print(decoder.decode(tokenizer.decode_bytes(rows[0][-1:])), end='', flush=True)
+    print(decoder.decode(b'', final=True))
+    for row in rows[1:]:
+        print('---------------')
+        print(prompt + tokenizer.decode([t for t in row if t != eot]))
+
+
+try:
+    if init_from != 'resume':
+        raise ValueError(f"init_from='{init_from}': only 'resume', a run of train.py in out_dir, can be sampled")
+    if num_samples < 1:
+        raise ValueError(f'num_samples must be positive, not {num_samples}')
+    device, dtype = pick_device(device, dtype)
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not '{dtype}'")
+    ckpt = load_checkpoint(out_dir)
+    tokenizer = find_tokenizer(ckpt)
+    model = model_of(ckpt)
+    known = min(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's checkpoints do not say how much of the vocabulary is padding
+    model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
+    model.to(device, getattr(torch, dtype))
+    if start.startswith('FILE:'):
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    print(f"{ckpt['path']}: {model.get_num_params(False):,} parameters, iteration {ckpt.get('iter_num')}, {device} {dtype}, seed {seed}" +
+          ('; compile=True is ignored, see --help' if compile else ''), file=sys.stderr)
+    if not interactive:
+        generate(start)
+    while interactive:
+        try:
+            generate(input('\n> '))
+        except (EOFError, KeyboardInterrupt):
+            break
+        except ValueError as e:
+            print(e, file=sys.stderr)
+except (ValueError, OSError) as e:
+    fail(str(e))
+except KeyboardInterrupt:
+    raise SystemExit(130)

@@ -1,0 +1,611 @@
+"""
+Train a GPT: on a laptop, on one GPU, or on many.
+
+    python train.py config/preset_quick_test.py
+    python train.py config/full_llama_124m.py --max_iters=100 --normalization=layernorm
+    torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_124m.py          # one node
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/full_gpt2_124m.py
+
+Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case)
+and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init_from=resume goes on where a run stopped.
+"""
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import configure, fail
+from data.loader import Loader, prepare_facts, read_meta
+from data.tokenizer import get_tokenizer
+from model import GPT, PRESETS, GPTConfig, load_checkpoint, model_of, peak_flops, pick_device
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
+# I/O
+out_dir = 'out'  # checkpoints and the run log go here
+eval_interval = 2000  # iterations between evaluations
+log_interval = 1  # iterations between log lines
+eval_iters = 200  # batches an evaluation reads of each split, the same ones every time
+eval_only = False  # evaluate once and leave
+always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
+save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint) or another run's out_dir (its weights, to fine-tune)
+sample_interval = 1  # evaluations between short text samples; 0: none
+patience = 0  # stop after this many evaluations without a lower val loss; 0: never
+gradient_log_interval = 0  # iterations between gradient statistics layer by layer in the run log; 0: only the global norm
+# wandb logging
+wandb_log = False  # also log to Weights & Biases
+wandb_project = 'owt'  # its project
+wandb_run_name = 'gpt2'  # its run name
+# data
+dataset = 'openwebtext'  # a folder in data/; 'pystdlib' needs no download
+gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
+batch_size = 12  # sequences a micro-batch
+block_size = 1024  # tokens a sequence, the context length
+# model: None leaves it to arch_preset
+arch_preset = 'custom'  # gpt2, llama, team (llama), hybrid, or custom: nanoGPT's own mix of parts
+n_layer = 12  # blocks
+n_head = 12  # query heads
+n_embd = 768  # width
+n_kv_head: int = None  # key/value heads, fewer than n_head for grouped-query attention; None: n_head
+d_ff: int = None  # feed-forward width; None: 4 n_embd, gated 8/3 n_embd rounded up to a multiple of 256
+vocab_size: int = None  # None: the data set's, over 1024 padded up to a multiple of 64
+dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1
+bias: bool = None  # biases in Linears and layernorm
+normalization: str = None  # layernorm, layernorm_nobias, rmsnorm
+activation: str = None  # gelu (exact), gelu_tanh, silu, relu, leaky_relu, relu_squared
+position_encoding: str = None  # learned_absolute, rope, none
+attention_backend: str = None  # sdpa (the fastest kernel torch has), manual (the definition), chunked (less memory than manual)
+norm_position: str = None  # pre, post
+ffn_type: str = None  # standard, swiglu (gated; the gate goes through the activation)
+weight_tying: bool = None  # token embeddings and head share one matrix
+qk_norm = False  # normalise queries and keys a head
+rope_theta = 10000.0  # base of RoPE's wavelengths
+norm_eps = 1e-5  # added to the variance in every norm
+logit_softcap = 0.0  # logits = cap * tanh(logits / cap); 0: off
+attention_chunk_size = 256  # queries at a time with attention_backend=chunked
+activation_checkpointing = False  # keep only each block's input and recompute in backward: less memory, a third more compute
+# adamw optimizer
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # optimizer steps
+weight_decay = 1e-1  # on matrices and embeddings, not on biases and norms
+beta1 = 0.9  # AdamW's decay of the first moment
+beta2 = 0.95  # of the second
+grad_clip = 1.0  # clip the global gradient norm to this; 0: do not clip
+# learning rate schedule
+decay_lr = True  # False: constant after warmup
+lr_schedule: Literal['cosine', 'sgdr', 'wsd', 'linear', 'constant'] = 'cosine'  # after warmup
+warmup_iters = 2000  # linear warmup
+lr_decay_iters = 600000  # where the decay ends, usually max_iters
+min_lr = 6e-5  # where it ends, usually learning_rate / 10
+restart_iters = 10000  # sgdr: iterations of the first cosine cycle
+restart_mult = 2  # sgdr: each cycle is this many times as long as the one before
+cooldown_frac = 0.2  # wsd: share of lr_decay_iters, at its end, that decays linearly to min_lr
+# system
+seed = 1337  # of initialisation, data order and dropout
+backend = 'auto'  # torch.distributed's: nccl on GPUs, gloo on CPUs
+device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls (autocast); weights and moments stay float32
+compile: Literal['auto', True, False] = 'auto'  # torch.compile: on GPUs, and on CPUs for runs long enough to pay for it
+peak_tflops = 0.0  # the device's dense peak, for MFU; 0: known or measured
+config, given = configure(__file__)
+globals().update(config)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """For what depends on a person's files and flags: a ValueError or OSError becomes one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(str(e))
+
+
+def say(text):
+    if master:
+        print(text, flush=True)
+
+
+def show_progress(text, every=10.0):
+    """A sign of life in a long stretch without log lines."""
+    global last_line
+    if time.time() - last_line > every:
+        say(f'  ... {text}')
+        last_line = time.time()
+
+
+def duration(seconds):
+    s = int(max(0, seconds))
+    return f'{s // 86400}d{s // 3600 % 24:02d}h' if s >= 86400 else f'{s // 3600}h{s // 60 % 60:02d}m' if s >= 3600 else f'{s // 60}m{s % 60:02d}s'
+
+
+def check_ranges():
+    """ValueError for a setting that has the right type and no meaning."""
+    positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate max_iters '
+                'lr_decay_iters restart_iters restart_mult').split()
+    not_negative = ('save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
+    for key in positive + not_negative:
+        if not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
+            raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
+    for key in ('beta1', 'beta2', 'cooldown_frac'):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f'{key} must be at least 0 and below 1, not {config[key]}')
+
+
+def prepare_data():
+    """Run the data set's own prepare.py if it has not been run, on this node's first process; say what it does and how large it is."""
+    script = os.path.join(data_dir, 'prepare.py')
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+        if not os.path.isdir(data_dir):
+            have = sorted(d for d in os.listdir(os.path.dirname(data_dir)) if os.path.isdir(os.path.join(os.path.dirname(data_dir), d)) and d[0] not in '_.')
+            raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)}; --dataset=pystdlib needs no download")
+        if os.path.exists(script):
+            about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
+            command = f'python {os.path.relpath(script)}'
+            if megabytes > 100:
+                raise ValueError(f"data set '{dataset}' is not prepared and is a download of {megabytes:,.0f} MB; to fetch it: {command}")
+            say(f"preparing data set '{dataset}' by {command} ({f'a download of {megabytes} MB' if megabytes else 'no download'}): {about}")
+            if subprocess.run([sys.executable, script]).returncode:
+                raise ValueError(f"data set '{dataset}' could not be prepared, see above; to try again: {command}")
+    if distributed:
+        dist.barrier()
+
+
+def get_lr(it):
+    """The learning rate of iteration it: linear warmup, then lr_schedule from learning_rate to min_lr at lr_decay_iters."""
+    if decay_lr and it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if not decay_lr or lr_schedule == 'constant':
+        return learning_rate
+    if lr_schedule == 'sgdr':  # cosine with warm restarts, https://arxiv.org/abs/1608.03983
+        at, length = it - warmup_iters, restart_iters
+        while at >= length:
+            at, length = at - length, length * restart_mult
+        ratio = at / length
+    else:
+        start = max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters) if lr_schedule == 'wsd' else warmup_iters
+        ratio = min(1.0, max(0.0, (it - start) / max(1, lr_decay_iters - start)))
+    coeff = 1 - ratio if lr_schedule in ('linear', 'wsd') else 0.5 * (1 + math.cos(math.pi * ratio))
+    return min_lr + coeff * (learning_rate - min_lr)
+
+
+def build_model():
+    """(model on the CPU, checkpoint it continues or None), by init_from. Adds what a checkpoint decides to config."""
+    if init_from == 'scratch' or init_from == 'auto' and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        torch.manual_seed(seed)
+        return GPT(GPTConfig.from_settings(config, data_vocab)), None
+    resuming = init_from in ('resume', 'auto')
+    source = out_dir if resuming else init_from
+    if not resuming and not os.path.exists(source):
+        raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
+    try:
+        ckpt = load_checkpoint(source)
+    except ValueError as e:
+        if not resuming or not os.path.exists(os.path.join(out_dir, 'ckpt_prev.pt')):
+            raise
+        say(f'WARNING: {e}; going back to the one before it')
+        ckpt = load_checkpoint(os.path.join(out_dir, 'ckpt_prev.pt'))
+    # the architecture is the checkpoint's; a part that somebody asked for by name must agree with it
+    args = ckpt['model_args']
+    free = ('dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing')
+    asked = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__ and k in given and v is not None}
+    if 'arch_preset' in given:
+        asked = PRESETS.get(arch_preset, {}) | asked
+    defaults = asdict(GPTConfig())
+    for key, value in asked.items():
+        stored = args.get(key, defaults[key])
+        if key in free:
+            args[key] = value
+        elif value != stored and not (key == 'block_size' and not resuming):
+            raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored}")
+    if 'dropout' not in given:
+        args['dropout'] = dropout
+    model = model_of(ckpt)
+    if asked.get('block_size', model.config.block_size) != model.config.block_size:
+        model.crop_block_size(block_size)
+    if data_vocab is not None and data_vocab > model.config.vocab_size:
+        raise ValueError(f"data set '{dataset}' has {data_vocab} ids, the checkpoint '{ckpt['path']}' knows {model.config.vocab_size}")
+    return model, ckpt if resuming else None
+
+
+def compile_model(X, Y):
+    """Compile in place and try one forward and backward; a compiler that fails here (no C++ compiler, say) costs one warning, not the run."""
+    t0 = time.time()
+    say('compiling the model (a minute or so) ...')
+    raw_model.compile()
+    try:
+        with autocast():
+            raw_model(X, Y)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever the compiler and its tools raise
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {reason}')
+        raw_model._compiled_call_impl = None
+        return False
+    finally:
+        raw_model.zero_grad(set_to_none=True)
+    say(f'compiled in {time.time() - t0:.0f} s')
+    return True
+
+
+@torch.no_grad()
+def estimate_loss():
+    """
+    {split: {loss, perplexity, bits_per_byte}} over the same windows of each split every time, whatever the run's seed, so
+    that two runs are compared on the same text. All ranks share the work. Loss in nats a token; bits a byte of UTF-8
+    text where the tokenizer can tell, which does not depend on the tokenizer.
+    """
+    raw_model.eval()
+    out = {}
+    for split, loader in eval_loaders.items():
+        size = max(1, min(batch_size, loader.n_windows // world_size))
+        batches = max(1, min(eval_iters, loader.n_windows // (size * world_size)))
+        total, n_bytes = torch.zeros((), device=device), 0
+        indices = [(torch.arange(size) + (i * world_size + rank) * size).numpy() % loader.n_windows for i in range(batches)]
+        for i, (X, Y) in enumerate(loader.stream(indices)):
+            with autocast():
+                total += raw_model(X, Y)[1]
+            if bytes_per_id is not None and split not in bytes_per_token:
+                n_bytes += int(bytes_per_id[Y.cpu()].sum())
+            show_progress(f'evaluating {split}: batch {i + 1}/{batches}')
+        if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
+            bytes_per_token[split] = all_reduce(torch.tensor(n_bytes / (batches * size * block_size), device=device)).item() / world_size
+        loss = all_reduce(total).item() / (batches * world_size)
+        out[split] = dict(loss=loss, perplexity=math.exp(min(loss, 700)))
+        if bytes_per_token.get(split):
+            out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
+    raw_model.train()
+    return out
+
+
+def all_reduce(tensor):
+    """Sum over ranks, in place."""
+    if distributed:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def write_sample():
+    """A short continuation of nothing, for the eye: the weights' own text. Draws from a generator of its own."""
+    start = tokenizer.eot if tokenizer.eot is not None else tokenizer.encode('\n')[0] if '\n' in getattr(tokenizer, 'chars', '\n') else 0
+    idx = torch.full((1, 1), start, dtype=torch.long, device=device)
+    with autocast():
+        ids = raw_model.generate(idx, min(200, block_size - 1), temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot)[0, 1:].tolist()
+    text = tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot else ids)
+    say('--- sample ' + '-' * 60 + f'\n{text}\n' + '-' * 71)
+    return text
+
+
+def save_checkpoint(best):
+    """
+    Replace out_dir/ckpt.pt so that a kill at any moment leaves a whole one: write beside it, flush, read back, rename. The one
+    before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values.
+    """
+    if not master:
+        return
+    t0, path = time.time(), os.path.join(out_dir, 'ckpt.pt')
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': asdict(raw_model.config),
+                        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'losses': last_losses, 'stale_evals': stale_evals, 'last_eval_iter': last_eval_iter,
+                        'tokenizer': tokenizer.spec if tokenizer else None, 'torch_version': str(torch.__version__)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        load_checkpoint(path + '.tmp')
+        if os.path.exists(path):
+            replace_with_link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+        os.replace(path + '.tmp', path)
+        if best:
+            replace_with_link(path, os.path.join(out_dir, 'ckpt_best.pt'))
+        folder = os.open(out_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError, ValueError) as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {str(e).splitlines()[0]}") from e
+    run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
+    say(f'saved {path}' + (' and ckpt_best.pt' if best else ''))
+
+
+def replace_with_link(path, other):
+    """Make `other` the same file as path, atomically; a copy where the file system has no hard links."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(other + '.tmp')
+    try:
+        os.link(path, other + '.tmp')
+    except OSError:
+        shutil.copyfile(path, other + '.tmp')
+    os.replace(other + '.tmp', other)
+
+
+def memory():
+    """Bytes: of the device on a GPU, of this process on a CPU."""
+    if device.type == 'cuda':
+        return dict(allocated=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.memory_reserved())
+    if device.type == 'mps':
+        return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
+    import resource  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try:
+        with open('/proc/self/statm') as f:
+            return dict(resident=int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE'), peak=peak)
+    except OSError:
+        return dict(peak=peak)
+
+
+@torch.no_grad()
+def gradient_statistics():
+    """Norm a tensor, and mean and standard deviation over all gradients; one transfer to the host."""
+    names, grads = zip(*((n, p.grad) for n, p in raw_model.named_parameters() if p.grad is not None))
+    n = sum(g.numel() for g in grads)
+    norms = torch.stack(torch._foreach_norm(grads)).float()
+    *norms, mean = torch.cat((norms, (sum(g.sum() for g in grads) / n)[None].float())).tolist()
+    std = math.sqrt(max(0.0, sum(x * x for x in norms) / n - mean * mean))
+    return dict(norms=dict(zip(names, norms)), mean=mean, std=std)
+
+
+def log(kind, entry, now=False):
+    """Add an entry to a list of the run log, and to wandb. The file is replaced as a whole, at most 1 % of the time, or `now`."""
+    global log_written, log_cost
+    if kind:
+        run_log[kind].append(entry)
+        if wandb is not None and kind != 'checkpoints':
+            flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
+            wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
+    if master and (now or time.time() - log_written > 100 * log_cost):
+        t0 = time.time()
+        with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
+            json.dump(run_log, f, separators=(',', ':'))
+        os.replace(log_path + '.tmp', log_path)
+        log_written, log_cost = time.time(), time.time() - t0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# set-up
+master, distributed, last_line = int(os.environ.get('RANK', 0)) == 0, 'RANK' in os.environ, time.time()
+rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+with one_line_errors():
+    check_ranges()
+    if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, dtype = pick_device(device, dtype)
+    if gradient_accumulation_steps % world_size:
+        raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
+    if distributed:
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo')
+    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
+    prepare_data()
+    meta = read_meta(data_dir)
+    tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
+    data_vocab = meta.get('vocab_size', tokenizer.vocab_size if tokenizer else None)
+    raw_model, ckpt = build_model()
+    model_config = raw_model.config
+    block_size = model_config.block_size
+    loader_args = dict(block_size=block_size, vocab_size=model_config.vocab_size, device=device)
+    train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
+    eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
+    os.makedirs(out_dir, exist_ok=True)
+config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
+bytes_per_id = torch.from_numpy(tokenizer.token_bytes()) if tokenizer else None
+if bytes_per_id is not None:  # padding has no text
+    bytes_per_id = torch.cat((bytes_per_id, bytes_per_id.new_zeros(max(0, model_config.vocab_size - len(bytes_per_id)))))
+bytes_per_token = {}
+
+raw_model.to(device).train()
+torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it, as nanoGPT does
+autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
+scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
+if ckpt is not None:
+    settings_now = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
+    optimizer.load_state_dict(ckpt['optimizer'])
+    for group, now in zip(optimizer.param_groups, settings_now):
+        group.update(now)  # load_state_dict also brings back the old betas and decay
+    iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
+    stale_evals, last_eval_iter = ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', iter_num)
+ckpt = None  # free the memory
+
+accumulation = gradient_accumulation_steps // world_size
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+flops_token = raw_model.flops_per_token()
+peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_flops(device, dtype)
+tokens_at_half_peak = 0.5 * peak * world_size / flops_token
+expected = (max_iters - iter_num) * tokens_per_iter / tokens_at_half_peak
+if compile == 'auto':
+    compile = device.type == 'cuda' or device.type == 'cpu' and expected > 600 and not eval_only
+    why = 'default on a GPU' if device.type == 'cuda' else 'a long run' if compile else 'the run is too short to pay for it' if device.type == 'cpu' else 'not on mps'
+else:
+    why = 'as asked'
+if iter_num >= max_iters and not eval_only:
+    say(f'{out_dir}/ckpt.pt is at iteration {iter_num} of max_iters={max_iters}: nothing to do')
+    if distributed:
+        dist.destroy_process_group()
+    raise SystemExit(0)
+parts = raw_model.flops_by_part()
+n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else ''
+device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+startup_info = {
+    'start': f'iteration {iter_num} of {max_iters} ({init_from})',
+    'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, tokenizer {tokenizer.name if tokenizer else 'unknown'}",
+    'architecture': f"{arch_preset}: " + ', '.join(str(getattr(model_config, k)) for k in PRESETS['custom'] if k not in ('bias', 'weight_tying')) +
+                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
+    'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
+    'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, {model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
+    'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
+    'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, {"DDP" if distributed else "one process"}, compile {compile} ({why})',
+    'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
+    'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train (full attention; {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal), attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
+    'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run, evaluations apart',
+}
+for key, text in startup_info.items():
+    say(f'{key + ":":<15} {text}')
+QUICK_LOOK = 'for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 --gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py'
+if expected > 3600 and device.type != 'cuda':
+    say(f'NOTE: on this device the run will take about {duration(expected)} or more; {QUICK_LOOK}')
+
+start_time = time.strftime('%Y%m%d_%H%M%S')
+log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'), 0.0, 0.0
+run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
+               startup_info=startup_info | dict(total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(),
+                                                tokens_per_iter=tokens_per_iter, flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source,
+                                                torch_version=str(torch.__version__)),
+               training_iterations=[], eval_steps=[], checkpoints=[], summary={})
+wandb = None
+if wandb_log and master:
+    try:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, settings=wandb.Settings(init_timeout=30))
+    except Exception as e:  # a run must not depend on a server
+        say(f"WARNING: going on without wandb: {str(e).splitlines()[0] if str(e) else type(e).__name__}" +
+            (' (pip install wandb)' if isinstance(e, ImportError) else ''))
+        wandb = None
+
+batch_indices = ((torch.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size).numpy()
+                 for it in itertools.count(iter_num) for m in range(accumulation))
+batches = train_loader.stream(batch_indices)
+if compile:
+    with one_line_errors():
+        compile = compile_model(*train_loader.batch(torch.arange(batch_size).numpy()))
+model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
+
+stop_signal = 0
+
+
+def on_signal(signum, frame):
+    """The first signal ends the run after the step at hand, with a checkpoint; the second ends it at once."""
+    global stop_signal
+    if stop_signal:
+        os._exit(128 + signum)
+    stop_signal = signum
+    say(f'\n{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once')
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+loss_sum, iters_since_log, train_seconds, eval_seconds, first_iter = torch.zeros((), device=device), 0, 0.0, 0.0, iter_num
+mean_seconds, told, outcome, grad_stats = None, expected > 3600 and device.type != 'cuda', 'finished', None
+t_start = time.time()
+while True:
+    lr = get_lr(iter_num)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+
+    # evaluate, on all ranks
+    finished = iter_num >= max_iters or eval_only
+    stopping = bool(all_reduce(torch.tensor(float(stop_signal), device=device)).item()) if distributed else bool(stop_signal)
+    save = stopping or (save_interval and iter_num % save_interval == 0)
+    best = False
+    if (iter_num % eval_interval == 0 or finished) and not stopping:
+        t0 = time.time()
+        last_losses = estimate_loss()
+        val_loss = last_losses['val']['loss']
+        best = val_loss < best_val_loss
+        if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
+            best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
+        save = save or best or always_save_checkpoint
+        eval_seconds = time.time() - t0
+        say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val_loss:.4f}, perplexity {last_losses["val"]["perplexity"]:.2f}' +
+            (f', {last_losses["val"]["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in last_losses['val'] else '') + (' (best)' if best else ''))
+        entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
+        if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and master:
+            entry['sample'] = write_sample()
+        log('eval_steps', entry)
+        if patience and stale_evals >= patience:
+            say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
+            finished, outcome = True, 'stopped early'
+
+    # save, and leave if there is nothing more to do
+    if save and iter_num > first_iter and not eval_only:
+        with one_line_errors():
+            save_checkpoint(best)
+    if finished or stopping:
+        break
+
+    # forward and backward, micro-batch by micro-batch; gradients are averaged over the ranks with the last one
+    t0 = time.time()
+    for m in range(accumulation):
+        with one_line_errors():
+            X, Y = next(batches)
+        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # of dropout: nothing to save
+        if distributed:
+            model.require_backward_grad_sync = m == accumulation - 1
+        with autocast():
+            loss = model(X, Y)[1] / accumulation
+        scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+        show_progress(f'iteration {iter_num}: micro-batch {m + 1}/{accumulation}')
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if not scaler.is_enabled() and not math.isfinite(grad_norm.item()):  # the same on every rank, since gradients are averaged
+        say(f'loss or gradient is not finite at iteration {iter_num} (gradient norm {grad_norm.item()}): no step taken, nothing saved; '
+            'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
+        outcome = 'not finite'
+        break
+    if gradient_log_interval and iter_num % gradient_log_interval == 0:
+        grad_stats = gradient_statistics()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    iters_since_log += 1
+
+    # log
+    if iter_num % log_interval == 0:
+        mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size)  # waits for the device
+    train_seconds += time.time() - t0
+    if iter_num % log_interval == 0:
+        dt = train_seconds / iters_since_log
+        mean_seconds = dt if mean_seconds is None or iter_num < first_iter + 10 else 0.9 * mean_seconds + 0.1 * dt  # of late, for the time left
+        achieved = flops_token * tokens_per_iter / dt / world_size
+        left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 1) // eval_interval + 1)
+        entry = dict(iter=iter_num, loss=mean_loss, lr=lr, time_ms=dt * 1000,
+                     mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12,
+                              tokens_per_sec=tokens_per_iter / dt, flops_per_token=flops_token),
+                     memory=memory(), gradients=dict(norm=float(grad_norm), **(grad_stats or {})))
+        log('training_iterations', entry)
+        grad_stats = None
+        say(f'iter {iter_num + 1}/{max_iters} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {dt * 1000:.0f} ms, '
+            f'{tokens_per_iter / dt:,.0f} tok/s, mfu {entry["mfu"]["mfu_percent"]:.1f}%{" of measured" if peak_source.startswith("measured") else ""}, '
+            f'grad norm {entry["gradients"]["norm"]:.2f}, {entry["memory"].get("peak", 0) / 2**30:.2f} GiB, {duration(left)} left')
+        loss_sum.zero_()
+        iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
+        if not told and left > 3600 and device.type != 'cuda':
+            say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
+        told = True
+    iter_num += 1
+
+batches.close()
+if stop_signal:
+    outcome = signal.Signals(stop_signal).name
+run_log['summary'] = dict(outcome=outcome, iterations=iter_num - first_iter, iter_num=iter_num, seconds=time.time() - t_start, losses=last_losses,
+                          best_val_loss=best_val_loss if math.isfinite(best_val_loss) else None, tokens=(iter_num - first_iter) * tokens_per_iter)
+log(None, None, now=True)
+say(f"{outcome} after {iter_num} iterations, {duration(time.time() - t_start)}" + (f"; to read some of its text: python sample.py --out_dir={out_dir}" if outcome == 'finished' and not eval_only else '') +
+    f'; log: {log_path}')
+if wandb is not None:
+    wandb.finish()
+if distributed:
+    dist.barrier()
+    dist.destroy_process_group()
+raise SystemExit(128 + stop_signal if stop_signal else 1 if outcome == 'not finite' else 0)
