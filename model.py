@@ -684,3 +684,72 @@ def peak_flops(device, dtype):
         dt = time.perf_counter() - t0
         best, spent = min(best, dt), spent + dt
     return 2 * n ** 3 / best, f'measured, {n} x {n} {dtype} matmul'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python model.py: describe, inspect, list
+
+def describe(model):
+    """What a model is and costs, as text. Works on the meta device, where a model takes no memory."""
+    c, n = model.config, model.get_num_params(non_embedding=False)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cache = 2 * 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * c.block_size
+    gb = lambda n_bytes: f'{n_bytes / 1e9:>12,.3f} GB'
+    lines = ['architecture'] + [f'  {k:<24} {v}' for k, v in vars(c).items() if v is not None]
+    lines += ['parameters'] + [f'  {k:<24} {v:>16,}' for k, v in model.params_by_part().items()]
+    lines += [f'  {k:<24} {v:>16,}' for k, v in (('total', n), ('trainable', trainable), ('non-embedding', model.get_num_params()))]
+    lines += [f'FLOPs a token at sequence length {c.block_size}, matmuls only, attention scores in full']
+    lines += [f'  {k + ", forward":<32} {v:>16,.0f}' for k, v in model.flops_by_part().items()]
+    lines += [f'  {"forward":<32} {model.flops_per_token() / 3:>16,.0f}',
+              f'  {"training, 3 x forward":<32} {model.flops_per_token():>16,.0f}',
+              f'  {"training, causal half of scores":<32} {model.flops_per_token(causal=True):>16,.0f}']
+    lines += ['memory to train, float32 with AdamW, one process; activations come on top',
+              f'  {"weights":<24} {gb(4 * n)}', f'  {"gradients":<24} {gb(4 * trainable)}', f'  {"optimizer":<24} {gb(8 * trainable)}', f'  {"total":<24} {gb(4 * n + 12 * trainable)}',
+              'memory to sample, bfloat16', f'  {"weights":<24} {gb(2 * n)}', f'  {f"KV cache, {c.block_size} tokens":<24} {gb(cache)}', f'  {"total":<24} {gb(2 * n + cache)}']
+    return '\n'.join(lines)
+
+
+def meta_model(settings):
+    """The model of a dict of settings on the meta device; a vocabulary that the settings leave open comes from the data set, or is GPT-2's."""
+    from data.loader import prepare_facts, read_meta
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', settings['dataset'])
+    script = os.path.join(folder, 'prepare.py')
+    vocab = read_meta(folder).get('vocab_size') or (prepare_facts(script)['vocab_size'] if os.path.exists(script) else None) or 50257
+    if settings['vocab_size'] is not None:
+        vocab = min(vocab, settings['vocab_size'])
+    with torch.device('meta'):
+        return GPT(GPTConfig.from_settings(settings, vocab))
+
+
+def main():
+    from configurator import configure, fail
+    ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
+    list = False  # print a table of every file in config/ with its counts
+    config, given = configure(__file__, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
+    try:
+        if config['list']:
+            folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
+            print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} {'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
+            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py')):
+                settings, _ = configure(__file__, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), argv=[os.path.join(folder, name)])
+                model = meta_model(settings)
+                c = model.config
+                print(f"{name:<30} {settings['arch_preset']:<7} {c.n_layer:>6} {c.n_embd:>6} {c.n_head:>6} {c.block_size:>6} {c.vocab_size:>6} "
+                      f'{model.get_num_params(False):>14,} {model.get_num_params():>14,} {model.flops_per_token() / 1e9:>12.4g}')
+        elif config['ckpt']:
+            saved = load_checkpoint(config['ckpt'])
+            print(describe(model_of(saved)))
+            print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
+            for key in ('losses', 'tokenizer', 'torch_version'):
+                print(f'  {key:<24} {str(saved.get(key)):.200}')
+            print('config')
+            for key, value in (saved.get('config') or {}).items():
+                print(f'  {key:<24} {value!r}')
+        else:
+            print(describe(meta_model(config)))
+    except ValueError as e:
+        fail(str(e))
+
+
+if __name__ == '__main__':
+    main()
