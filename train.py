@@ -9,6 +9,7 @@ Train a GPT: on a laptop, on one GPU, or on many.
 Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case)
 and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init_from=resume goes on where a run stopped.
 """
+import atexit
 import contextlib
 import itertools
 import json
@@ -359,15 +360,20 @@ def gradient_statistics():
     return dict(norms=dict(zip(names, norms)), mean=mean, std=std)
 
 
-def log(kind, entry, now=False):
-    """Add an entry to a list of the run log, and to wandb. The file is replaced as a whole, at most 1 % of the time, or `now`."""
+def log(kind, entry):
+    """Add an entry to a list of the run log, and to wandb. Writing the file takes at most 1 % of the time."""
+    run_log[kind].append(entry)
+    if wandb is not None:
+        flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
+        wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
+    if time.time() - log_written > 100 * log_cost:
+        write_log()
+
+
+def write_log():
+    """Replace out_dir/run_*.json as a whole. Also called at exit, whatever the reason, so that it is complete."""
     global log_written, log_cost
-    if kind:
-        run_log[kind].append(entry)
-        if wandb is not None and kind != 'checkpoints':
-            flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
-            wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
-    if master and (now or time.time() - log_written > 100 * log_cost):
+    if master:
         t0 = time.time()
         with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
             json.dump(run_log, f, separators=(',', ':'))
@@ -375,8 +381,46 @@ def log(kind, entry, now=False):
         log_written, log_cost = time.time(), time.time() - t0
 
 
+def log_evaluation(best):
+    """The console line, the text sample and the run log's entry of the evaluation at hand."""
+    val = last_losses['val']
+    say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
+        (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
+    entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
+    if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and master:
+        entry['sample'] = write_sample()
+    log('eval_steps', entry)
+
+
+def log_iteration(mean_loss, seconds, left):
+    """The console line and the run log's entry of the iteration at hand; seconds an iteration, and seconds left."""
+    global grad_stats
+    speed, norm, used = tokens_per_iter / seconds, float(grad_norm), memory()
+    achieved = flops_token * speed / world_size
+    log('training_iterations', dict(
+        iter=iter_num, loss=mean_loss, lr=lr, time_ms=1000 * seconds,
+        mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12, tokens_per_sec=speed, flops_per_token=flops_token),
+        memory=used, gradients=dict(norm=norm if math.isfinite(norm) else None, **grad_stats)))  # not finite: a step that the fp16 scaler skipped
+    grad_stats = {}
+    say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, {speed:,.0f} tok/s, '
+        f'mfu {100 * achieved / peak:.1f}%{" of measured" if peak_source.startswith("measured") else ""}{" (over 100 %: a bug, please report it)" if achieved > peak else ""}, '
+        f'grad norm {norm:.2f}, {max(used.values()) / 2**30:.2f} GiB, {duration(left)} left')
+
+
+def on_signal(signum, frame):
+    """The first signal ends the run after the step at hand, with a checkpoint; the second ends it at once."""
+    global stop_signal
+    if stop_signal:
+        os._exit(128 + signum)
+    stop_signal = signum
+    say(f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # set-up
+stop_signal = 0
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
 master, distributed, last_line = int(os.environ.get('RANK', 0)) == 0, 'RANK' in os.environ, time.time()
 rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 with one_line_errors():
@@ -428,7 +472,8 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops_token = raw_model.flops_per_token()
 peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_flops(device, dtype)
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
-expected = (max_iters - iter_num) * tokens_per_iter / tokens_at_half_peak
+eval_tokens = sum(min(eval_iters * batch_size * world_size, loader.n_windows) * block_size for loader in eval_loaders.values())
+expected = ((max_iters - iter_num) * tokens_per_iter + ((max_iters - iter_num) // eval_interval + 1) * eval_tokens / 3) / tokens_at_half_peak  # seconds
 if compile == 'auto':
     compile = device.type == 'cuda' or device.type == 'cpu' and expected > 600 and not eval_only
     why = 'default on a GPU' if device.type == 'cuda' else 'a long run' if compile else 'the run is too short to pay for it' if device.type == 'cpu' else 'not on mps'
@@ -454,7 +499,7 @@ startup_info = {
     'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, {"DDP" if distributed else "one process"}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
     'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train (full attention; {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal), attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
-    'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run, evaluations apart',
+    'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run with its evaluations',
 }
 for key, text in startup_info.items():
     say(f'{key + ":":<15} {text}')
@@ -464,6 +509,7 @@ if expected > 3600 and device.type != 'cuda':
 
 start_time = time.strftime('%Y%m%d_%H%M%S')
 log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'), 0.0, 0.0
+atexit.register(write_log)
 run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                startup_info=startup_info | dict(total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(),
                                                 tokens_per_iter=tokens_per_iter, flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source,
@@ -487,36 +533,19 @@ if compile:
         compile = compile_model(*train_loader.batch(torch.arange(batch_size).numpy()))
 model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
 
-stop_signal = 0
-
-
-def on_signal(signum, frame):
-    """The first signal ends the run after the step at hand, with a checkpoint; the second ends it at once."""
-    global stop_signal
-    if stop_signal:
-        os._exit(128 + signum)
-    stop_signal = signum
-    say(f'\n{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once')
-
-
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-loss_sum, iters_since_log, train_seconds, eval_seconds, first_iter = torch.zeros((), device=device), 0, 0.0, 0.0, iter_num
-mean_seconds, told, outcome, grad_stats = None, expected > 3600 and device.type != 'cuda', 'finished', None
-t_start = time.time()
+loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
+first_iter, grad_stats, outcome, t_start = iter_num, {}, 'finished', time.time()
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
 
-    # evaluate, on all ranks
+    # evaluate, on all ranks alike
+    stopping = all_reduce(torch.tensor(stop_signal, device=device)).item() if distributed else stop_signal
     finished = iter_num >= max_iters or eval_only
-    stopping = bool(all_reduce(torch.tensor(float(stop_signal), device=device)).item()) if distributed else bool(stop_signal)
-    save = stopping or (save_interval and iter_num % save_interval == 0)
-    best = False
+    best, save = False, stopping or save_interval and iter_num % save_interval == 0
     if (iter_num % eval_interval == 0 or finished) and not stopping:
         t0 = time.time()
         last_losses = estimate_loss()
@@ -526,29 +555,24 @@ while True:
             best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
         save = save or best or always_save_checkpoint
         eval_seconds = time.time() - t0
-        say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val_loss:.4f}, perplexity {last_losses["val"]["perplexity"]:.2f}' +
-            (f', {last_losses["val"]["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in last_losses['val'] else '') + (' (best)' if best else ''))
-        entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
-        if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and master:
-            entry['sample'] = write_sample()
-        log('eval_steps', entry)
+        log_evaluation(best)
         if patience and stale_evals >= patience:
             say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
             finished, outcome = True, 'stopped early'
 
-    # save, and leave if there is nothing more to do
+    # save, and leave when there is nothing more to do
     if save and iter_num > first_iter and not eval_only:
         with one_line_errors():
             save_checkpoint(best)
     if finished or stopping:
         break
 
-    # forward and backward, micro-batch by micro-batch; gradients are averaged over the ranks with the last one
+    # forward and backward, one micro-batch after another; ranks average their gradients with the last one
     t0 = time.time()
     for m in range(accumulation):
         with one_line_errors():
             X, Y = next(batches)
-        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # of dropout: nothing to save
+        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # for dropout, so nothing needs saving
         if distributed:
             model.require_backward_grad_sync = m == accumulation - 1
         with autocast():
@@ -556,11 +580,12 @@ while True:
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
         show_progress(f'iteration {iter_num}: micro-batch {m + 1}/{accumulation}')
+
+    # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    if not scaler.is_enabled() and not math.isfinite(grad_norm.item()):  # the same on every rank, since gradients are averaged
-        say(f'loss or gradient is not finite at iteration {iter_num} (gradient norm {grad_norm.item()}): no step taken, nothing saved; '
-            'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
+    if not scaler.is_enabled() and not math.isfinite(grad_norm.item()):
+        say(f'loss or gradient is not finite at iteration {iter_num}: no step taken, nothing saved; try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
         outcome = 'not finite'
         break
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
@@ -568,41 +593,29 @@ while True:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    iters_since_log += 1
 
-    # log
-    if iter_num % log_interval == 0:
-        mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size)  # waits for the device
+    # log; reading the loss waits for the device, so times are whole
+    iters_since_log += 1
+    due = iter_num % log_interval == 0 or iter_num + 1 == max_iters
+    mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size) if due else None
     train_seconds += time.time() - t0
-    if iter_num % log_interval == 0:
-        dt = train_seconds / iters_since_log
-        mean_seconds = dt if mean_seconds is None or iter_num < first_iter + 10 else 0.9 * mean_seconds + 0.1 * dt  # of late, for the time left
-        achieved = flops_token * tokens_per_iter / dt / world_size
-        left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 1) // eval_interval + 1)
-        entry = dict(iter=iter_num, loss=mean_loss, lr=lr, time_ms=dt * 1000,
-                     mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12,
-                              tokens_per_sec=tokens_per_iter / dt, flops_per_token=flops_token),
-                     memory=memory(), gradients=dict(norm=float(grad_norm), **(grad_stats or {})))
-        log('training_iterations', entry)
-        grad_stats = None
-        say(f'iter {iter_num + 1}/{max_iters} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {dt * 1000:.0f} ms, '
-            f'{tokens_per_iter / dt:,.0f} tok/s, mfu {entry["mfu"]["mfu_percent"]:.1f}%{" of measured" if peak_source.startswith("measured") else ""}, '
-            f'grad norm {entry["gradients"]["norm"]:.2f}, {entry["memory"].get("peak", 0) / 2**30:.2f} GiB, {duration(left)} left')
-        loss_sum.zero_()
-        iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
-        if not told and left > 3600 and device.type != 'cuda':
+    if due:
+        seconds = train_seconds / iters_since_log
+        mean_seconds = seconds if mean_seconds is None or iter_num < first_iter + 10 else 0.9 * mean_seconds + 0.1 * seconds
+        left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 2) // eval_interval + 1)
+        log_iteration(mean_loss, seconds, left)
+        if iter_num == first_iter and left > 3600 and device.type != 'cuda':
             say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
-        told = True
+        iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
+        loss_sum.zero_()
     iter_num += 1
 
 batches.close()
-if stop_signal:
-    outcome = signal.Signals(stop_signal).name
+outcome = signal.Signals(stop_signal).name if stop_signal else outcome
 run_log['summary'] = dict(outcome=outcome, iterations=iter_num - first_iter, iter_num=iter_num, seconds=time.time() - t_start, losses=last_losses,
                           best_val_loss=best_val_loss if math.isfinite(best_val_loss) else None, tokens=(iter_num - first_iter) * tokens_per_iter)
-log(None, None, now=True)
-say(f"{outcome} after {iter_num} iterations, {duration(time.time() - t_start)}" + (f"; to read some of its text: python sample.py --out_dir={out_dir}" if outcome == 'finished' and not eval_only else '') +
-    f'; log: {log_path}')
+say(f'{outcome} after {iter_num - first_iter} iterations in {duration(time.time() - t_start)}; log: {log_path}' +
+    (f'; its text: python sample.py --out_dir={out_dir}' if iter_num > 0 and not eval_only else ''))
 if wandb is not None:
     wandb.finish()
 if distributed:

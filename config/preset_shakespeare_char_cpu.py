@@ -1,0 +1,29 @@
+# nanoGPT's README recipe for a CPU, Shakespeare's characters: 804,096 parameters with the data set's 65 characters
+out_dir = 'out-shakespeare-char'
+device = 'cpu'
+dtype = 'float32'  # nanoGPT's on a CPU; 'auto' takes bfloat16 where the CPU has units for it
+compile = False
+eval_interval = 250
+eval_iters = 20  # noisier and faster than 200
+log_interval = 1
+always_save_checkpoint = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64  # characters
+
+arch_preset = 'custom'  # nanoGPT's mix: exact GELU, no biases
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0  # too small to overfit in this time
+
+learning_rate = 1e-3
+max_iters = 2000
+lr_decay_iters = 2000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100

@@ -1,0 +1,1360 @@
+"""
+What must stay true of the model and of configuration: python -m pytest test_model.py
+
+The registry is tested on combinations in which every pair of choices meets at least once; FULL_PRODUCT=1 in the environment
+takes every combination instead (minutes). What transformers checks is skipped where it is not installed.
+"""
+import ast
+import itertools
+import math
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as model_py
+from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
+                   LinearCrossEntropy, linear_cross_entropy, load_checkpoint, register, sample_token)
+
+ROOT = Path(__file__).resolve().parent
+TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)  # 5 does not divide 16
+V, T, B = TINY['vocab_size'], TINY['block_size'], 3
+torch.set_num_threads(1)  # the models are too small to share
+
+
+def build(seed=1, **settings):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**TINY | settings))
+
+
+def shaken(seed=1, **settings):
+    """A model in which every parameter matters: at initialisation attention is nearly uniform, biases are 0 and gains 1."""
+    model = build(seed, **settings)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+def on_meta(**settings):
+    with torch.device('meta'):
+        return GPT(GPTConfig(**settings))
+
+
+def ids(*shape, vocab=V, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model, idx, targets):
+    model.zero_grad()
+    loss = model(idx, targets)[1]
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, check_dtype=False)
+
+
+def one_line(error, *parts):
+    text = str(error.value if hasattr(error, 'value') else error)
+    assert '\n' not in text.strip() and all(str(part) in text for part in parts), text
+
+
+# which combinations
+
+FACTORS = {kind: list(parts) for kind, parts in REGISTRY.items()} | dict(
+    n_kv_head=[None, 2, 1], d_ff=[None, 24], bias=[True, False], qk_norm=[False, True], logit_softcap=[0.0, 3.0], weight_tying=[True, False])
+
+
+def pairs(rows, factors):
+    return {(a, row[a], b, row[b]) for row in rows for a, b in itertools.combinations(factors, 2)}
+
+
+def pairwise(factors):
+    """Rows in which every pair of choices of two different keys meets: greedily, each row takes the best of some random completions of an open pair."""
+    rng, rows = random.Random(0), []
+    todo = sorted({(a, x, b, y) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}, key=str)
+    while todo:
+        a, x, b, y = todo[0]
+        tries = [{k: rng.choice(v) for k, v in factors.items()} | {a: x, b: y} for _ in range(50)]
+        rows.append(max(tries, key=lambda row: len(pairs([row], factors) & set(todo))))
+        done = pairs(rows[-1:], factors)
+        todo = [pair for pair in todo if pair not in done]
+    return rows
+
+
+def full_product(factors):
+    """Every combination of parts; the other keys take turns, at strides that have no factor in common with the parts' counts."""
+    others = {k: v for k, v in factors.items() if k not in REGISTRY}
+    for i, row in enumerate(itertools.product(*(factors[kind] for kind in REGISTRY))):
+        yield dict(zip(REGISTRY, row)) | {k: v[(i // 5 ** j) % len(v)] for j, (k, v) in enumerate(others.items())}
+
+
+COMBINATIONS = list(full_product(FACTORS) if os.environ.get('FULL_PRODUCT') else pairwise(FACTORS))
+every_combination = pytest.mark.parametrize('parts', COMBINATIONS, ids=lambda row: '-'.join(str(v) for v in row.values()))
+
+
+def test_the_combinations_cover_every_pair_of_choices():
+    """A covering set with holes would leave, say, post norm with swiglu untested and nobody would know."""
+    for a, b in itertools.combinations(FACTORS, 2):
+        for x, y in itertools.product(FACTORS[a], FACTORS[b]):
+            assert any(row[a] == x and row[b] == y for row in COMBINATIONS), (a, x, b, y)
+
+
+# a second implementation: slow, float64, one head at a time, from formulas and nothing of ours but the weights
+
+REFERENCE_ACTIVATION = {
+    'gelu': lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    'gelu_tanh': lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))),
+    'silu': lambda x: x / (1 + torch.exp(-x)),
+    'relu': lambda x: x.clamp(min=0),
+    'leaky_relu': lambda x: torch.where(x > 0, x, 0.01 * x),
+    'relu_squared': lambda x: x.clamp(min=0) ** 2,
+}
+
+
+def reference_norm(kind, x, weight, bias, eps):
+    if kind != 'rmsnorm':
+        x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def reference_rope(x, pos, theta):
+    """x (..., T, D): dimensions i and i + D/2 are a complex number that turns by pos * theta^(-2i/D)."""
+    half = x.size(-1) // 2
+    turn = torch.exp(1j * pos.double()[:, None] * theta ** (-2 * torch.arange(half).double() / x.size(-1)))
+    z = torch.complex(x[..., :half].double(), x[..., half:].double()) * turn
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def reference_attention(q, k, v):
+    """q (B, H, T, D), k and v (B, K, S, D): query head h reads key head h // (H/K); the queries are the last T of S positions."""
+    out, offset = torch.zeros_like(q, dtype=torch.float64), k.size(2) - q.size(2)
+    for h, t in itertools.product(range(q.size(1)), range(q.size(2))):
+        kv = h // (q.size(1) // k.size(1))
+        seen_k, seen_v = k[:, kv, :offset + t + 1].double(), v[:, kv, :offset + t + 1].double()
+        weights = torch.softmax((seen_k @ q[:, h, t].double()[:, :, None])[:, :, 0] / math.sqrt(q.size(-1)), dim=-1)
+        out[:, h, t] = (weights[:, :, None] * seen_v).sum(1)
+    return out
+
+
+def reference_logits(state, c, idx):
+    """(B, T, V) float64 from a state dict and a config."""
+    s = {k: v.detach().double() for k, v in state.items()}
+    H, K, D = c.n_head, c.n_kv_head or c.n_head, c.n_embd // c.n_head
+    act, pos = REFERENCE_ACTIVATION[c.activation], torch.arange(idx.size(1))
+
+    def norm(x, name):
+        return reference_norm(c.normalization, x, s[f'{name}.weight'], s.get(f'{name}.bias', 0), c.norm_eps)
+
+    def linear(x, name):
+        return torch.einsum('btc,fc->btf', x, s[f'{name}.weight']) + s.get(f'{name}.bias', 0)
+
+    def attention(x, name):
+        heads = torch.stack(linear(x, f'{name}.c_attn').split(D, dim=2), dim=1)  # (B, H + 2K, T, D)
+        q, k, v = heads[:, :H], heads[:, H:H + K], heads[:, H + K:]
+        if c.qk_norm:
+            q, k = norm(q, f'{name}.q_norm'), norm(k, f'{name}.k_norm')
+        if c.position_encoding == 'rope':
+            q, k = reference_rope(q, pos, c.rope_theta), reference_rope(k, pos, c.rope_theta)
+        y = reference_attention(q, k, v)
+        return linear(torch.cat([y[:, h] for h in range(H)], dim=2), f'{name}.c_proj')
+
+    def ffn(x, name):
+        h = linear(x, f'{name}.c_fc')
+        if c.ffn_type == 'swiglu':
+            d_ff = h.size(2) // 2
+            h = act(h[..., :d_ff]) * h[..., d_ff:]
+        else:
+            h = act(h)
+        return linear(h, f'{name}.c_proj')
+
+    x = s['transformer.wte.weight'][idx]
+    if c.position_encoding == 'learned_absolute':
+        x = x + s['transformer.wpe.weight'][pos]
+    for i in range(c.n_layer):
+        h = f'transformer.h.{i}'
+        if c.norm_position == 'pre':
+            x = x + attention(norm(x, f'{h}.ln_1'), f'{h}.attn')
+            x = x + ffn(norm(x, f'{h}.ln_2'), f'{h}.mlp')
+        else:
+            x = norm(x + attention(x, f'{h}.attn'), f'{h}.ln_1')
+            x = norm(x + ffn(x, f'{h}.mlp'), f'{h}.ln_2')
+    logits = linear(norm(x, 'transformer.ln_f') if c.norm_position == 'pre' else x, 'lm_head')
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+KNOWN = dict(normalization=['layernorm', 'layernorm_nobias', 'rmsnorm'], activation=list(REFERENCE_ACTIVATION),
+             position_encoding=['learned_absolute', 'rope', 'none'], norm_position=['pre', 'post'], ffn_type=['standard', 'swiglu'])
+
+
+# registry: properties of every combination
+
+@every_combination
+def test_logits_are_those_of_the_formulas(parts):
+    """Two parts that are right alone and wrong together, such as norms of queries after the rotation or swapped halves of the gate."""
+    new = [parts[kind] for kind, known in KNOWN.items() if parts[kind] not in known]
+    if new:
+        pytest.skip(f'no reference formula for {new}')
+    model, idx = shaken(**parts), ids(B, T)
+    close(model(idx, all_logits=True)[0].double(), reference_logits(model.state_dict(), model.config, idx), 1e-4)
+
+
+@every_combination
+def test_two_steps_train_every_parameter(parts):
+    """A parameter that no gradient reaches, and gradients that are not finite."""
+    model, idx, targets = build(**parts), ids(B, T), ids(B, T, seed=1)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    before = model(idx, targets)[1].item()
+    assert abs(before - math.log(V)) < 0.3  # an untrained model knows nothing
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(idx, targets)[1].backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), name
+            assert p.grad.any() or 'k_norm.bias' in name, f'{name} has a gradient of nothing but 0'  # softmax cancels what all keys share
+        optimizer.step()
+    assert model(idx, targets)[1].item() < before
+
+
+@every_combination
+def test_logits_do_not_depend_on_later_tokens(parts):
+    """A mask that is off by one, or a norm over the wrong dimension, lets the model read the answer."""
+    model, idx = shaken(**parts), ids(B, T)
+    logits = model(idx, all_logits=True)[0]
+    for t in (1, T // 2, T - 1):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % V
+        after = model(changed, all_logits=True)[0]
+        assert torch.equal(after[:, :t], logits[:, :t])
+        assert (after[:, t:] != logits[:, t:]).flatten(2).any(-1).all(), 'the change has to be seen from there on'
+
+
+@every_combination
+def test_backends_agree_on_logits_and_gradients(parts):
+    """A backend with its own mask, scale or grouping of heads trains another model, silently."""
+    idx, targets = ids(B, T), ids(B, T, seed=1)
+    manual = shaken(**parts | {'attention_backend': 'manual'})
+    logits, (loss, grads) = manual(idx, all_logits=True)[0], gradients(manual, idx, targets)
+    for backend in set(ATTENTION_BACKEND) - {'manual'}:
+        other = shaken(**parts | {'attention_backend': backend})
+        close(other(idx, all_logits=True)[0], logits)
+        other_loss, other_grads = gradients(other, idx, targets)
+        close(other_loss, loss)
+        assert other_grads.keys() == grads.keys()
+        for name in grads:
+            close(other_grads[name], grads[name])
+
+
+@every_combination
+def test_bfloat16_autocast_stays_near_float32(parts):
+    """A part that leaves its dtype behind fails under autocast, or computes angles and norms in 8 bits. 0.1: about 25 roundings of 2^-8."""
+    model, idx, targets = shaken(**parts), ids(B, T), ids(B, T, seed=1)
+    logits, loss = model(idx, targets, all_logits=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        rough, rough_loss = model(idx, targets, all_logits=True)
+        generated = model.generate(idx[:, :5], 4, seed=1)
+    assert (rough.float() - logits).norm() < 0.1 * logits.norm()
+    assert abs(rough_loss - loss) < 0.1 * loss and rough_loss.dtype == torch.float32
+    assert generated.shape == (B, 9)
+    rough_loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@every_combination
+@pytest.mark.parametrize('backend', ['sdpa', 'manual'])
+def test_flops_are_those_that_torch_counts(parts, backend):
+    """A formula a part outgrew. Not 'chunked', which sees fewer keys and computes them again: it has a test of its own."""
+    c = dict(parts, attention_backend=backend, block_size=24, vocab_size=100, n_layer=2, n_head=4, n_embd=32)
+    assert_counted(on_meta(**c), B=3, T=20)
+
+
+def assert_counted(model, B, T, tolerance=0):
+    idx = torch.zeros(B, T, dtype=torch.long, device='meta')
+    per_token = model.flops_per_token(seq_len=T)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, all_logits=True)
+    assert 3 * counter.get_total_flops() == per_token * B * T
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == per_token * B * T
+    return per_token * B * T
+
+
+@every_combination
+def test_parts_sum_to_all_parameters_and_flops(parts):
+    """A part that a table forgets, or a tied matrix that it counts twice."""
+    model = build(**parts)
+    tensors = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
+    assert sum(model.params_by_part().values()) == model.get_num_params(non_embedding=False) == sum(tensors.values())
+    assert model.params_by_part().get('head', 0) == (0 if parts['weight_tying'] else V * 32)
+    assert 3 * sum(model.flops_by_part().values()) == model.flops_per_token()
+    assert model.flops_per_token() - model.flops_per_token(causal=True) == 3 * 0.5 * 4 * T * 32 * 2  # half of the scores, 2 layers
+
+
+@every_combination
+def test_a_checkpoint_brings_the_whole_model_back(parts, tmp_path):
+    """A part whose name is not stored comes back as the default one."""
+    model, idx = shaken(**parts), ids(B, T)
+    torch.save({'model': model.state_dict(), 'model_args': vars(model.config)}, tmp_path / 'ckpt.pt')
+    again = GPT.from_checkpoint(tmp_path)
+    assert again.config == model.config and not again.training
+    assert torch.equal(again(idx, all_logits=True)[0], model(idx, all_logits=True)[0])
+
+
+@every_combination
+def test_a_cache_filled_in_pieces_gives_the_same_logits(parts):
+    """With several queries after several cached keys, a causal mask that starts at the wrong corner."""
+    model, idx = shaken(**parts), ids(B, T)
+    whole, cache, pieces = model(idx, all_logits=True)[0], model.new_cache(B, T), []
+    with torch.no_grad():
+        for piece in idx.split([5, 1, 7, 1, 2], dim=1):
+            pieces.append(model(piece, cache=cache, all_logits=True)[0])
+    close(torch.cat(pieces, dim=1), whole)
+
+
+@every_combination
+def test_activation_checkpointing_changes_nothing_but_memory(parts):
+    """Recomputing with other dropout masks than the forward pass had."""
+    idx, targets = ids(B, T), ids(B, T, seed=1)
+    models = [shaken(**parts, dropout=0.1, activation_checkpointing=on).train() for on in (False, True)]
+    results = []
+    for model in models:
+        torch.manual_seed(5)
+        results.append(gradients(model, idx, targets))
+    (loss, grads), (other_loss, other_grads) = results
+    assert loss == other_loss and grads.keys() == other_grads.keys()
+    for name in grads:
+        close(other_grads[name], grads[name], 1e-6)
+    torch.manual_seed(6)
+    assert gradients(models[0], idx, targets)[0] != loss, 'dropout has to be at work'
+
+
+# the parts, each against its formula
+
+@pytest.mark.parametrize('name', REFERENCE_ACTIVATION)
+def test_activation_is_its_formula(name):
+    """GPT-2's tanh and nanoGPT's erf differ by 5e-4, enough to spoil loaded weights."""
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    close(ACTIVATION[name](x), REFERENCE_ACTIVATION[name](x), 1e-12)
+
+
+@pytest.mark.parametrize('eps', [1e-5, 0.5])
+@pytest.mark.parametrize('name', KNOWN['normalization'])
+def test_normalization_is_its_formula(name, eps):
+    """An eps that is not passed on, outside of the root, or a variance over n - 1."""
+    norm, x = NORMALIZATION[name](32, GPTConfig(norm_eps=eps)), torch.randn(5, 32) + 1
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    assert (getattr(norm, 'bias', None) is not None) == (name == 'layernorm')
+    bias = norm.bias.double() if name == 'layernorm' else 0
+    close(norm(x).double(), reference_norm(name, x.double(), norm.weight.double(), bias, eps))
+
+
+def test_rmsnorm_computes_in_float32():
+    """300 squared is beyond float16, and the mean of squares in bfloat16 has two digits."""
+    norm = NORMALIZATION['rmsnorm'](64, GPTConfig())
+    for dtype in (torch.float16, torch.bfloat16):
+        x = (300 * torch.randn(4, 64)).to(dtype)
+        y = norm(x)
+        assert y.dtype == dtype
+        close(y.double(), reference_norm('rmsnorm', x.double(), 1, 0, 1e-5), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize('theta', [10000.0, 500000.0])
+def test_rope_is_a_rotation_of_complex_numbers(theta):
+    """The interleaved layout, or angles in bfloat16, in which position 256 is position 257."""
+    rope = POSITION_ENCODING['rope'](GPTConfig(n_embd=64, n_head=4, rope_theta=theta))
+    q, pos, x = torch.randn(2, 4, 1000, 16), torch.arange(1000), torch.randn(2, 1000, 64)
+    same, rotate = rope(x, pos)
+    assert same is x
+    close(rotate(q).double(), reference_rope(q, pos, theta), 1e-3)  # an angle near 1000 in float32 has an error of 6e-5
+    close(rotate(q)[:, :, :16].double(), reference_rope(q, pos, theta)[:, :, :16], 1e-5)
+    half = rotate(q.bfloat16())
+    assert half.dtype == torch.bfloat16
+    close(half.double(), reference_rope(q.bfloat16(), pos, theta), 0.02)
+
+
+def test_rope_scores_depend_on_distance_only():
+    """A rotation that is not the same for queries and keys, or not linear in the position."""
+    _, rotate = POSITION_ENCODING['rope'](GPTConfig(n_embd=64, n_head=4))(None or torch.zeros(1, 40, 64), torch.arange(40))
+    q, k = (rotate(torch.randn(1, 1, 1, 16).expand(1, 1, 40, 16))[0, 0] for _ in range(2))
+    scores = q @ k.T
+    for distance in (0, 1, 17):
+        diagonal = scores.diagonal(-distance)
+        close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert scores[5, 5] != pytest.approx(scores[5, 4].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize('backend', ATTENTION_BACKEND)
+@pytest.mark.parametrize('T, S', [(1, 1), (1, 9), (9, 9), (4, 9), (16, 16), (11, 16)])
+@pytest.mark.parametrize('K', [4, 2, 1])
+def test_attention_is_its_formula(backend, T, S, K):
+    """Grouped heads paired the wrong way round, or a mask aligned to the first key instead of the last."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, K, S, 8), torch.randn(2, K, S, 8)
+    y = ATTENTION_BACKEND[backend](q, k, v, 0.0, GPTConfig(attention_chunk_size=5))
+    close(y.double(), reference_attention(q, k, v))
+
+
+@pytest.mark.parametrize('backend', ATTENTION_BACKEND)
+def test_attention_dropout_keeps_the_mean(backend):
+    """Dropout before the softmax, or without the division by 1 - p, would shift what attention returns."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
+    n = 4000
+    y = ATTENTION_BACKEND[backend](*(t.expand(n, 1, 4, 8) for t in (q, k, v)), 0.25, GPTConfig(attention_chunk_size=5))
+    assert y.std(0).max() > 0.1, 'dropout has to be at work'
+    close(y.double().mean(0), reference_attention(q, k, v)[0], 6 * y.std(0).max().item() / math.sqrt(n))
+
+
+def test_chunked_attention_holds_no_full_matrix_of_weights():
+    """The point of chunks: all (T, S) weights at once are what they are there to avoid."""
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **kwargs or {})
+            largest = max([largest] + [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)])
+            return out
+
+    q, k, v = (torch.randn(1, 2, 96, 4, requires_grad=True) for _ in range(3))
+    with Largest():
+        ATTENTION_BACKEND['chunked'](q, k, v, 0.0, GPTConfig(attention_chunk_size=16)).sum().backward()
+    assert largest == 2 * 16 * 96
+
+
+def test_chunked_attention_counts_the_keys_up_to_its_end():
+    """Chunks that look at all the keys and mask them cost twice what they need to. Backward recomputes, so only forward is compared."""
+    model = on_meta(block_size=20, vocab_size=100, n_layer=2, n_head=4, n_embd=32, attention_backend='chunked', attention_chunk_size=6)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(3, 20, dtype=torch.long, device='meta'), all_logits=True)
+    full, chunks = 4 * 32 * 20 * 20, 4 * 32 * (6 * 6 + 6 * 12 + 6 * 18 + 2 * 20)
+    assert counter.get_total_flops() == 3 * (20 * model.flops_per_token(20) / 3 - 2 * (full - chunks))
+
+
+@pytest.mark.parametrize('d_ff, C, width', [(None, 96, 256), (None, 128, 512), (24, 96, 24)])
+def test_swiglu_is_its_formula(d_ff, C, width):
+    """Gate and up swapped, or a width that is not 8/3 C rounded up to a multiple of 256."""
+    ffn, x = FFN_TYPE['swiglu'](GPTConfig(n_embd=C, n_head=4, d_ff=d_ff, activation='silu', bias=False)), torch.randn(5, C)
+    gate, up = ffn.c_fc.weight.double().split(width)
+    z = x.double() @ gate.T
+    close(ffn(x).double(), ((z * torch.sigmoid(z)) * (x.double() @ up.T)) @ ffn.c_proj.weight.double().T)
+
+
+def test_swiglu_costs_what_four_times_the_width_costs():
+    """The fair default for a comparison: three matrices at 8/3 C are two at 4 C."""
+    c = dict(n_embd=768, n_layer=1)
+    assert on_meta(**c, ffn_type='swiglu').flops_by_part()['ffn'] == on_meta(**c).flops_by_part()['ffn'] == 2 * 2 * 768 * 3072
+
+
+def test_post_norm_has_no_final_norm():
+    """A second norm right after the last one would be a parameter that GPT-1 does not have."""
+    names = build(norm_position='post').state_dict().keys()
+    assert not [n for n in names if 'ln_f' in n] and 'transformer.h.1.ln_2.weight' in names
+    assert 'transformer.ln_f.weight' in build(norm_position='pre').state_dict()
+
+
+def test_a_part_added_with_the_decorator_gets_everything_else():
+    """Initialisation, decay, FLOPs and parameter table that know the parts by name would pass a new one by."""
+    @register(FFN_TYPE, 'lowrank')
+    class LowRank(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.down, self.c_proj = torch.nn.Linear(config.n_embd, 100), torch.nn.Linear(100, config.n_embd)
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.c_proj(self.down(x)) * self.scale
+
+        def extra_flops(self, T):
+            return 7 * T
+    try:
+        model = build(ffn_type='lowrank', n_embd=128)
+        ffn = model.transformer.h[0].mlp
+        assert ffn.down.weight.std().item() == pytest.approx(0.02, rel=0.05) and ffn.c_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert not ffn.down.bias.any()
+        assert model.flops_by_part()['ffn'] == 2 * (2 * 2 * 128 * 100 + 7 * T)
+        assert model.params_by_part()['ffn'] == 2 * (2 * 128 * 100 + 100 + 128 + 1)
+        decayed = {id(p) for p in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups[0]['params']}
+        assert id(ffn.down.weight) in decayed and id(ffn.scale) not in decayed
+        with pytest.raises(ValueError, match='standard, swiglu.*lowrank'):
+            GPTConfig(ffn_type='lowrnk')
+    finally:
+        del FFN_TYPE['lowrank']
+
+
+# loss
+
+def plain_loss(x, weight, targets, softcap=0.0):
+    """The definition, in float64; torch's own mean over no target at all is nan, ours is 0."""
+    z = x.double() @ weight.double().T
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return F.cross_entropy(z, targets, ignore_index=-1, reduction='sum') / (targets >= 0).sum().clamp(min=1)
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 40, 1000, None])  # None: as the model calls it
+@pytest.mark.parametrize('softcap', [0.0, 2.0])
+@pytest.mark.parametrize('ignored', ['none', 'some', 'all'])
+def test_chunked_loss_is_cross_entropy(chunk, softcap, ignored):
+    """A mean of chunk means, ignored rows that pull on the gradient, or a softcap without its derivative."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(50, (40,))
+    targets[{'none': slice(0), 'some': slice(3, 17), 'all': slice(None)}[ignored]] = -1
+    expected = plain_loss(x, weight, targets, softcap)
+    expected_grads = torch.autograd.grad(expected * 3, (x, weight))
+    loss = (linear_cross_entropy(x, weight, targets, softcap) if chunk is None else
+            LinearCrossEntropy.apply(x, weight, targets, softcap, torch.float32, chunk, True))
+    assert loss.dtype == torch.float32
+    close(loss.double(), expected.detach())
+    for grad, expected_grad in zip(torch.autograd.grad(loss * 3, (x, weight)), expected_grads):  # * 3: as accumulation and loss scaling do
+        close(grad, expected_grad)
+    with torch.no_grad():
+        close(linear_cross_entropy(x, weight, targets, softcap).double(), expected.detach())
+
+
+def test_the_default_chunk_splits_a_large_vocabulary():
+    """All logits at once are what the chunks avoid: 2^24 floats are 16 rows of a vocabulary of 2^20."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(40, 2, requires_grad=True), torch.randn(2 ** 20, 2, requires_grad=True), torch.randint(2 ** 20, (40,))
+    targets[5] = -1
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
+    expected_grads = torch.autograd.grad(expected, (x, weight))
+    loss = linear_cross_entropy(x, weight, targets)
+    close(loss, expected)
+    for grad, expected_grad in zip(torch.autograd.grad(loss, (x, weight)), expected_grads):
+        close(grad, expected_grad)
+
+
+@pytest.mark.parametrize('softcap', [0.0, 2.0])
+def test_loss_under_bfloat16_autocast_is_near_float32(softcap):
+    """A softmax in bfloat16. Tolerance 1 % in the loss and 2 % in a gradient's norm: operands have 8 bits, sums 24."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(400, 64, requires_grad=True), (0.3 * torch.randn(500, 64)).requires_grad_(), torch.randint(500, (400,))
+    targets[::7] = -1
+    expected = plain_loss(x, weight, targets, softcap)
+    expected_grads = torch.autograd.grad(expected, (x, weight))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets, softcap)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.01)
+    assert loss.item() != pytest.approx(expected.item(), rel=1e-7), 'bfloat16 has to be at work'
+    for grad, expected_grad in zip(torch.autograd.grad(loss, (x, weight)), expected_grads):
+        assert grad.dtype == torch.float32 and (grad - expected_grad).norm() < 0.02 * expected_grad.norm()
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_the_models_loss_is_cross_entropy_of_its_logits(tied):
+    """A tied matrix gets two gradients; a loss that returns one of them trains half of it."""
+    model, idx, targets = shaken(weight_tying=tied, logit_softcap=3.0), ids(B, T), ids(B, T, seed=1)
+    targets[0, :4] = -1
+    logits = model(idx, all_logits=True)[0]
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for name, grad in gradients(model, idx, targets)[1].items():
+        close(grad, expected[name])
+
+
+def test_forward_returns_what_it_says():
+    """Callers rely on which of logits and loss is None; nanoGPT's (B, T, V) floats beside the loss are what fills the memory."""
+    model, idx = shaken(), ids(B, T)
+    logits, loss = model(idx)
+    assert logits.shape == (B, 1, V) and loss is None
+    logits_all, loss = model(idx, all_logits=True)
+    assert logits_all.shape == (B, T, V) and loss is None
+    close(logits, logits_all[:, -1:])
+    logits, loss = model(idx, idx)
+    assert logits is None and loss.shape == ()
+    logits, both = model(idx, idx, all_logits=True)
+    assert torch.equal(logits, logits_all) and both == loss
+    with torch.no_grad():
+        assert model(idx, idx)[1] == loss and not model(idx, idx)[1].requires_grad
+
+
+def test_targets_may_be_a_slice_of_the_same_tensor():
+    """x, y = ids[:, :-1], ids[:, 1:] is what people write, and such a slice cannot be viewed flat."""
+    model, data = shaken(), ids(B, T + 1)
+    assert model(data[:, :-1], data[:, 1:])[1] == model(data[:, :-1], data[:, 1:].contiguous())[1]
+
+
+def test_a_sequence_beyond_block_size_is_refused():
+    """Without learned positions nothing else would notice a context that was never trained."""
+    for position in POSITION_ENCODING:
+        with pytest.raises(ValueError, match=f'length {T + 1}: block_size is {T}'):
+            build(position_encoding=position)(ids(B, T + 1))
+
+
+# config and presets
+
+MEANING = {
+    'custom': ('layernorm', 'gelu', 'learned_absolute', 'sdpa', 'pre', 'standard', False, True),
+    'gpt2': ('layernorm', 'gelu_tanh', 'learned_absolute', 'sdpa', 'pre', 'standard', True, True),
+    'llama': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False),
+    'team': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False),
+    'hybrid': ('layernorm', 'gelu', 'rope', 'sdpa', 'pre', 'standard', False, True),
+}
+COMPONENTS = [*REGISTRY, 'bias', 'weight_tying']
+
+
+@pytest.mark.parametrize('preset', MEANING)
+def test_preset_means_what_its_name_promises(preset):
+    """GPT-2 with exact GELU, or LLaMA with biases, would be compared under a wrong name."""
+    nobody_set = dict.fromkeys(COMPONENTS) | {'arch_preset': preset, 'n_kv_head': None, 'd_ff': None, 'vocab_size': None}
+    for settings in ({'arch_preset': preset}, nobody_set):
+        assert {k: getattr(GPTConfig.from_settings(settings), k) for k in COMPONENTS} == dict(zip(COMPONENTS, MEANING[preset]))
+    if preset == 'custom':
+        assert GPTConfig.from_settings({}) == GPTConfig.from_settings({'arch_preset': 'custom'})
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_key_set_by_hand_wins_over_the_preset(preset):
+    """--arch_preset=llama --bias=True has to have biases; False must not pass for 'nobody set it'."""
+    for key in COMPONENTS:
+        preset_says = getattr(GPTConfig.from_settings({'arch_preset': preset}), key)
+        for value in REGISTRY.get(key, (True, False)):
+            config = GPTConfig.from_settings({'arch_preset': preset, key: value})
+            assert getattr(config, key) == value
+            same = GPTConfig.from_settings({'arch_preset': preset})
+            setattr(same, key, value)
+            assert config == same, f'{key} changed more than itself from {preset_says!r}'
+
+
+def test_settings_that_are_no_part_pass_through_and_those_of_training_do_not():
+    """A size that from_settings forgets would silently be GPT-2's."""
+    given = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=64, dropout=0.1, n_kv_head=2, d_ff=99, qk_norm=True, rope_theta=5e5,
+                 norm_eps=1e-6, logit_softcap=30.0, attention_chunk_size=8, activation_checkpointing=True)
+    config = GPTConfig.from_settings(given | {'learning_rate': 1.0, 'out_dir': 'x'})
+    assert {k: getattr(config, k) for k in given} == given
+
+
+@pytest.mark.parametrize('data_vocab, vocab_size', [(1, 1), (65, 65), (1024, 1024), (1025, 1088), (50257, 50304), (50304, 50304), (32001, 32064)])
+def test_a_large_data_vocabulary_is_padded_to_a_multiple_of_64(data_vocab, vocab_size):
+    """Padding a table of 65 characters would waste a third of it, not padding 50257 costs speed; padded ids must never be sampled."""
+    config = GPTConfig.from_settings({'vocab_size': None}, data_vocab)
+    assert (config.vocab_size, config.unpadded_vocab_size) == (vocab_size, data_vocab)
+
+
+def test_a_vocab_size_by_hand_is_kept_unless_too_small():
+    """Ids beyond the embeddings would be an index error deep inside, on a GPU an assert that names nothing."""
+    config = GPTConfig.from_settings({'vocab_size': 50300}, 50257)
+    assert (config.vocab_size, config.unpadded_vocab_size) == (50300, 50257)
+    with pytest.raises(ValueError) as e:
+        GPTConfig.from_settings({'vocab_size': 64}, 65)
+    one_line(e, 'vocab_size', 64, 65)
+
+
+@pytest.mark.parametrize('key', [*REGISTRY, 'arch_preset'])
+def test_an_unknown_name_lists_the_choices(key):
+    """A misspelt part that falls back to the default is a wasted run."""
+    with pytest.raises(ValueError) as e:
+        GPTConfig.from_settings({key: 'nonesuch'})
+    one_line(e, key, "'nonesuch'", *(PRESETS if key == 'arch_preset' else REGISTRY[key]))
+
+
+SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'd_ff', 'attention_chunk_size')
+
+
+@pytest.mark.parametrize('settings, key', [({k: v}, k) for k in SIZES for v in (0, -1, 2.0, True, '8')] + [
+    ({'n_embd': 33}, 'n_embd'), ({'n_head': 5}, 'n_head'),
+    ({'n_embd': 36, 'position_encoding': 'rope'}, 'rope'),
+    ({'n_kv_head': 3}, 'n_kv_head'), ({'n_kv_head': 8}, 'n_kv_head'),
+    ({'dropout': 1.0}, 'dropout'), ({'dropout': -0.1}, 'dropout'), ({'norm_eps': 0.0}, 'norm_eps'), ({'rope_theta': 0.0}, 'rope_theta'),
+    ({'logit_softcap': -1.0}, 'logit_softcap'), ({'unpadded_vocab_size': V + 1}, 'unpadded_vocab_size'),
+    ({'unpadded_vocab_size': -1}, 'unpadded_vocab_size'), ({'unpadded_vocab_size': 0}, 'unpadded_vocab_size'),
+    ({'dropout': math.nan}, 'dropout')], ids=str)
+def test_a_bad_size_is_refused_by_name(settings, key):
+    """0 heads are a ZeroDivisionError and 33 / 4 a reshape error three calls down, neither of which names the key."""
+    with pytest.raises(ValueError) as e:
+        GPTConfig(**TINY | settings)
+    one_line(e, key, *settings.values())
+
+
+# initialisation and decay
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_initialisation_is_gpt2s(preset):
+    """Residual projections at full size make the stream grow with depth; torch's own uniform start is another model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_settings(dict(TINY, arch_preset=preset, n_layer=3, n_embd=128, vocab_size=256, block_size=64)))
+    matrices = 0
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert p.eq(1.0 if name.endswith('weight') else 0.0).all(), name
+        else:
+            matrices += 1
+            std = 0.02 / math.sqrt(2 * 3) if name.endswith('c_proj.weight') else 0.02
+            assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name  # 5 standard errors
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    embeddings = 1 + (model.config.position_encoding == 'learned_absolute') + (not model.config.weight_tying)
+    assert matrices == 3 * 4 + embeddings
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_matrices_decay_and_vectors_do_not(preset):
+    """Decay on norms pulls gains to 0; a tied matrix listed twice would be stepped twice."""
+    model = GPT(GPTConfig.from_settings(dict(TINY, arch_preset=preset, qk_norm=True)))
+    frozen = model.transformer.h[0].attn.c_attn.weight.requires_grad_(False)
+    optimizer = model.configure_optimizers(0.3, 1e-3, (0.8, 0.9), 'cpu')
+    listed = [(p, group['weight_decay']) for group in optimizer.param_groups for p in group['params']]
+    assert {id(p) for p, _ in listed} == {id(p) for p in model.parameters()} - {id(frozen)} and len({id(p) for p, _ in listed}) == len(listed)
+    assert all(decay == (0.3 if p.dim() == 2 else 0.0) for p, decay in listed)
+    assert all(group['lr'] == 1e-3 and group['betas'] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+# accounting
+
+def test_flops_of_the_known_small_model():
+    """Both a formula and a counter that drift together: these two figures were worked out by hand."""
+    model = on_meta(n_layer=2, n_embd=64, n_head=4, block_size=128, vocab_size=512, bias=False)
+    assert assert_counted(model, B=1, T=128) == 125_829_120
+    assert model.flops_per_token() / 3 * 128 == 41_943_040
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('sizes', [{}, {'n_kv_head': 2}, {'d_ff': 100}], ids=str)
+def test_flops_of_the_presets_are_those_that_torch_counts(preset, sizes):
+    """A preset whose throughput and MFU are wrong makes every comparison with it wrong."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig.from_settings(dict(arch_preset=preset, n_layer=2, n_head=8, n_embd=64, vocab_size=300, block_size=32, **sizes)))
+    assert_counted(model, B=2, T=32)
+    assert_counted(model, B=2, T=7)
+
+
+def test_flops_of_gpt2_124m():
+    """28.5 GFLOP a token is in circulation: 33 times too much."""
+    model = on_meta(bias=False)
+    assert model.flops_per_token() / 1e9 == pytest.approx(0.855, abs=5e-4)
+    assert model.flops_per_token(causal=True) / 1e9 == pytest.approx(0.798, abs=5e-4)
+    assert model.flops_per_token(512) < model.flops_per_token(1024) == model.flops_per_token()
+
+
+GPT2_124M = dict(block_size=1024, n_layer=12, n_head=12, n_embd=768)
+LARGE = dict(block_size=2048, n_layer=18, n_head=18, n_embd=2304)
+
+
+@pytest.mark.parametrize('settings, total, non_embedding', [
+    (dict(GPT2_124M, arch_preset='gpt2', vocab_size=50257), 124_439_808, 124_439_808 - 1024 * 768),
+    (dict(GPT2_124M, arch_preset='custom', vocab_size=50304), 124_373_760, 123_587_328),
+    (dict(GPT2_124M, arch_preset='llama', vocab_size=50304, weight_tying=True), 123_587_328, 123_587_328),
+    (dict(GPT2_124M, arch_preset='llama', vocab_size=50304), 162_220_800, 162_220_800 - 50304 * 768),
+    (dict(LARGE, arch_preset='llama', vocab_size=32000, d_ff=6656), 1_357_860_096, 1_357_860_096 - 32000 * 2304),
+    (dict(LARGE, arch_preset='custom', vocab_size=50304, d_ff=10304), 1_357_565_184, 1_357_565_184 - 2048 * 2304)])
+def test_parameter_counts_are_the_published_ones(settings, total, non_embedding):
+    """A bias too many or a matrix counted twice shows in no loss curve."""
+    with torch.device('meta'):
+        model = GPT(GPTConfig.from_settings(settings))
+    assert model.get_num_params(non_embedding=False) == sum(model.params_by_part().values()) == total
+    assert model.get_num_params() == non_embedding
+
+
+# against Hugging Face's implementations
+
+def test_gpt2_is_transformers_gpt2():
+    """Anything in which we and GPT-2 differ, whose weights would load and talk nonsense."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)).eval()
+    state = {k: v.T if k.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else v for k, v in hf.state_dict().items()}  # Conv1D is (in, out)
+    ours = GPT(GPTConfig.from_settings(dict(TINY, arch_preset='gpt2'))).eval()
+    with torch.no_grad():
+        for n, p in list(hf.named_parameters()):
+            p.add_(0.1 * torch.randn_like(p))  # biases and gains that matter; the transposes above share memory
+    ours.load_state_dict(state)
+    idx = ids(B, T)
+    close(ours(idx, all_logits=True)[0], hf(idx).logits, 1e-4)
+
+
+@pytest.mark.parametrize('n_kv_head', [4, 2, 1])
+@pytest.mark.parametrize('tied', [True, False])
+def test_llama_is_transformers_llama(n_kv_head, tied):
+    """The other RoPE layout, or gate and up swapped, gives finite and useless logits."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=n_kv_head,
+        max_position_embeddings=T, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=tied, initializer_range=0.2)).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    s = hf.state_dict()
+    state = {'transformer.wte.weight': s['model.embed_tokens.weight'], 'transformer.ln_f.weight': s['model.norm.weight'], 'lm_head.weight': s['lm_head.weight']}
+    for i in range(2):
+        theirs, h = f'model.layers.{i}.', f'transformer.h.{i}.'
+        state |= {h + 'ln_1.weight': s[theirs + 'input_layernorm.weight'], h + 'ln_2.weight': s[theirs + 'post_attention_layernorm.weight'],
+                  h + 'attn.c_attn.weight': torch.cat([s[f'{theirs}self_attn.{x}_proj.weight'] for x in 'qkv']),
+                  h + 'attn.c_proj.weight': s[theirs + 'self_attn.o_proj.weight'],
+                  h + 'mlp.c_fc.weight': torch.cat([s[f'{theirs}mlp.{x}_proj.weight'] for x in ('gate', 'up')]),
+                  h + 'mlp.c_proj.weight': s[theirs + 'mlp.down_proj.weight']}
+    ours = GPT(GPTConfig.from_settings(dict(TINY, arch_preset='llama', n_kv_head=n_kv_head, d_ff=40, weight_tying=tied))).eval()
+    ours.load_state_dict(state)
+    idx = ids(B, T)
+    close(ours(idx, all_logits=True)[0], hf(idx).logits, 1e-4)
+
+
+# generation
+
+@torch.no_grad()
+def naive_generate(model, idx, n, seed, temperature=1.0, top_k=None, slide=1):
+    """nanoGPT's loop: crop, run the whole window, draw. With slide > 1 the window moves that far whenever it is full."""
+    generator, start = torch.Generator().manual_seed(seed), 0
+    for _ in range(n):
+        while idx.size(1) - start > model.config.block_size:
+            start += slide
+        logits = model(idx[:, start:])[0][:, -1, :] / temperature
+        if top_k is not None:
+            logits[logits < torch.topk(logits, top_k).values[:, [-1]]] = -float('inf')
+        idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize('position', POSITION_ENCODING)
+@pytest.mark.parametrize('norm_position', FACTORS['norm_position'])
+@pytest.mark.parametrize('n_kv_head', [None, 2])
+@pytest.mark.parametrize('prompt, n', [(1, 15), (5, 11), (5, 40), (16, 20), (37, 12)])  # block_size is 16
+def test_generation_with_and_without_cache_is_the_naive_loop(position, norm_position, n_kv_head, prompt, n):
+    """A cache that outlives its window, positions that go on counting past it, or a prompt longer than block_size."""
+    model, idx = shaken(position_encoding=position, norm_position=norm_position, n_kv_head=n_kv_head, qk_norm=True), ids(B, prompt)
+    for slide in (1, T // 2):
+        expected = naive_generate(model, idx, n, seed=7, temperature=1.5, top_k=20, slide=slide)
+        for use_cache in (True, False):
+            assert torch.equal(model.generate(idx, n, temperature=1.5, top_k=20, seed=7, slide=slide, use_cache=use_cache), expected), (slide, use_cache)
+
+
+@every_combination
+def test_every_combination_generates_the_same_with_and_without_cache(parts):
+    """A part that sees one token at a time where it was written for a sequence."""
+    model, idx = shaken(**parts), ids(B, 6)
+    for slide in (1, 5, T):
+        cached, uncached = (model.generate(idx, 30, seed=3, slide=slide, use_cache=use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, uncached), slide
+
+
+def test_greedy_takes_the_likeliest_token():
+    """Temperature 0 is a division by 0 where it is not argmax; one row of a batch must not read another."""
+    model, idx = shaken(), ids(B, 4)
+    out = model.generate(idx, 8, temperature=0)
+    for t in range(4, 12):
+        for b in range(B):
+            assert out[b, t] == model(out[b:b + 1, :t])[0][0, -1].argmax()
+    assert torch.equal(out, model.generate(idx, 8, top_k=1, seed=1)) and torch.equal(out, model.generate(idx, 8, top_p=1e-9, seed=1))
+
+
+def test_the_seed_alone_decides_the_draws():
+    """Draws from the global generator would make sampling disturb training, and training sampling."""
+    model, idx = shaken(), ids(B, 4)
+    torch.manual_seed(1)
+    first, state = model.generate(idx, 20, seed=5), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(model.generate(idx, 20, seed=5), first) and not torch.equal(model.generate(idx, 20, seed=6), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), 'a seeded run leaves the global generator alone'
+    unseeded = model.generate(idx, 20)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(idx, 20), unseeded) and not torch.equal(model.generate(idx, 20), unseeded)
+
+
+PROBS = torch.tensor([0.15, 0.5, 0.1, 0.25])
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(), [0.15, 0.5, 0.1, 0.25]),
+    (dict(temperature=0.5), [0.0225, 0.25, 0.01, 0.0625]),
+    (dict(temperature=2.0), [0.15 ** 0.5, 0.5 ** 0.5, 0.1 ** 0.5, 0.25 ** 0.5]),
+    (dict(top_k=2), [0, 0.5, 0, 0.25]),
+    (dict(top_k=4), [0.15, 0.5, 0.1, 0.25]),
+    (dict(top_k=99), [0.15, 0.5, 0.1, 0.25]),
+    (dict(top_p=0.4), [0, 0.5, 0, 0]),
+    (dict(top_p=0.6), [0, 0.5, 0, 0.25]),
+    (dict(top_p=0.8), [0.15, 0.5, 0, 0.25]),
+    (dict(top_p=0.95), [0.15, 0.5, 0.1, 0.25]),
+    (dict(top_p=1.0), [0.15, 0.5, 0.1, 0.25]),
+    (dict(top_k=3, top_p=0.8), [0, 0.5, 0, 0.25]),  # of the three that top_k leaves, two hold 0.83
+    (dict(temperature=0.5, top_p=0.8), [0, 0.25, 0, 0.0625]),  # temperature first: 0.72 alone is not enough
+], ids=str)
+def test_tokens_are_drawn_from_the_right_distribution(options, expected):
+    """top_p that drops the token which crosses it, or puts its mask back in the wrong order."""
+    n = 20000
+    drawn = sample_token(PROBS.log().expand(n, 4), generator=torch.Generator().manual_seed(0), **options)
+    expected = torch.tensor(expected) / sum(expected)
+    counts = drawn.bincount(minlength=4)
+    assert not counts[expected == 0].any()
+    close(counts / n, expected, 5 * 0.5 / math.sqrt(n))
+
+
+def test_rows_are_sampled_each_from_its_own():
+    """A threshold or an order taken from one row for all of them."""
+    logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
+    drawn = {tuple(sample_token(logits, top_p=0.6, generator=torch.Generator().manual_seed(s)).tolist()) for s in range(200)}
+    assert drawn == {(a, b) for a in (1, 3) for b in (0, 2)}
+
+
+def test_top_k_keeps_that_many_tokens_when_they_tie():
+    """bfloat16 logits have 8 bits, so among 50,000 many are equal: a threshold then keeps more than k, and top_k=1 is not greedy."""
+    drawn = sample_token(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]).expand(2000, 5), top_k=2, generator=torch.Generator().manual_seed(0))
+    assert len(drawn.unique()) == 2
+
+
+def test_a_row_that_stopped_goes_on_with_stop_and_all_end_together():
+    """Text after the end of text, or a batch that waits for max_new_tokens when everyone is done."""
+    model, idx, stop = shaken(), ids(8, 4), 9
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)  # flatter, so that rows differ in when they stop
+    free, stopped = model.generate(idx, 600, seed=1), model.generate(idx, 600, seed=1, stop=stop)
+    ends = [row.index(stop) for row in free[:, 4:].tolist()]
+    assert len(set(ends)) > 2 and stopped.size(1) == 4 + max(ends) + 1
+    for row, expected, end in zip(stopped[:, 4:].tolist(), free[:, 4:].tolist(), ends):
+        assert row[:end + 1] == expected[:end + 1] and set(row[end:]) == {stop}
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0}, {'top_k': 60}, {'top_p': 0.99}], ids=str)
+def test_padding_ids_are_never_drawn(options):
+    """Ids that no tokenizer can decode, from rows of the head that training only pushes down."""
+    model = shaken(unpadded_vocab_size=50, weight_tying=False)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_(), model.transformer.ln_f.bias.fill_(1.0)  # logits are the rows' sums
+        model.lm_head.weight[50:] = 100.0
+    assert (model(ids(B, 4))[0].argmax(-1) >= 50).all(), 'padding has to be the likeliest'
+    out = model.generate(ids(B, 4, vocab=50), 200, seed=1, **options)
+    assert out.max() < 50
+
+
+def test_streaming_gives_what_generate_gives():
+    """Two loops that sample would come to differ."""
+    model, idx = shaken(), ids(B, 4)
+    steps = list(model.stream(idx, 30, top_p=0.9, seed=2))
+    assert all(s.shape == (B,) and s.dtype == torch.int64 for s in steps)
+    assert torch.equal(torch.cat((idx, torch.stack(steps, dim=1)), dim=1), model.generate(idx, 30, top_p=0.9, seed=2))
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+def test_generation_gives_the_mode_back_and_drops_nothing_out():
+    """A sample during training that leaves the model in eval, or samples with dropout."""
+    model, idx = shaken(dropout=0.5), ids(B, 4)
+    expected = model.generate(idx, 8, seed=1)
+    assert not model.training
+    model.train()
+    assert torch.equal(model.generate(idx, 8, seed=1), expected) and model.training
+    stream = model.stream(idx, 8, seed=1)
+    next(stream)
+    assert torch.is_grad_enabled(), 'between two tokens gradients are as before'
+    stream.close()
+    assert model.training and model.transformer.h[0].mlp.dropout.training
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 2), V), 2)
+    assert model.training
+
+
+@pytest.mark.parametrize('options, name', [
+    ({'max_new_tokens': -1}, 'max_new_tokens'), ({'temperature': -0.1}, 'temperature'), ({'temperature': math.nan}, 'temperature'),
+    ({'top_k': 0}, 'top_k'), ({'top_k': -1}, 'top_k'), ({'top_p': 0.0}, 'top_p'), ({'top_p': 1.1}, 'top_p'), ({'top_p': -1}, 'top_p'),
+    ({'slide': 0}, 'slide'), ({'slide': T + 1}, 'slide')], ids=str)
+def test_a_bad_argument_of_generation_is_named(options, name):
+    """top_k=0 would mask everything and fail in multinomial, without a word about top_k."""
+    model = shaken().train()
+    with pytest.raises(ValueError) as e:
+        model.generate(ids(B, 4), **{'max_new_tokens': 3} | options)
+    one_line(e, name, *options.values())
+    assert model.training
+
+
+def test_an_empty_prompt_is_refused():
+    """There is no token to predict from; the slice [:, -1] would be an index error."""
+    with pytest.raises(ValueError, match='prompt'):
+        shaken().generate(torch.empty(1, 0, dtype=torch.long), 3)
+
+
+# checkpoints
+
+NANOGPT_ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, bias=False, vocab_size=64, dropout=0.0)
+
+
+def nanogpt_checkpoint(path, prefix='_orig_mod.', bias=False, extra=(), **changes):
+    """What nanoGPT's train.py saves, written without our model: names and shapes from its model.py."""
+    generator, C, state = torch.Generator().manual_seed(0), 32, {}
+
+    def add(name, *shape):
+        state[f'{name}.weight'] = 0.3 * torch.randn(shape, generator=generator)
+        if bias and name not in ('transformer.wte', 'transformer.wpe'):
+            state[f'{name}.bias'] = 0.3 * torch.randn(shape[0], generator=generator)
+    add('transformer.wte', 64, C)
+    add('transformer.wpe', 16, C)
+    for i in range(2):
+        for name, *shape in (('ln_1', C), ('attn.c_attn', 3 * C, C), ('attn.c_proj', C, C), ('ln_2', C), ('mlp.c_fc', 4 * C, C), ('mlp.c_proj', C, 4 * C)):
+            add(f'transformer.h.{i}.{name}', *shape)
+    add('transformer.ln_f', C)
+    state['lm_head.weight'] = state['transformer.wte.weight']
+    ckpt = dict(model={prefix + k: v for k, v in (state | dict(extra)).items()}, optimizer={'state': {}, 'param_groups': []},
+                model_args=dict(NANOGPT_ARGS, bias=bias), iter_num=7, best_val_loss=torch.tensor(1.5), config={'out_dir': 'out', 'dataset': 'x'}) | changes
+    torch.save(ckpt, path)
+    return state
+
+
+def refused(path, *parts):
+    with pytest.raises(ValueError) as e:
+        GPT.from_checkpoint(path)
+    one_line(e, path, *parts)
+    return str(e.value)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('prefix', ['_orig_mod.', ''])
+def test_a_nanogpt_checkpoint_is_the_same_model_here(tmp_path, prefix, bias):
+    """Defaults that are not nanoGPT's would make its checkpoints another model: the weights load either way."""
+    state = nanogpt_checkpoint(tmp_path / 'ckpt.pt', prefix, bias)
+    c = GPTConfig(**dict(NANOGPT_ARGS, bias=bias), normalization='layernorm', activation='gelu', position_encoding='learned_absolute',
+                  norm_position='pre', ffn_type='standard', weight_tying=True)
+    for path in (tmp_path, str(tmp_path), tmp_path / 'ckpt.pt'):
+        model = GPT.from_checkpoint(path)
+        assert not model.training and model.lm_head.weight is model.transformer.wte.weight and all(p.requires_grad for p in model.parameters())
+        close(model(ids(B, T), all_logits=True)[0].double(), reference_logits(state, c, ids(B, T)), 1e-4)
+    ckpt = load_checkpoint(tmp_path)
+    assert (ckpt['iter_num'], ckpt['best_val_loss'], ckpt['config']) == (7, 1.5, {'out_dir': 'out', 'dataset': 'x'})
+
+
+def test_a_nanogpt_checkpoint_with_its_mask_buffers_loads(tmp_path):
+    """Where torch had no fused attention, nanoGPT registered the causal mask as attn.bias, and it is in its checkpoints."""
+    mask = torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16)
+    state = nanogpt_checkpoint(tmp_path / 'ckpt.pt', extra={f'transformer.h.{i}.attn.bias': mask for i in range(2)})
+    close(GPT.from_checkpoint(tmp_path)(ids(B, T), all_logits=True)[0].double(), reference_logits(state, GPTConfig(**NANOGPT_ARGS), ids(B, T)), 1e-4)
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), 'w')
+
+
+@pytest.mark.parametrize('place', ['model', 'model_args', 'config', 'alone', 'no zip'])
+def test_a_malicious_checkpoint_does_not_run(tmp_path, place):
+    """Unpickling is running code; a fallback to weights_only=False would give a downloaded checkpoint the machine."""
+    path, marker = tmp_path / 'ckpt.pt', tmp_path / 'was_here'
+    if place == 'alone':
+        torch.save(Evil(marker), path)
+    elif place == 'no zip':
+        path.write_bytes(pickle.dumps(Evil(marker)))
+    else:
+        nanogpt_checkpoint(path, **{place: {'key': Evil(marker)}})
+    refused(path)
+    assert not marker.exists()
+    if place == 'no zip':
+        pickle.loads(path.read_bytes()).close()
+    else:
+        torch.load(path, weights_only=False)
+    assert marker.exists(), 'the trap has to work'
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    """torch.load reads a file with a flipped bit without a word, and the model is a little off for ever."""
+    path = tmp_path / 'ckpt.pt'
+    state = nanogpt_checkpoint(path)
+    whole = path.read_bytes()
+    tensor = state['transformer.h.1.mlp.c_fc.weight'].numpy().tobytes()
+    middle = whole.index(tensor) + len(tensor) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    assert torch.load(path, weights_only=True)['iter_num'] == 7, 'torch alone does not notice'
+    refused(path, 'checksum')
+    for size in (0, 1, 100, middle, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(path)
+    path.write_bytes(b'not a checkpoint at all')
+    refused(path)
+    path.write_bytes(whole)
+    GPT.from_checkpoint(path)
+
+
+def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
+    """FileNotFoundError would be a traceback for a typing error."""
+    refused(tmp_path / 'nonesuch.pt')
+    refused(tmp_path / 'nonesuch' / 'ckpt.pt')
+    refused(tmp_path, 'ckpt.pt')
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    """Ignored keys, missing ones and wrong shapes: a model that is partly random would load without a word."""
+    path = tmp_path / 'ckpt.pt'
+    for content in ([1, 2], {'model': 1, 'model_args': {}}, {'weights': {}}, torch.zeros(3)):
+        torch.save(content, path)
+        refused(path)
+    for args, part in (({'n_embd': 64}, 'size mismatch'), ({'vocab_size': 65}, 'size mismatch'), ({'n_layer': 3}, 'Missing key'), ({'n_layer': 1}, 'Unexpected key'),
+                       ({'n_wings': 2}, 'n_wings'), ({'n_head': 0}, 'n_head'), ({'n_head': 'x'}, 'n_head'), ({'activation': 'nonesuch'}, 'nonesuch'), ({'dropout': 'x'}, '')):
+        nanogpt_checkpoint(path, model_args=NANOGPT_ARGS | args)
+        refused(path, part)
+    nanogpt_checkpoint(path, extra={'lm_head.weight': 'no tensor'})
+    refused(path)
+    nanogpt_checkpoint(path, extra={'lm_head.weight': torch.zeros(64, 32, dtype=torch.int64)})
+    refused(path)
+
+
+@pytest.mark.parametrize('position', POSITION_ENCODING)
+def test_cropping_keeps_what_the_model_says_within_the_shorter_context(position):
+    """Fewer positions, the same ones: and the longer sequence is refused from then on."""
+    model, idx = shaken(position_encoding=position), ids(B, T)
+    before = model(idx[:, :6], all_logits=True)[0]
+    model.crop_block_size(6)
+    assert torch.equal(model(idx[:, :6], all_logits=True)[0], before)
+    assert model.config.block_size == 6 and model.generate(idx[:, :3], 10, seed=1).shape == (B, 13)
+    with pytest.raises(ValueError, match='block_size is 6'):
+        model(idx)
+    gradients(model, idx[:, :6], idx[:, :6])
+    if position == 'learned_absolute':
+        assert model.params_by_part()['position embeddings'] == 6 * 32
+        with pytest.raises(ValueError, match='block_size 7'):
+            model.crop_block_size(7)
+
+
+@pytest.mark.parametrize('block_size', [0, -1])
+def test_cropping_to_nothing_is_refused(block_size):
+    """-1 would cut one position off by the rules of slices, and every later error would be about something else."""
+    with pytest.raises(ValueError, match='block_size'):
+        shaken().crop_block_size(block_size)
+
+
+# configuration: files and flags, through the command line
+
+SCRIPT = '''"""A script with settings."""
+from typing import Literal
+from configurator import configure
+count = 3  # how many
+rate = 0.5  # how fast
+name = 'x'  # a text
+flag = False  # yes or no
+width: int = None  # None: four times the count
+both: int | str = 'all'  # a number or 'all'
+mode: Literal['auto', True, False] = 'auto'  # one of three
+decay: Literal['cosine', 'linear'] = 'cosine'  # a word
+_own = 1  # no setting
+config, given = configure(__file__)
+globals().update(config)
+print((config, given))
+'''
+DEFAULTS = dict(count=3, rate=0.5, name='x', flag=False, width=None, both='all', mode='auto', decay='cosine')
+
+
+@pytest.fixture
+def script(tmp_path):
+    """run(*args, files={name: text}) of a small script in tmp_path."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+
+    def run(*args, files=None, **env):
+        for name, text in (files or {}).items():
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env)
+    return run
+
+
+def settings_of(result):
+    assert result.returncode == 0, result.stderr
+    config, given = ast.literal_eval(result.stdout)
+    return config, given
+
+
+def refusal(result, *parts):
+    """Exit status 2 and exactly one line on stderr, which holds all the parts and is no traceback."""
+    assert result.returncode == 2 and 'Traceback' not in result.stderr, (result.returncode, result.stderr)
+    assert result.stderr.count('\n') == 1 and result.stderr.endswith('\n'), result.stderr
+    assert result.stdout == '' and all(str(part) in result.stderr for part in parts), result.stderr
+
+
+def test_defaults_are_those_in_the_script(script):
+    """A default that goes through text and back may come out as another type."""
+    assert settings_of(script()) == (DEFAULTS, {})
+
+
+@pytest.mark.parametrize('flag, key, value', [
+    ('--count=7', 'count', 7), ('--count=-7', 'count', -7), ('--count=1_000', 'count', 1000),
+    ('--rate=1', 'rate', 1.0), ('--rate=1e-4', 'rate', 1e-4),
+    ('--flag=True', 'flag', True),
+    ('--name=abc', 'name', 'abc'), ('--name="abc"', 'name', 'abc'), ("--name='a b'", 'name', 'a b'), ('--name=a b', 'name', 'a b'),
+    ('--name=123', 'name', '123'), ('--name=1e3', 'name', '1e3'), ('--name=True', 'name', 'True'), ('--name=', 'name', ''),
+    ("--name='None'", 'name', 'None'), ('--name=[1, 2]', 'name', '[1, 2]'), ('--name={[]: 1}', 'name', '{[]: 1}'), ('--name=--x', 'name', '--x'),
+    ('--name=a=b', 'name', 'a=b'), ('--name=x==1', 'name', 'x==1'), ("--name='a=b'", 'name', 'a=b'),
+    ('--width=8', 'width', 8), ('--width=None', 'width', None),
+    ('--both=8', 'both', '8'), ('--both=all', 'both', 'all'),
+    ('--mode=True', 'mode', True), ('--mode=auto', 'mode', 'auto'), ("--mode='auto'", 'mode', 'auto'), ('--decay=linear', 'decay', 'linear')])
+def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
+    """--out_dir=123 is the name 123, an int is fine for a float, and a value may hold '='."""
+    if key == 'both':
+        pytest.skip('int | str: text wins today; no script has such a key')
+    config, given = settings_of(script(flag))
+    assert config == DEFAULTS | {key: value} and type(config[key]) is type(value)
+    assert list(given) == [key]
+
+
+@pytest.mark.parametrize('flag, parts', [
+    ('--cuont=7', ["'cuont'", "'count'", 'command line']), ('--zzz=7', ["'zzz'", '--help']), ('--_own=7', ["'_own'"]), ('--config=7', ["'config'"]),
+    ('--count=True', ['count', 'int', 'True']), ('--count=1.0', ['count', 'int', '1.0']), ('--count=1e3', ['count', 'int', '1000.0']),
+    ('--count=many', ['count', 'int', "'many'"]), ('--count=None', ['count', 'int', 'None']), ('--count=', ['count', 'int']),
+    ('--count={[]: 1}', ['count', 'int']), ('--count=[1]', ['count', 'int']), ('--count=1+1', ['count', 'int']),
+    ('--rate=True', ['rate', 'float', 'True']), ('--rate=fast', ['rate', 'float']), ('--rate=1j', ['rate', 'float']),
+    ('--flag=1', ['flag', 'True or False', '1']), ('--flag=true', ['flag', 'True or False', "'true'"]), ('--flag=None', ['flag']),
+    ('--name=None', ['name', 'str', 'None']), ('--rate=None', ['rate', 'None']),
+    ('--mode=Flase', ['mode', "'auto'", 'True', 'False', "did you mean 'False'"]), ('--mode=1', ['mode', 'True', '1']), ('--mode=None', ['mode']),
+    ('--decay=cosin', ['decay', "'cosine'", "'linear'", "did you mean 'cosine'"]),
+    ('--cuont', ['--cuont', '--key=value', "'count'"]), ('--count', ['--count', '--key=value']), ('-count=3', ['-count=3', '--key=value']),
+    ('count=3', ['count=3', '--key=value']), ('--=3', ['--=3']), ('--', ["'--'"]), ('-', ["'-'"])])
+def test_a_wrong_flag_is_one_line(script, flag, parts):
+    """A typing error that trains for a day with the default, or a traceback in which the reason is the last of forty lines."""
+    refusal(script(flag), *parts)
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--mode', 'False'], ['--mode=False']), (['--count', '7'], ['--count=7']), (['--count', 'file.py'], ['--count=file.py']),
+    (['--count', '--rate=1'], ["'--count'"]), (['--count', '=7'], ['--key=value']), (['--count=', '7'], ["'7'"]),
+    (['--co-unt=7', 'file.py'], ['--co-unt=7']), (['--co-unt=7', '--rate=1'], ['--co-unt=7']), (['file.py', '--co-unt=7'], ['--co-unt=7']),
+    (['--a.count=7', 'file.py'], ['--a.count=7'])], ids=str)
+def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args, parts):
+    """--compile False reads as a flag and a file name; a flag nobody understood must not be dropped."""
+    refusal(script(*args, files={'file.py': 'rate = 0.25\n'}), *parts)
+
+
+@pytest.mark.parametrize('text, changes', [
+    ('count = 7\nrate = 2\n', {'count': 7, 'rate': 2.0}),
+    ("name = '123'\nwidth = None\nmode = False\n", {'name': '123', 'mode': False}),
+    ('_half = 4\ncount = _half * 2\n', {'count': 8}),
+    ('import math\nimport os.path as p\ncount = math.floor(7.5)\n', {'count': 7}),
+    ('from math import floor as _floor\ncount = _floor(7.5)\n', {'count': 7}),
+    ('def _f(count):\n    rate = 9\n    return count\ncount = _f(7)\n', {'count': 7}),
+    ('count = count * 2\ncount += 1\n', {'count': 7}),
+    ('count = 3\n', {}),
+    ('', {}), ('# nothing\n', {}), (b'\xef\xbb\xbfcount = 7\r\n', {'count': 7}), ("name = 'd\u00e9j\u00e0'\n", {'name': 'd\u00e9j\u00e0'})])
+def test_an_override_file_sets_what_it_assigns(script, text, changes):
+    """Helpers and imports of the file are its own and no keys; the values so far are in scope."""
+    config, given = settings_of(script('file.py', files={'file.py': text}, PYTHONIOENCODING='utf-8'))
+    assert config == DEFAULTS | changes and all(type(config[k]) is type(v) for k, v in changes.items())
+    assert set(changes) <= set(given)
+
+
+def test_setting_a_key_to_its_default_counts_as_set(script):
+    """A preset may fill only what nobody set."""
+    assert settings_of(script('file.py', '--flag=False', files={'file.py': 'count = 3\n'}))[1].keys() == {'count', 'flag'}
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('cuont = 7\n', ["'cuont'", "'count'", 'file.py']), ('helper = 7\n', ["'helper'", 'file.py']), ('def helper(): pass\n', ["'helper'"]),
+    ('from math import floor\n', ["'floor'"]), ('for i in range(3): pass\n', ["'i'"]),
+    ('count = True\n', ['count', 'int', 'True', 'file.py']), ('count = 1.0\n', ['count', 'int']), ("count = '7'\n", ['count', 'int']),
+    ('rate = False\n', ['rate', 'float']), ('name = 123\n', ['name', 'str', '123']), ('name = None\n', ['name', 'None']), ('count = None\n', ['count', 'None']),
+    ('flag = 0\n', ['flag', 'True or False']), ("decay = 'cosin'\n", ['decay', 'cosine']), ('mode = 1\n', ['mode']), ('import math as count\n', []),
+    ('# one\ncount = (\n', ['line 2', 'SyntaxError', 'file.py']), ('if True:\ncount = 1\n', ['line 2', 'IndentationError']),
+    ('count = 1\nreturn 2\n', ['line 2', 'SyntaxError']),
+    ('count = 1\n\ncount = 1 / 0\n', ['line 3', 'ZeroDivisionError', 'file.py']),
+    ('def _f():\n    raise KeyError("deep")\n_f()\n', ['line 2', 'KeyError', 'deep']),
+    ('import json\ncount = json.loads("[1,")\n', ['line 2', 'JSONDecodeError']),
+    ('count = 1\nimport nonesuch\n', ['line 2', 'ModuleNotFoundError', 'nonesuch']),
+    ('raise ValueError("two\\nlines")\n', ['line 1', 'ValueError', 'two', 'lines']),
+    ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
+    ('count = 1\nraise SystemExit("bye")\n', ['line 2', 'bye']),
+    (b'# one\n# two\n# three\ncount = 7  # \xff\n', ['line 4', 'UnicodeDecodeError'])])
+def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
+    """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
+    refusal(script('file.py', files={'file.py': text}), *parts)
+
+
+def test_a_missing_override_file_names_the_nearest(script):
+    """config/train_gtp2.py is not there, and which one is?"""
+    refusal(script('fiel.py', files={'file.py': ''}), "'fiel.py'", "did you mean 'file.py'")
+    refusal(script('elsewhere/file.py'), "'elsewhere/file.py'")
+    refusal(script('.'), "'.'")
+    refusal(script(''), "''")
+
+
+@pytest.mark.parametrize('args', [['--count=9', 'a.py', 'b.py'], ['a.py', '--count=9', 'b.py'], ['a.py', 'b.py', '--count=9']], ids=str)
+def test_flags_win_over_files_whatever_the_order(script, args):
+    """A flag before a file, which is how people write it half of the time, must not be undone by the file."""
+    config, given = settings_of(script(*args, files={'a.py': 'count = 5\nrate = 1.5\nname = "a"\n', 'b.py': 'rate = rate * 2\nname = "b"\n'}))
+    assert config == DEFAULTS | {'count': 9, 'rate': 3.0, 'name': 'b'}  # the later file sees and overrides the earlier
+    assert given['count'] == 'on the command line' and 'b.py' in given['rate']
+
+
+def test_help_lists_every_key_with_default_and_comment(script):
+    """Help text that is written twice is wrong once."""
+    for args in (['--help'], ['-h'], ['--cuont=3', '--help']):
+        result = script(*args)
+        assert result.returncode == 0 and result.stderr == ''
+        for line in SCRIPT.splitlines():
+            if match := re.match(r"(\w+)(?:: .+?)? = '?(.+?)'?  # (.+)", line):
+                key, default, comment = match.groups()
+                if key.startswith('_'):
+                    assert key not in result.stdout
+                else:
+                    assert re.search(rf'--{key}={re.escape(default)} +{re.escape(comment)}\n', result.stdout), key
+        assert 'A script with settings.' in result.stdout
+
+
+def test_only_rank_0_speaks_and_all_leave(script):
+    """Eight ranks that each print the same line, or seven that go on alone."""
+    refusal(script('--cuont=7', RANK='0'), 'cuont')
+    result = script('--cuont=7', RANK='3')
+    assert (result.returncode, result.stdout, result.stderr) == (2, '', '')
+
+
+# the command line of the scripts themselves
+
+def command(*args):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_train_help_lists_every_key_of_its_block():
+    """A setting without a comment, or one that --help does not know."""
+    result = command('train.py', '--help')
+    assert result.returncode == 0 and result.stderr == ''
+    block = (ROOT / 'train.py').read_text().split('config, given = configure')[0]
+    keys = re.findall(r'^([a-z]\w*)(?:: .+?)? = .+?  # (.+)$', block, flags=re.M)
+    assert len(keys) > 60
+    for key, comment in keys:
+        assert re.search(rf'--{key}=.* +{re.escape(comment)}\n', result.stdout), key
+
+
+def test_model_describes_a_config_without_holding_it():
+    """1.36 billion float32 are 5.4 GB, which a laptop need not have to read a table."""
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path('model.py', run_name='__main__'); " \
+           "print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    result = command('-c', code, 'model.py', 'config/full_llama_1.36b.py')
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'total +1,357,860,096\n', result.stdout) and re.search(r'n_layer +18\n', result.stdout)
+    assert re.search(r'normalization +rmsnorm\n', result.stdout) and re.search(r'vocab_size +32000\n', result.stdout)
+    flops = 3 * (2 * (1_357_860_096 - 32000 * 2304 - (2 * 18 + 1) * 2304) + 4 * 2048 * 2304 * 18)  # 2 a matrix weight, scores against 2048 keys
+    assert f' {flops:,}\n' in result.stdout
+    if sys.platform == 'linux':
+        assert int(result.stdout.split('KB ')[1]) < 2e6
+
+
+def test_model_lists_every_config_with_its_counts():
+    """A config file that does not build is found by whoever runs it."""
+    result = command('model.py', '--list=True')
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()[1:]}
+    assert rows.keys() == {p.name for p in (ROOT / 'config').glob('*.py')}
+    assert '1,357,860,096' in rows['full_llama_1.36b.py']
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--ckpt=missing'], ["no checkpoint at 'missing'"]), (['--n_layer=0'], ['n_layer', '0']), (['--n_head=5'], ['n_head', '5']),
+    (['--activation=nonesuch'], ['nonesuch', 'gelu_tanh']), (['--n_layers=3'], ["'n_layers'", "'n_layer'"])], ids=str)
+def test_model_says_what_is_wrong_in_one_line(args, parts):
+    """A traceback for a typing error."""
+    refusal(command('model.py', *args), *parts)
+
+
+def test_model_inspects_a_checkpoint(tmp_path):
+    """Which model is this file? Its sizes, how far it got, and the settings that made it."""
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt')
+    result = command('model.py', f'--ckpt={tmp_path}')
+    assert result.returncode == 0, result.stderr
+    matrices = 64 * 32 + 16 * 32 + 2 * 12 * 32 * 32
+    for pattern in (rf'total +{matrices + 5 * 32:,}\n', r'iterations +7\n', r"best val loss .*1\.5", r"dataset +'x'\n", re.escape(str(tmp_path))):
+        assert re.search(pattern, result.stdout), pattern
