@@ -13,7 +13,6 @@ import random
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_py
 from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
                    LinearCrossEntropy, linear_cross_entropy, load_checkpoint, register, sample_token)
 
@@ -76,8 +74,8 @@ FACTORS = {kind: list(parts) for kind, parts in REGISTRY.items()} | dict(
     n_kv_head=[None, 2, 1], d_ff=[None, 24], bias=[True, False], qk_norm=[False, True], logit_softcap=[0.0, 3.0], weight_tying=[True, False])
 
 
-def pairs(rows, factors):
-    return {(a, row[a], b, row[b]) for row in rows for a, b in itertools.combinations(factors, 2)}
+def pairs(row, factors):
+    return {(a, row[a], b, row[b]) for a, b in itertools.combinations(factors, 2)}
 
 
 def pairwise(factors):
@@ -86,10 +84,9 @@ def pairwise(factors):
     todo = sorted({(a, x, b, y) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]}, key=str)
     while todo:
         a, x, b, y = todo[0]
-        tries = [{k: rng.choice(v) for k, v in factors.items()} | {a: x, b: y} for _ in range(50)]
-        rows.append(max(tries, key=lambda row: len(pairs([row], factors) & set(todo))))
-        done = pairs(rows[-1:], factors)
-        todo = [pair for pair in todo if pair not in done]
+        tries, open_pairs = [{k: rng.choice(v) for k, v in factors.items()} | {a: x, b: y} for _ in range(50)], set(todo)
+        rows.append(max(tries, key=lambda row: len(pairs(row, factors) & open_pairs)))
+        todo = [pair for pair in todo if pair not in pairs(rows[-1], factors)]
     return rows
 
 
@@ -323,6 +320,14 @@ def test_a_cache_filled_in_pieces_gives_the_same_logits(parts):
     close(torch.cat(pieces, dim=1), whole)
 
 
+def test_a_cache_is_used_whatever_else_is_on():
+    """activation_checkpointing is stored in checkpoints; a cache passed over because of it gives every token position 0."""
+    model, idx = shaken(activation_checkpointing=True), ids(B, T)
+    cache = model.new_cache(B, T)
+    pieces = [model(piece, cache=cache, all_logits=True)[0] for piece in idx.split(8, dim=1)]  # gradients are on
+    close(torch.cat(pieces, dim=1), model(idx, all_logits=True)[0])
+
+
 @every_combination
 def test_activation_checkpointing_changes_nothing_but_memory(parts):
     """Recomputing with other dropout masks than the forward pass had."""
@@ -388,7 +393,8 @@ def test_rope_is_a_rotation_of_complex_numbers(theta):
 
 def test_rope_scores_depend_on_distance_only():
     """A rotation that is not the same for queries and keys, or not linear in the position."""
-    _, rotate = POSITION_ENCODING['rope'](GPTConfig(n_embd=64, n_head=4))(None or torch.zeros(1, 40, 64), torch.arange(40))
+    torch.manual_seed(0)
+    _, rotate = POSITION_ENCODING['rope'](GPTConfig(n_embd=64, n_head=4))(torch.zeros(1, 40, 64), torch.arange(40))
     q, k = (rotate(torch.randn(1, 1, 1, 16).expand(1, 1, 40, 16))[0, 0] for _ in range(2))
     scores = q @ k.T
     for distance in (0, 1, 17):
@@ -528,7 +534,7 @@ def test_chunked_loss_is_cross_entropy(chunk, softcap, ignored):
 def test_the_default_chunk_splits_a_large_vocabulary():
     """All logits at once are what the chunks avoid: 2^24 floats are 16 rows of a vocabulary of 2^20."""
     torch.manual_seed(0)
-    x, weight, targets = torch.randn(40, 2, requires_grad=True), torch.randn(2 ** 20, 2, requires_grad=True), torch.randint(2 ** 20, (40,))
+    x, weight, targets = torch.randn(20, 2, requires_grad=True), torch.randn(2 ** 20, 2, requires_grad=True), torch.randint(2 ** 20, (20,))
     targets[5] = -1
     expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-1)
     expected_grads = torch.autograd.grad(expected, (x, weight))
@@ -667,7 +673,6 @@ SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head',
 
 @pytest.mark.parametrize('settings, key', [({k: v}, k) for k in SIZES for v in (0, -1, 2.0, True, '8')] + [
     ({'n_embd': 33}, 'n_embd'), ({'n_head': 5}, 'n_head'),
-    ({'n_embd': 36, 'position_encoding': 'rope'}, 'rope'),
     ({'n_kv_head': 3}, 'n_kv_head'), ({'n_kv_head': 8}, 'n_kv_head'),
     ({'dropout': 1.0}, 'dropout'), ({'dropout': -0.1}, 'dropout'), ({'norm_eps': 0.0}, 'norm_eps'), ({'rope_theta': 0.0}, 'rope_theta'),
     ({'logit_softcap': -1.0}, 'logit_softcap'), ({'unpadded_vocab_size': V + 1}, 'unpadded_vocab_size'),
@@ -678,6 +683,14 @@ def test_a_bad_size_is_refused_by_name(settings, key):
     with pytest.raises(ValueError) as e:
         GPTConfig(**TINY | settings)
     one_line(e, key, *settings.values())
+
+
+def test_rope_refuses_an_odd_head_size():
+    """The halves of 9 dimensions cannot be paired: a shape error in the middle of the first step."""
+    with pytest.raises(ValueError) as e:
+        build(n_embd=36, position_encoding='rope')
+    one_line(e, 'rope', 'n_embd', 'n_head', 9)
+    build(n_embd=36)  # others do not mind
 
 
 # initialisation and decay
@@ -1108,7 +1121,7 @@ def test_cropping_keeps_what_the_model_says_within_the_shorter_context(position)
     assert model.config.block_size == 6 and model.generate(idx[:, :3], 10, seed=1).shape == (B, 13)
     with pytest.raises(ValueError, match='block_size is 6'):
         model(idx)
-    gradients(model, idx[:, :6], idx[:, :6])
+    gradients(model, ids(B, 6), ids(B, 6))
     if position == 'learned_absolute':
         assert model.params_by_part()['position embeddings'] == 6 * 32
         with pytest.raises(ValueError, match='block_size 7'):
@@ -1132,7 +1145,6 @@ rate = 0.5  # how fast
 name = 'x'  # a text
 flag = False  # yes or no
 width: int = None  # None: four times the count
-both: int | str = 'all'  # a number or 'all'
 mode: Literal['auto', True, False] = 'auto'  # one of three
 decay: Literal['cosine', 'linear'] = 'cosine'  # a word
 _own = 1  # no setting
@@ -1140,7 +1152,7 @@ config, given = configure(__file__)
 globals().update(config)
 print((config, given))
 '''
-DEFAULTS = dict(count=3, rate=0.5, name='x', flag=False, width=None, both='all', mode='auto', decay='cosine')
+DEFAULTS = dict(count=3, rate=0.5, name='x', flag=False, width=None, mode='auto', decay='cosine')
 
 
 @pytest.fixture
@@ -1157,7 +1169,7 @@ def script(tmp_path):
 
 
 def settings_of(result):
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and result.stderr == '', result.stderr
     config, given = ast.literal_eval(result.stdout)
     return config, given
 
@@ -1181,14 +1193,11 @@ def test_defaults_are_those_in_the_script(script):
     ('--name=abc', 'name', 'abc'), ('--name="abc"', 'name', 'abc'), ("--name='a b'", 'name', 'a b'), ('--name=a b', 'name', 'a b'),
     ('--name=123', 'name', '123'), ('--name=1e3', 'name', '1e3'), ('--name=True', 'name', 'True'), ('--name=', 'name', ''),
     ("--name='None'", 'name', 'None'), ('--name=[1, 2]', 'name', '[1, 2]'), ('--name={[]: 1}', 'name', '{[]: 1}'), ('--name=--x', 'name', '--x'),
-    ('--name=a=b', 'name', 'a=b'), ('--name=x==1', 'name', 'x==1'), ("--name='a=b'", 'name', 'a=b'),
+    ('--name=a=b', 'name', 'a=b'), ('--name=x==1', 'name', 'x==1'), (r"--name='C:\data'", 'name', r'C:\data'), ("--name='a=b'", 'name', 'a=b'),
     ('--width=8', 'width', 8), ('--width=None', 'width', None),
-    ('--both=8', 'both', '8'), ('--both=all', 'both', 'all'),
     ('--mode=True', 'mode', True), ('--mode=auto', 'mode', 'auto'), ("--mode='auto'", 'mode', 'auto'), ('--decay=linear', 'decay', 'linear')])
 def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
     """--out_dir=123 is the name 123, an int is fine for a float, and a value may hold '='."""
-    if key == 'both':
-        pytest.skip('int | str: text wins today; no script has such a key')
     config, given = settings_of(script(flag))
     assert config == DEFAULTS | {key: value} and type(config[key]) is type(value)
     assert list(given) == [key]
@@ -1248,7 +1257,7 @@ def test_setting_a_key_to_its_default_counts_as_set(script):
     ('from math import floor\n', ["'floor'"]), ('for i in range(3): pass\n', ["'i'"]),
     ('count = True\n', ['count', 'int', 'True', 'file.py']), ('count = 1.0\n', ['count', 'int']), ("count = '7'\n", ['count', 'int']),
     ('rate = False\n', ['rate', 'float']), ('name = 123\n', ['name', 'str', '123']), ('name = None\n', ['name', 'None']), ('count = None\n', ['count', 'None']),
-    ('flag = 0\n', ['flag', 'True or False']), ("decay = 'cosin'\n", ['decay', 'cosine']), ('mode = 1\n', ['mode']), ('import math as count\n', []),
+    ('flag = 0\n', ['flag', 'True or False']), ("decay = 'cosin'\n", ['decay', 'cosine']), ('mode = 1\n', ['mode']),
     ('# one\ncount = (\n', ['line 2', 'SyntaxError', 'file.py']), ('if True:\ncount = 1\n', ['line 2', 'IndentationError']),
     ('count = 1\nreturn 2\n', ['line 2', 'SyntaxError']),
     ('count = 1\n\ncount = 1 / 0\n', ['line 3', 'ZeroDivisionError', 'file.py']),
@@ -1257,7 +1266,6 @@ def test_setting_a_key_to_its_default_counts_as_set(script):
     ('count = 1\nimport nonesuch\n', ['line 2', 'ModuleNotFoundError', 'nonesuch']),
     ('raise ValueError("two\\nlines")\n', ['line 1', 'ValueError', 'two', 'lines']),
     ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
-    ('count = 1\nraise SystemExit("bye")\n', ['line 2', 'bye']),
     (b'# one\n# two\n# three\ncount = 7  # \xff\n', ['line 4', 'UnicodeDecodeError'])])
 def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
     """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
@@ -1314,7 +1322,7 @@ def test_train_help_lists_every_key_of_its_block():
     assert result.returncode == 0 and result.stderr == ''
     block = (ROOT / 'train.py').read_text().split('config, given = configure')[0]
     keys = re.findall(r'^([a-z]\w*)(?:: .+?)? = .+?  # (.+)$', block, flags=re.M)
-    assert len(keys) > 60
+    assert len(keys) == len(re.findall(r'^[a-z]\w*(?:: .+?)? = ', block, flags=re.M)) > 50, 'a setting without a comment'
     for key, comment in keys:
         assert re.search(rf'--{key}=.* +{re.escape(comment)}\n', result.stdout), key
 

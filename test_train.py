@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -538,3 +539,377 @@ def test_a_failed_download_leaves_no_file(tmp_path, monkeypatch):
         download(f'{url}/missing', tmp_path / 'input.txt')  # there already, so nothing is fetched
         server.shutdown()
     assert (tmp_path / 'input.txt').read_bytes() == b'hello'
+
+
+# whole runs, through the command line
+
+TINY = ('--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --dropout=0.1 --max_iters=20 '
+        '--lr_decay_iters=20 --warmup_iters=2 --eval_interval=100 --eval_iters=2 --learning_rate=1e-3 --min_lr=1e-4 '
+        '--sample_interval=0 --device=cpu --dtype=float32 --compile=False --peak_tflops=1').split()
+
+
+@pytest.fixture(scope='module')
+def text_set(tmp_path_factory):
+    """A data set of bytes that a tiny model can learn something of."""
+    folder = tmp_path_factory.mktemp('text')
+    text = ''.join(f'line {i} says {i * i % 97}\n' for i in range(900)).encode()
+    write_dataset(folder, {'train': text[:12000], 'val': text[12000:]}, BYTE)
+    return folder
+
+
+def command(script, *flags, cwd=ROOT, env=None, launcher=(sys.executable,)):
+    return subprocess.run([*launcher, script, *map(str, flags)], cwd=cwd, env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}),
+                          capture_output=True, text=True, timeout=300)
+
+
+def train(text_set, out_dir, *flags, **kwargs):
+    return command('train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', *flags, **kwargs)
+
+
+def checkpoint(out_dir, name='ckpt.pt'):
+    return torch.load(Path(out_dir) / name, weights_only=True)
+
+
+def run_logs(out_dir):
+    return [json.loads(p.read_text()) for p in sorted(Path(out_dir).glob('run_*.json'))]
+
+
+def losses(out_dir):
+    return {e['iter']: e['loss'] for run in run_logs(out_dir) for e in run['training_iterations']}
+
+
+def assert_equal_states(a, b):
+    assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
+    for name, tensor in a['model'].items():
+        assert torch.equal(tensor, b['model'][name]), name
+    for i, state in a['optimizer']['state'].items():
+        for key, value in state.items():
+            assert torch.equal(value, b['optimizer']['state'][i][key]), (i, key)
+
+
+@pytest.fixture(scope='module')
+def finished(text_set, tmp_path_factory):
+    """A run of 20 iterations, with checkpoints at 10 (ckpt_prev.pt) and 20 (ckpt.pt)."""
+    out_dir = tmp_path_factory.mktemp('runs') / 'out'
+    done = train(text_set, out_dir, '--save_interval=10', '--sample_interval=1', '--gradient_log_interval=5')
+    assert done.returncode == 0, done.stderr
+    return out_dir, done.stdout
+
+
+def copy_run(out_dir, to, name='ckpt.pt'):
+    to.mkdir()
+    (to / 'ckpt.pt').write_bytes((out_dir / name).read_bytes())
+    return to
+
+
+def test_resume_continues_bit_for_bit(text_set, finished, tmp_path):
+    """Dropout's random numbers, AdamW's moments or the data order starting over after a resume."""
+    out_dir, _ = finished
+    half = copy_run(out_dir, tmp_path / 'half', 'ckpt_prev.pt')
+    assert checkpoint(half)['iter_num'] == 10
+    assert train(text_set, half, '--init_from=resume').returncode == 0
+    assert_equal_states(checkpoint(out_dir), checkpoint(half))
+    assert losses(half) == {i: loss for i, loss in losses(out_dir).items() if i >= 10}
+
+
+def test_eval_and_log_intervals_do_not_change_training(text_set, finished, tmp_path):
+    """Evaluation or sampling drawing from the generator of training, or taking its batches."""
+    assert train(text_set, tmp_path, '--eval_interval=3', '--log_interval=7', '--sample_interval=1').returncode == 0
+    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path))
+
+
+def test_the_run_log_has_everything_and_the_console_says_it(finished):
+    """A key of the log that readers rely on gone or renamed; a start-up report that leaves out a line."""
+    out_dir, console = finished
+    (run,) = run_logs(out_dir)
+    assert {'run_name', 'start_time', 'config', 'startup_info', 'training_iterations', 'eval_steps', 'checkpoints', 'summary'} <= run.keys()
+    assert [e['iter'] for e in run['training_iterations']] == list(range(20))
+    for e in run['training_iterations']:
+        assert {'iter', 'loss', 'lr', 'time_ms', 'mfu', 'memory', 'gradients'} <= e.keys() and e['memory'] and e['gradients']['norm'] > 0
+        assert {'mfu_percent', 'achieved_tflops', 'hardware_peak_tflops', 'tokens_per_sec', 'flops_per_token'} <= e['mfu'].keys()
+        assert e['mfu']['tokens_per_sec'] == pytest.approx(2 * 4 * 16 / e['time_ms'] * 1000)
+        assert e['mfu']['mfu_percent'] == pytest.approx(100 * e['mfu']['tokens_per_sec'] * e['mfu']['flops_per_token'] / 1e12)
+        norms = e['gradients'].get('norms')
+        assert (norms is not None) == (e['iter'] % 5 == 0)
+    assert [e['iter'] for e in run['eval_steps']] == [0, 20] and all('sample' in e for e in run['eval_steps'])
+    for e in run['eval_steps']:
+        assert e['val']['perplexity'] == pytest.approx(np.exp(e['val']['loss']))
+        assert e['val']['bits_per_byte'] == pytest.approx(e['val']['loss'] / np.log(2))  # a byte is a token here
+    assert run['eval_steps'][1]['val']['loss'] < run['eval_steps'][0]['val']['loss'] < 5.7  # ln 256 = 5.55
+    assert [c['iter'] for c in run['checkpoints']] == [10, 20]
+    assert run['summary']['iterations'] == 20 and run['summary']['tokens'] == 20 * 2 * 4 * 16
+    assert run['config']['n_layer'] == 2 and run['config']['normalization'] == 'layernorm'  # what arch_preset left open is resolved
+    for word in ('parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'TFLOP/s', 'FLOPs a token', 'left', '% of peak', 'bits per byte'):
+        assert word in console
+
+
+def test_gradients_clip_to_the_global_norm(text_set, tmp_path):
+    """Clipping a tensor at a time, or logging the norm after clipping. One SGD-like first step of AdamW cannot tell, so read the norm."""
+    assert train(text_set, tmp_path, '--gradient_log_interval=1', '--max_iters=2', '--grad_clip=0.01').returncode == 0
+    for e in run_logs(tmp_path)[0]['training_iterations']:
+        assert e['gradients']['norm'] > 0.01  # before clipping
+        assert np.sqrt(sum(n * n for n in e['gradients']['norms'].values())) == pytest.approx(0.01, rel=1e-3)  # after
+
+
+def test_max_iters_is_exact_and_the_same_command_again_does_nothing(text_set, finished, tmp_path):
+    """nanoGPT takes max_iters + 1 steps; a finished run that trains on or rewrites its checkpoint."""
+    out_dir = copy_run(finished[0], tmp_path / 'again')
+    assert {int(s['step']) for s in checkpoint(out_dir)['optimizer']['state'].values()} == {20}
+    before = (out_dir / 'ckpt.pt').read_bytes()
+    done = train(text_set, out_dir, '--init_from=auto')
+    assert done.returncode == 0 and 'nothing to do' in done.stdout
+    assert (out_dir / 'ckpt.pt').read_bytes() == before
+
+
+def test_eval_only_takes_no_step(text_set, finished, tmp_path):
+    """An evaluation that saves, or trains a step."""
+    out_dir = copy_run(finished[0], tmp_path / 'eval')
+    before = (out_dir / 'ckpt.pt').read_bytes()
+    done = train(text_set, out_dir, '--init_from=resume', '--eval_only=True', '--eval_iters=1000')
+    assert done.returncode == 0 and 'step 20: train loss' in done.stdout
+    assert (out_dir / 'ckpt.pt').read_bytes() == before and losses(out_dir) == {}
+
+
+def test_eval_loss_is_that_of_the_whole_split(text_set, finished, tmp_path):
+    """Means of means, a window left out or read twice: against the model run over val by hand."""
+    out_dir = copy_run(finished[0], tmp_path / 'eval')
+    assert train(text_set, out_dir, '--init_from=resume', '--eval_only=True', '--eval_iters=100000', '--batch_size=1').returncode == 0
+    from model import GPT
+    model, ids = GPT.from_checkpoint(out_dir), torch.from_numpy(np.fromfile(text_set / 'val.bin', np.uint16).astype(np.int64))
+    n = (len(ids) - 1) // 16
+    logits = model(ids[:n * 16].view(n, 16), all_logits=True)[0]
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, 256), ids[1:n * 16 + 1])
+    assert run_logs(out_dir)[0]['eval_steps'][0]['val']['loss'] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum, code):
+    """A preempted run that loses its last iterations, or exits as if all was well."""
+    process = subprocess.Popen([sys.executable, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--max_iters=1000000'],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 5 '):
+            process.send_signal(signum)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == code and 'saved' in rest
+    reached, logged = checkpoint(tmp_path)['iter_num'], run_logs(tmp_path)[0]
+    assert reached >= 6 and logged['summary']['iter_num'] == reached and len(logged['training_iterations']) == reached
+    assert train(text_set, tmp_path, '--init_from=resume', f'--max_iters={reached + 2}').returncode == 0
+    assert checkpoint(tmp_path)['iter_num'] == reached + 2
+
+
+def test_ddp_trains_as_one_process(text_set, finished, tmp_path):
+    """Ranks that read the same data, or losses and gradients that are not averaged over micro-steps and ranks."""
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    assert train(text_set, one, '--dropout=0.0').returncode == 0
+    done = train(text_set, two, '--dropout=0.0', launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
+    assert run_logs(two)[0]['eval_steps'][1]['val']['loss'] == pytest.approx(run_logs(one)[0]['eval_steps'][1]['val']['loss'], rel=0.1)
+    assert done.stdout.count('iter 3 ') == 1  # only rank 0 speaks
+
+
+def reference_lr(schedule, it, lr=1.0, low=0.1, warmup=4, decay=20, restart=6, mult=2, cooldown=0.25):
+    """After warmup, by torch's own schedulers where it has one."""
+    if it < warmup:
+        return lr * (it + 1) / (warmup + 1)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=lr)
+    scheduler = {
+        'cosine': lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, decay - warmup, eta_min=low),
+        'sgdr': lambda: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, restart, mult, eta_min=low),
+        'linear': lambda: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, low / lr, decay - warmup),
+        'constant': lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        'wsd': lambda: torch.optim.lr_scheduler.SequentialLR(optimizer, [
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, low / lr, int(decay * cooldown))],
+            [int(decay * (1 - cooldown)) - warmup])}[schedule]()
+    for _ in range(min(it, decay if schedule != 'sgdr' else it) - warmup):
+        optimizer.step()
+        scheduler.step()
+    return optimizer.param_groups[0]['lr']
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('schedule', ['cosine', 'sgdr', 'wsd', 'linear', 'constant'])
+def test_learning_rate_schedules_are_torchs(text_set, tmp_path, schedule):
+    """Off by one at warmup's end, at a restart or at the last iteration."""
+    done = train(text_set, tmp_path, f'--lr_schedule={schedule}', '--learning_rate=1', '--min_lr=0.1', '--warmup_iters=4', '--lr_decay_iters=20',
+                 '--restart_iters=6', '--cooldown_frac=0.25', '--max_iters=23', '--gradient_accumulation_steps=1', '--eval_iters=1')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [e['lr'] for e in run_logs(tmp_path)[0]['training_iterations']] == pytest.approx([reference_lr(schedule, it) for it in range(23)])
+
+
+def test_a_broken_compiler_costs_a_warning_and_not_the_run(text_set, tmp_path):
+    """A laptop without a C++ compiler that cannot train."""
+    done = train(text_set, tmp_path, '--compile=True', '--max_iters=2',
+                 env={'CXX': str(tmp_path / 'no-such-compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), 'PATH': str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('WARNING: torch.compile failed') == 1 and sorted(losses(tmp_path)) == [0, 1]
+
+
+def test_patience_stops_early(text_set, tmp_path):
+    """Patience that counts evaluations without looking at them: this learning rate can only make it worse."""
+    done = train(text_set, tmp_path, '--patience=2', '--eval_interval=2', '--learning_rate=3', '--min_lr=3', '--warmup_iters=0')
+    assert done.returncode == 0 and 'stopping early' in done.stdout
+    assert run_logs(tmp_path)[0]['summary']['outcome'] == 'stopped early' and checkpoint(tmp_path)['iter_num'] < 20
+
+
+def test_always_save_checkpoint_false_keeps_the_best(text_set, tmp_path):
+    """nanoGPT's meaning of the flag: ckpt.pt is the model of the lowest val loss."""
+    assert train(text_set, tmp_path, '--always_save_checkpoint=False', '--eval_interval=2', '--learning_rate=3', '--min_lr=3', '--warmup_iters=8').returncode == 0
+    evals = {e['iter']: e['val']['loss'] for e in run_logs(tmp_path)[0]['eval_steps']}
+    best = min(evals, key=evals.get)
+    assert 0 < best < 20 and checkpoint(tmp_path)['iter_num'] == checkpoint(tmp_path, 'ckpt_best.pt')['iter_num'] == best
+
+
+def test_best_and_last_checkpoints(text_set, tmp_path):
+    """ckpt_best.pt following the last one."""
+    assert train(text_set, tmp_path, '--eval_interval=2', '--learning_rate=3', '--min_lr=3', '--warmup_iters=8').returncode == 0
+    evals = {e['iter']: e['val']['loss'] for e in run_logs(tmp_path)[0]['eval_steps']}
+    assert checkpoint(tmp_path)['iter_num'] == 20 and checkpoint(tmp_path, 'ckpt_best.pt')['iter_num'] == min(evals, key=evals.get) < 20
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(text_set, tmp_path):
+    """NaN weights over the last good checkpoint, and exit status 0."""
+    done = train(text_set, tmp_path, '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1')
+    assert done.returncode == 1 and 'not finite' in done.stdout
+    for path in tmp_path.glob('*.pt'):
+        assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path, path.name)['model'].values()), path
+
+
+def test_fine_tuning_takes_weights_only(text_set, finished, tmp_path):
+    """The other run's optimizer, iteration or best loss carried along."""
+    done = train(text_set, tmp_path / 'tuned', f'--init_from={finished[0]}', '--max_iters=1', '--learning_rate=1e-12', '--min_lr=0', '--block_size=8')
+    assert done.returncode == 0, done.stderr
+    before, after = checkpoint(finished[0]), checkpoint(tmp_path / 'tuned')
+    assert after['iter_num'] == 1 and after['model_args']['block_size'] == 8
+    assert torch.allclose(before['model']['lm_head.weight'], after['model']['lm_head.weight'], atol=1e-6)
+    assert {int(s['step']) for s in after['optimizer']['state'].values()} == {1}
+
+
+def test_resume_takes_new_optimizer_settings_and_refuses_another_architecture(text_set, finished, tmp_path):
+    """load_state_dict brings back the old betas and decay; a model of other parts loaded in silence."""
+    out_dir = copy_run(finished[0], tmp_path / 'other')
+    refused = train(text_set, out_dir, '--init_from=resume', '--n_embd=64', '--max_iters=21')
+    assert refused.returncode == 2 and 'n_embd=64' in refused.stderr and 'n_embd=32' in refused.stderr
+    assert 'rmsnorm' in train(text_set, out_dir, '--init_from=resume', '--arch_preset=llama', '--max_iters=21').stderr
+    assert train(text_set, out_dir, '--init_from=resume', '--max_iters=21', '--weight_decay=0.3', '--beta2=0.9', '--lr_schedule=constant', '--learning_rate=7e-4').returncode == 0
+    groups = checkpoint(out_dir)['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in groups] == [0.3, 0.0] and all(g['betas'] == (0.9, 0.9) and g['lr'] == 7e-4 for g in groups)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, tmp_path):
+    """torch.load does not check CRCs: a flipped bit goes into training unnoticed."""
+    out_dir = copy_run(finished[0], tmp_path / 'damaged')
+    (out_dir / 'ckpt_prev.pt').write_bytes((finished[0] / 'ckpt_prev.pt').read_bytes())
+    data = bytearray((out_dir / 'ckpt.pt').read_bytes())
+    data[len(data) // 2] ^= 1
+    (out_dir / 'ckpt.pt').write_bytes(data)
+    done = train(text_set, out_dir, '--init_from=resume')
+    assert done.returncode == 0 and done.stdout.count('WARNING') == 1
+    assert_equal_states(checkpoint(finished[0]), checkpoint(out_dir))
+    (out_dir / 'ckpt.pt').write_bytes(data)
+    refused = command('sample.py', f'--out_dir={out_dir}')
+    assert refused.returncode == 2 and 'ckpt.pt' in refused.stderr and refused.stdout == ''
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--device=cuda'], ['cuda', 'not available']), (['--device=tpu9'], ['tpu9']), (['--n_head=3'], ['n_embd', 'n_head']),
+    (['--normalization=rmsnrm'], ['rmsnrm', 'rmsnorm']), (['--arch_preset=gpt3'], ['gpt3', 'llama']), (['--batch_size=0'], ['batch_size']),
+    (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
+    (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', '99999']),
+    (['--beta2=1.5'], ['beta2']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
+def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
+    """A traceback, or a folder half made, for a typing mistake."""
+    done = train(text_set, tmp_path / 'out', *flags) if len(flags) else None
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / 'out').exists()
+    done = train(text_set, tmp_path / 'out', *flags, launcher=(sys.executable, '-O')) if flags[0] in ('--n_head=3', '--batch_size=0') else done
+    assert done.returncode == 2  # nothing relies on assert
+
+
+def test_accumulation_must_divide_among_processes(text_set, tmp_path):
+    """Fewer tokens a step than asked for, in silence."""
+    done = train(text_set, tmp_path, '--gradient_accumulation_steps=3', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})
+    assert done.returncode == 2 and 'gradient_accumulation_steps=3' in done.stderr and '2 processes' in done.stderr
+
+
+def test_a_large_download_is_never_started_unasked(tmp_path):
+    """A first run that fills somebody's disk."""
+    (tmp_path / 'prepare.py').write_text('"""Big."""\ndownload_mb = 54000\nopen("started", "w")\n')
+    done = train(tmp_path, tmp_path / 'out')
+    assert done.returncode == 2 and '54,000 MB' in done.stderr and 'prepare.py' in done.stderr and not (tmp_path / 'started').exists()
+
+
+def test_a_missing_data_set_prepares_itself(tmp_path):
+    """'No such file' where a prepare.py lies beside."""
+    (tmp_path / 'prepare.py').write_text('"""A small set of numbers."""\ndownload_mb = 0\nimport sys\nsys.path.insert(0, %r)\nfrom data.loader import write_dataset\n'
+                                         'write_dataset(%r, {"train": bytes(range(200)), "val": bytes(range(100))}, {"vocab_size": 256, "tokenizer": {"name": "byte"}})\n' % (str(ROOT), str(tmp_path)))
+    done = train(tmp_path, tmp_path / 'out', '--max_iters=1')
+    assert done.returncode == 0 and 'A small set of numbers' in done.stdout and 'no download' in done.stdout
+
+
+def test_a_run_without_wandb_is_the_same_run(text_set, finished, tmp_path):
+    """A missing logger that ends the run, or changes it."""
+    (tmp_path / 'stub' / 'wandb').mkdir(parents=True)
+    (tmp_path / 'stub' / 'wandb' / '__init__.py').write_text('raise ImportError("No module named wandb")')
+    done = train(text_set, tmp_path / 'out', '--wandb_log=True', env={'PYTHONPATH': str(tmp_path / 'stub')})
+    assert done.returncode == 0 and 'without wandb' in done.stdout
+    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path / 'out'))
+
+
+def test_samples_are_repeatable_and_start_with_the_prompt(finished, tmp_path):
+    """A seed that is ignored, a prompt file that is not read, the samples of a batch all alike."""
+    (tmp_path / 'prompt.txt').write_text('line 7 says')
+    flags = [f'--out_dir={finished[0]}', '--num_samples=3', '--max_new_tokens=30', '--device=cpu', '--dtype=float32', '--stop=False']
+    a = command('sample.py', *flags, '--start=line 7 says')
+    assert a.returncode == 0, a.stderr
+    assert a.stdout == command('sample.py', *flags, f'--start=FILE:{tmp_path / "prompt.txt"}').stdout
+    assert a.stdout != command('sample.py', *flags, '--start=line 7 says', '--seed=2').stdout
+    texts = a.stdout.split('---------------\n')
+    assert len(set(texts)) == 3 and all(t.startswith('line 7 says') for t in texts)
+
+
+def test_streamed_text_is_the_generated_text(finished):
+    """Characters cut apart or lost between tokens: against generate() and decode()."""
+    from model import GPT
+    out = command('sample.py', f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=60', '--device=cpu', '--dtype=float32', '--stop=False', '--start=über ').stdout
+    tokenizer, model = get_tokenizer('byte'), GPT.from_checkpoint(finished[0])
+    model.config.unpadded_vocab_size = 256
+    ids = model.generate(torch.tensor([tokenizer.encode('über ')]), 60, temperature=0.8, top_k=200, seed=1337)[0].tolist()
+    assert out == tokenizer.decode(ids) + '\n'
+
+
+def test_interactive_answers_prompt_after_prompt(finished):
+    """One prompt, then the end."""
+    done = subprocess.run([sys.executable, 'sample.py', f'--out_dir={finished[0]}', '--interactive=True', '--num_samples=1', '--max_new_tokens=5', '--device=cpu'],
+                          cwd=ROOT, input='first\nsecond\n', capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and 'first' in done.stdout and 'second' in done.stdout
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--temperature=-1.0'], ['temperature']), (['--top_p=1.5'], ['top_p']), (['--num_samples=0'], ['num_samples']), (['--start=FILE:nowhere.txt'], ['nowhere.txt']),
+    (['--out_dir=nowhere'], ['nowhere']), (['--device=cuda'], ['cuda'])])
+def test_sampling_mistakes_are_one_line(finished, flags, words):
+    """A traceback for a typing mistake."""
+    done = command('sample.py', f'--out_dir={finished[0]}', *flags)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()[-1:]) == 1 and 'Traceback' not in done.stderr
+    assert all(word in done.stderr for word in words)
+
+
+def test_the_readme_example_runs_as_printed(tmp_path):
+    """Documentation that nobody has run since."""
+    readme = (ROOT / 'README.md').read_text()
+    part = readme.split('```python\n')[1].split('```')[0]
+    line = next(line for line in readme.splitlines() if '--ffn_type=maxout' in line and line.startswith('python train.py'))
+    ignore = shutil.ignore_patterns('.git', '.venv', 'out*', '__pycache__', 'wandb')
+    shutil.copytree(ROOT, tmp_path / 'copy', ignore=ignore)
+    source = (tmp_path / 'copy' / 'model.py').read_text()
+    at = source.index('\n\n# ' + '-' * 100, source.index('class SwiGLU'))
+    (tmp_path / 'copy' / 'model.py').write_text(source[:at] + '\n\n' + part + source[at:])
+    done = command(*line.split()[1:], '--out_dir=out', cwd=tmp_path / 'copy')
+    assert done.returncode == 0, done.stderr
+    first, *_, last = losses(tmp_path / 'copy' / 'out').values()
+    assert 'maxout' in done.stdout and last < first - 1

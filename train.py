@@ -453,7 +453,8 @@ if bytes_per_id is not None:  # padding has no text
 bytes_per_token = {}
 
 raw_model.to(device).train()
-torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it, as nanoGPT does
+if device.type == 'cuda':
+    torch.set_float32_matmul_precision('high')  # TF32, as nanoGPT does
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
