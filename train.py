@@ -11,6 +11,7 @@ and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init
 """
 import atexit
 import contextlib
+import glob
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import time
 from dataclasses import asdict
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -38,7 +40,7 @@ from model import GPT, PRESETS, GPTConfig, load_checkpoint, model_of, peak_flops
 out_dir = 'out'  # checkpoints and the run log go here
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
-eval_iters = 200  # batches an evaluation reads of each split, the same ones every time
+eval_iters = 200  # batches an evaluation reads of each split, over all processes together, the same ones every time
 eval_only = False  # evaluate once and leave
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
@@ -86,7 +88,7 @@ beta1 = 0.9  # AdamW's decay of the first moment
 beta2 = 0.95  # of the second
 grad_clip = 1.0  # clip the global gradient norm to this; 0: do not clip
 # learning rate schedule
-decay_lr = True  # False: constant after warmup
+decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule: Literal['cosine', 'sgdr', 'wsd', 'linear', 'constant'] = 'cosine'  # after warmup
 warmup_iters = 2000  # linear warmup
 lr_decay_iters = 600000  # where the decay ends, usually max_iters
@@ -149,9 +151,9 @@ def check_ranges():
 def prepare_data():
     """Run the data set's own prepare.py if it has not been run, on this node's first process; say what it does and how large it is."""
     script = os.path.join(data_dir, 'prepare.py')
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
         if not os.path.isdir(data_dir):
-            have = sorted(d for d in os.listdir(os.path.dirname(data_dir)) if os.path.isdir(os.path.join(os.path.dirname(data_dir), d)) and d[0] not in '_.')
+            have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', '*', 'prepare.py')))
             raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)}; --dataset=pystdlib needs no download")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
@@ -246,26 +248,27 @@ def compile_model(X, Y):
 @torch.no_grad()
 def estimate_loss():
     """
-    {split: {loss, perplexity, bits_per_byte}} over the same windows of each split every time, whatever the run's seed, so
-    that two runs are compared on the same text. All ranks share the work. Loss in nats a token; bits a byte of UTF-8
-    text where the tokenizer can tell, which does not depend on the tokenizer.
+    {split: {loss, perplexity, bits_per_byte}} over the first eval_iters * batch_size windows of each split in an order that
+    never changes, so that any two runs are compared on the same text; all of them, if there are fewer. Ranks share the
+    work. Loss in nats a token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell.
     """
     raw_model.eval()
     out = {}
     for split, loader in eval_loaders.items():
-        size = max(1, min(batch_size, loader.n_windows // world_size))
-        batches = max(1, min(eval_iters, loader.n_windows // (size * world_size)))
+        n = min(eval_iters * batch_size, loader.n_windows)
+        steps = math.ceil(n / (batch_size * world_size))
+        indices = [np.arange(batch_size) + (i * world_size + rank) * batch_size for i in range(steps)]
         total, n_bytes = torch.zeros((), device=device), 0
-        indices = [(torch.arange(size) + (i * world_size + rank) * size).numpy() % loader.n_windows for i in range(batches)]
-        for i, (X, Y) in enumerate(loader.stream(indices)):
+        for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
+            Y[indices[i] >= n] = -1  # the last batch may reach beyond; ignored targets keep its shape, for the compiler
             with autocast():
-                total += raw_model(X, Y)[1]
+                total += raw_model(X, Y)[1] * (indices[i] < n).sum().item()
             if bytes_per_id is not None and split not in bytes_per_token:
-                n_bytes += int(bytes_per_id[Y.cpu()].sum())
-            show_progress(f'evaluating {split}: batch {i + 1}/{batches}')
+                n_bytes += bytes_per_id[Y[indices[i] < n].cpu()].sum().item()
+            show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
         if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
-            bytes_per_token[split] = all_reduce(torch.tensor(n_bytes / (batches * size * block_size), device=device)).item() / world_size
-        loss = all_reduce(total).item() / (batches * world_size)
+            bytes_per_token[split] = all_reduce(torch.tensor(float(n_bytes), device=device)).item() / (n * block_size)
+        loss = all_reduce(total).item() / n
         out[split] = dict(loss=loss, perplexity=math.exp(min(loss, 700)))
         if bytes_per_token.get(split):
             out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
@@ -281,11 +284,10 @@ def all_reduce(tensor):
 
 
 def write_sample():
-    """A short continuation of nothing, for the eye: the weights' own text. Draws from a generator of its own."""
-    start = tokenizer.eot if tokenizer.eot is not None else tokenizer.encode('\n')[0] if '\n' in getattr(tokenizer, 'chars', '\n') else 0
-    idx = torch.full((1, 1), start, dtype=torch.long, device=device)
+    """A short text from the model, for the eye, after end of text or else id 0. Draws from a generator of its own."""
+    idx = torch.full((1, 1), tokenizer.eot or 0, device=device)
     with autocast():
-        ids = raw_model.generate(idx, min(200, block_size - 1), temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot)[0, 1:].tolist()
+        ids = raw_model.generate(idx, 200, temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot, slide=max(1, block_size // 2))[0, 1:].tolist()
     text = tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot else ids)
     say('--- sample ' + '-' * 60 + f'\n{text}\n' + '-' * 71)
     return text
@@ -301,7 +303,7 @@ def save_checkpoint(best):
     t0, path = time.time(), os.path.join(out_dir, 'ckpt.pt')
     try:
         with open(path + '.tmp', 'wb') as f:
-            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': asdict(raw_model.config),
+            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'model_args': asdict(raw_model.config),
                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'losses': last_losses, 'stale_evals': stale_evals, 'last_eval_iter': last_eval_iter,
                         'tokenizer': tokenizer.spec if tokenizer else None, 'torch_version': str(torch.__version__)}, f)
             f.flush()
@@ -464,6 +466,8 @@ if ckpt is not None:
     optimizer.load_state_dict(ckpt['optimizer'])
     for group, now in zip(optimizer.param_groups, settings_now):
         group.update(now)  # load_state_dict also brings back the old betas and decay
+    if scaler.is_enabled() and ckpt.get('scaler'):
+        scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
     stale_evals, last_eval_iter = ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', iter_num)
 ckpt = None  # free the memory
@@ -473,7 +477,7 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops_token = raw_model.flops_per_token()
 peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_flops(device, dtype)
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
-eval_tokens = sum(min(eval_iters * batch_size * world_size, loader.n_windows) * block_size for loader in eval_loaders.values())
+eval_tokens = sum(min(eval_iters * batch_size, loader.n_windows) * block_size for loader in eval_loaders.values())
 expected = ((max_iters - iter_num) * tokens_per_iter + ((max_iters - iter_num) // eval_interval + 1) * eval_tokens / 3) / tokens_at_half_peak  # seconds
 if compile == 'auto':
     compile = device.type == 'cuda' or device.type == 'cpu' and expected > 600 and not eval_only
@@ -510,12 +514,14 @@ if expected > 3600 and device.type != 'cuda':
 
 start_time = time.strftime('%Y%m%d_%H%M%S')
 log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'), 0.0, 0.0
-atexit.register(write_log)
 run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                startup_info=startup_info | dict(total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(),
                                                 tokens_per_iter=tokens_per_iter, flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source,
                                                 torch_version=str(torch.__version__)),
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
+atexit.register(write_log)
+with one_line_errors():
+    write_log()
 wandb = None
 if wandb_log and master:
     try:
@@ -526,12 +532,12 @@ if wandb_log and master:
             (' (pip install wandb)' if isinstance(e, ImportError) else ''))
         wandb = None
 
-batch_indices = ((torch.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size).numpy()
+batch_indices = (np.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size
                  for it in itertools.count(iter_num) for m in range(accumulation))
 batches = train_loader.stream(batch_indices)
 if compile:
     with one_line_errors():
-        compile = compile_model(*train_loader.batch(torch.arange(batch_size).numpy()))
+        compile = compile_model(*train_loader.batch(np.arange(batch_size)))
 model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +608,8 @@ while True:
     train_seconds += time.time() - t0
     if due:
         seconds = train_seconds / iters_since_log
-        mean_seconds = seconds if mean_seconds is None or iter_num < first_iter + 10 else 0.9 * mean_seconds + 0.1 * seconds
+        weight = 1.0 if iter_num < first_iter + 10 else min(1.0, iters_since_log / 10)  # the first iterations are slower than the rest
+        mean_seconds = weight * seconds + (1 - weight) * (mean_seconds or 0.0)
         left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 2) // eval_interval + 1)
         log_iteration(mean_loss, seconds, left)
         if iter_num == first_iter and left > 3600 and device.type != 'cuda':
