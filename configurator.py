@@ -21,12 +21,13 @@ import sys
 import tokenize
 import types
 import typing
+import warnings
 
 
 def fail(message):
     """Print one line and leave with exit status 2, for whatever a person typed wrong. Only rank 0 speaks under torchrun."""
     if os.environ.get('RANK', '0') == '0':
-        print(f'{os.path.basename(sys.argv[0])}: {message}', file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -137,19 +138,22 @@ def configure(script, *also, argv=None):
 
     flags = []
     for i, arg in enumerate(argv):
-        if not arg.startswith('-') and '=' not in arg:
-            if i and argv[i - 1].startswith('--') and '=' not in argv[i - 1]:
-                fail(f"flags are written --key=value: '{argv[i - 1]}={arg}', not '{argv[i - 1]} {arg}'")
+        name, equals, text = arg.removeprefix('--').partition('=')
+        if arg.startswith('--') and equals and name.isidentifier():
+            flags.append((name, text))
+        elif arg.startswith('--') and not equals and i + 1 < len(argv) and not argv[i + 1].startswith('-'):
+            fail(f"flags are written --key=value: '{arg}={argv[i + 1]}', not '{arg} {argv[i + 1]}'")
+        elif arg.startswith('-') or equals:
+            hint = '' if name in block else f'; {nearest(name.strip("-"), block)}'
+            fail(f"malformed flag '{arg}': flags are written --key=value{hint}")
+        else:
             run_file(arg, config, put)
-        elif arg.startswith('--') and '=' in arg and arg[2:arg.index('=')].isidentifier():
-            flags.append(arg[2:].split('=', 1))
-        elif i + 1 == len(argv) or not arg.startswith('--') or argv[i + 1].startswith('-'):
-            fail(f"malformed flag '{arg}': flags are written --key=value" +
-                 (f"; {nearest(arg.strip('-').split('=')[0], block)}" if arg.strip('-').split('=')[0] not in block else ''))
     for name, text in flags:
         try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():  # newer Pythons warn of a backslash in a string
+                warnings.simplefilter('ignore')
+                value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
         if name in block and accepts_text(block[name][1]) and value is not None and not isinstance(value, str):
             value = text
@@ -166,7 +170,7 @@ def run_file(path, config, put):
         fail(f"no such override file: '{path}'" + (f"; did you mean '{match[0]}'?" if match else ''))
     scope, assigned = dict(config, __file__=path, __name__='config'), set()
     try:
-        with tokenize.open(path) as f:
+        with open(path, 'rb') as f:
             tree = ast.parse(f.read(), path)
         assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         exec(compile(tree, path, 'exec'), scope)
@@ -174,7 +178,7 @@ def run_file(path, config, put):
         line, tb = getattr(e, 'lineno', None), e.__traceback__
         while tb is not None:
             line, tb = (tb.tb_lineno if tb.tb_frame.f_code.co_filename == path else line), tb.tb_next
-        fail(f"override file '{path}' line {line}: {type(e).__name__}: {getattr(e, 'msg', e)}")
+        fail(f"override file '{path}'{f' line {line}' if line else ''}: {type(e).__name__}: {getattr(e, 'msg', e)}")
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
             continue

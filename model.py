@@ -105,7 +105,8 @@ class GPTConfig:
         if self.position_encoding == 'rope' and self.n_embd // self.n_head % 2:
             raise ValueError(f'rope needs an even head size, not n_embd / n_head = {self.n_embd // self.n_head}')
         for key, good in (('dropout', 0 <= self.dropout < 1), ('norm_eps', self.norm_eps > 0), ('rope_theta', self.rope_theta > 0),
-                          ('logit_softcap', self.logit_softcap >= 0), ('unpadded_vocab_size', 0 < (self.unpadded_vocab_size or 1) <= self.vocab_size)):
+                          ('logit_softcap', self.logit_softcap >= 0),
+                          ('unpadded_vocab_size', self.unpadded_vocab_size is None or 0 < self.unpadded_vocab_size <= self.vocab_size)):
             if not good:
                 raise ValueError(f'{key}={getattr(self, key)!r} is out of range')
 
@@ -451,7 +452,7 @@ class GPT(nn.Module):
         x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 x = checkpoint(block, x, rotate, use_reentrant=False)  # keep a block's input, recompute the rest in backward
             else:
                 x = block(x, rotate, cache[i] if cache else None)
@@ -459,7 +460,7 @@ class GPT(nn.Module):
 
         loss = logits = None
         if targets is not None:
-            loss = linear_cross_entropy(x.view(B * T, -1), self.lm_head.weight, targets.view(-1), self.config.logit_softcap)
+            loss = linear_cross_entropy(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), self.config.logit_softcap)
         if targets is None or all_logits:
             logits = self.lm_head(x if all_logits else x[:, [-1], :])
             if self.config.logit_softcap:
@@ -514,6 +515,8 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shorten the context of a trained model, e.g. to fine-tune it at a smaller one. It cannot grow where positions are learned."""
+        if block_size < 1:
+            raise ValueError(f'block_size must be positive, not {block_size}')
         if block_size > self.config.block_size and self.config.position_encoding == 'learned_absolute':
             raise ValueError(f'block_size {block_size} is beyond the {self.config.block_size} positions this model has learned')
         self.config.block_size = block_size
@@ -592,7 +595,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, [-1]], float('-inf'))
+        kept = logits.topk(top_k)
+        logits = torch.full_like(logits, float('-inf')).scatter(1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
@@ -637,7 +641,8 @@ def model_of(ckpt):
             raise ValueError(f"unknown model_args {', '.join(map(str, unknown))}")
         with torch.device('meta'):
             model = GPT(GPTConfig(**ckpt['model_args']))
-        state = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items()}  # what torch.compile left in nanoGPT's
+        # nanoGPT's have a prefix from torch.compile, and causal masks (attn.bias) where torch was older than 2.0
+        state = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items() if not k.endswith('.attn.bias')}
         model.load_state_dict(state, assign=True)
     except Exception as e:
         raise ValueError(f"checkpoint '{ckpt['path']}' is not a model we can hold: {' '.join(str(e).split())[:300]}") from e
