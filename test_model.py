@@ -1284,7 +1284,7 @@ def test_setting_a_key_to_its_default_counts_as_set(script):
     ('count = 1\nimport nonesuch\n', ['line 2', 'ModuleNotFoundError', 'nonesuch']),
     ('raise ValueError("two\\nlines")\n', ['line 1', 'ValueError', 'two', 'lines']),
     ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
-    (b'# one\n# two\n# three\ncount = 7  # \xff\n', ['line 4', 'UnicodeDecodeError'])])
+    (b'# one\n# two\n# three\nname = "\xff"\n', ['line 4', 'SyntaxError'])])
 def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
     """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
     refusal(script('file.py', files={'file.py': text}), *parts)

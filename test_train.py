@@ -557,9 +557,9 @@ def text_set(tmp_path_factory):
     return folder
 
 
-def command(script, *flags, cwd=ROOT, env=None, launcher=(sys.executable,)):
+def command(script, *flags, cwd=ROOT, env=None, launcher=(sys.executable,), text=True):
     return subprocess.run([*launcher, script, *map(str, flags)], cwd=cwd, env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}),
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=text, timeout=300)
 
 
 def train(text_set, out_dir, *flags, **kwargs):
@@ -755,19 +755,15 @@ def test_patience_stops_early(text_set, tmp_path):
     assert run_logs(tmp_path)[0]['summary']['outcome'] == 'stopped early' and checkpoint(tmp_path)['iter_num'] < 20
 
 
-def test_always_save_checkpoint_false_keeps_the_best(text_set, tmp_path):
-    """nanoGPT's meaning of the flag: ckpt.pt is the model of the lowest val loss."""
-    assert train(text_set, tmp_path, '--always_save_checkpoint=False', '--eval_interval=2', '--learning_rate=3', '--min_lr=3', '--warmup_iters=8').returncode == 0
-    evals = {e['iter']: e['val']['loss'] for e in run_logs(tmp_path)[0]['eval_steps']}
-    best = min(evals, key=evals.get)
-    assert 0 < best < 20 and checkpoint(tmp_path)['iter_num'] == checkpoint(tmp_path, 'ckpt_best.pt')['iter_num'] == best
-
-
-def test_best_and_last_checkpoints(text_set, tmp_path):
-    """ckpt_best.pt following the last one."""
-    assert train(text_set, tmp_path, '--eval_interval=2', '--learning_rate=3', '--min_lr=3', '--warmup_iters=8').returncode == 0
-    evals = {e['iter']: e['val']['loss'] for e in run_logs(tmp_path)[0]['eval_steps']}
-    assert checkpoint(tmp_path)['iter_num'] == 20 and checkpoint(tmp_path, 'ckpt_best.pt')['iter_num'] == min(evals, key=evals.get) < 20
+@pytest.mark.parametrize('always_save, last', [(True, 20), (False, 10)])
+def test_best_and_last_checkpoints(text_set, tmp_path, always_save, last):
+    """ckpt_best.pt following the last one; with always_save_checkpoint=False, nanoGPT's meaning: ckpt.pt is the model of the lowest val loss."""
+    flags = '--eval_interval=5', f'--always_save_checkpoint={always_save}'
+    assert train(text_set, tmp_path, *flags, '--max_iters=10').returncode == 0
+    assert train(text_set, tmp_path, *flags, '--init_from=resume', '--learning_rate=3', '--min_lr=3').returncode == 0  # only makes it worse
+    evals = {e['iter']: e['val']['loss'] for run in run_logs(tmp_path) for e in run['eval_steps']}
+    assert sorted(evals) == [0, 5, 10, 15, 20] and min(evals, key=evals.get) == 10
+    assert checkpoint(tmp_path, 'ckpt_best.pt')['iter_num'] == 10 and checkpoint(tmp_path)['iter_num'] == last
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(text_set, tmp_path):
@@ -818,7 +814,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     (['--device=cuda'], ['cuda', 'not available']), (['--device=tpu9'], ['tpu9']), (['--n_head=3'], ['n_embd', 'n_head']),
     (['--normalization=rmsnrm'], ['rmsnrm', 'rmsnorm']), (['--arch_preset=gpt3'], ['gpt3', 'llama']), (['--batch_size=0'], ['batch_size']),
     (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
-    (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', '99999']),
+    (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', 'block_size']),
     (['--beta2=1.5'], ['beta2']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
 def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
     """A traceback, or a folder half made, for a typing mistake."""
@@ -875,7 +871,7 @@ def test_samples_are_repeatable_and_start_with_the_prompt(finished, tmp_path):
 def test_streamed_text_is_the_generated_text(finished):
     """Characters cut apart or lost between tokens: against generate() and decode()."""
     from model import GPT
-    out = command('sample.py', f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=60', '--device=cpu', '--dtype=float32', '--stop=False', '--start=über ').stdout
+    out = command('sample.py', f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=60', '--device=cpu', '--dtype=float32', '--stop=False', '--start=über ', text=False).stdout.decode()
     tokenizer, model = get_tokenizer('byte'), GPT.from_checkpoint(finished[0])
     model.config.unpadded_vocab_size = 256
     ids = model.generate(torch.tensor([tokenizer.encode('über ')]), 60, temperature=0.8, top_k=200, seed=1337)[0].tolist()
