@@ -259,13 +259,13 @@ def estimate_loss():
         steps = math.ceil(n / (batch_size * world_size))
         indices = [np.arange(batch_size) + (i * world_size + rank) * batch_size for i in range(steps)]
         total, n_bytes = torch.zeros((), device=device), 0
-        for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
-            Y[indices[i] >= n] = -1  # the last batch may reach beyond; ignored targets keep its shape, for the compiler
-            with autocast():
+        with autocast():  # outside the loop, so that weights are cast once
+            for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
+                Y[indices[i] >= n] = -1  # the last batch may reach beyond; ignored targets keep its shape, for the compiler
                 total += raw_model(X, Y)[1] * (indices[i] < n).sum().item()
-            if bytes_per_id is not None and split not in bytes_per_token:
-                n_bytes += bytes_per_id[Y[indices[i] < n].cpu()].sum().item()
-            show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
+                if bytes_per_id is not None and split not in bytes_per_token:
+                    n_bytes += bytes_per_id[Y[indices[i] < n].cpu()].sum().item()
+                show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
         if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
             bytes_per_token[split] = all_reduce(torch.tensor(float(n_bytes), device=device)).item() / (n * block_size)
         loss = all_reduce(total).item() / n
