@@ -305,11 +305,12 @@ class SwiGLU(nn.Module):
 # the whole
 
 class KVCache:
-    """Keys and values of one layer up to here, (B, K, max_length, D); appends in place and returns what there is."""
+    """Keys and values of one layer so far, in buffers of shape (B, K, max_length, D)."""
     def __init__(self, shape, **kwargs):
         self.k, self.v, self.length = torch.empty(shape, **kwargs), torch.empty(shape, **kwargs), 0
 
     def append(self, k, v):
+        """k, v (B, K, T, D) written after what there is; returns all of it, (B, K, length, D) each, as views."""
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
@@ -368,8 +369,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     of rows: each chunk makes its logits, loss and gradients at once, in forward (Liger Kernel, https://arxiv.org/abs/2410.10989).
     x (N, C), weight (V, C), targets (N,) -> scalar float32. Three matmuls as in the plain way, none repeated; softmax in float32.
 
-    Why not F.linear_cross_entropy, which torch has from 2.12 on: with N=1024, C=768, V=50304 on a CPU its chunked path took
-    5 times as long as plain cross-entropy, ignored autocast, broke torch.compile's graph and is invisible to FlopCounterMode.
+    Why not F.linear_cross_entropy of newer torch: its chunked path ignores autocast, breaks torch.compile's graph, is invisible
+    to FlopCounterMode, and was several times slower than plain cross-entropy on a CPU.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, chunk, need_grad):
@@ -389,16 +390,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 g = torch.exp(z - logsumexp).scatter_add(1, t, torch.full_like(logsumexp, -1.0))  # softmax - one_hot
                 if softcap:
                     g = g * (1 - (z / softcap).square())
-                g = (g * (seen / count)[:, None]).to(dtype)
+                g = (g * seen[:, None]).to(dtype)  # divided by count in backward, when fp16's loss scale has arrived
                 dx[i:i + chunk] = g @ w
                 dw += g.T @ rows
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
         return loss / count
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
+        dx, dw, count = ctx.saved_tensors
+        grad = grad / count
         return dx * grad, (dw * grad).to(ctx.weight_dtype), None, None, None, None, None
 
 
@@ -482,9 +484,9 @@ class GPT(nn.Module):
         """{part: number of parameters}; a tied matrix is counted once, as token embeddings."""
         parts = {}
         for name, p in self.named_parameters():  # wte before lm_head, and a shared tensor only once
-            path = name.split('.')
-            part = {'wte': 'token embeddings', 'wpe': 'position embeddings', 'ln_f': 'norms', 'lm_head': 'head', 'weight': 'head'}.get(path[1]) or \
-                {'attn': 'attention', 'mlp': 'ffn'}.get(path[3], 'norms')
+            path = [*name.split('.'), '', '']  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
+            part = {'wte': 'token embeddings', 'wpe': 'position embeddings', 'attn': 'attention', 'mlp': 'ffn'}.get(path[3] if path[1] == 'h' else path[1])
+            part = 'head' if path[0] == 'lm_head' else part or 'norms'
             parts[part] = parts.get(part, 0) + p.numel()
         return parts
 
@@ -499,7 +501,8 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear):
                 parts['head' if name == 'lm_head' else 'attention projections' if '.attn.' in name else 'ffn'] += 2 * module.weight.numel()
             elif hasattr(module, 'extra_flops'):
-                parts['attention scores' if name.endswith('.attn') else 'ffn'] += module.extra_flops(T) / (2 if causal else 1)
+                scores = name.endswith('.attn')
+                parts['attention scores' if scores else 'ffn'] += module.extra_flops(T) / (2 if causal and scores else 1)
         return parts
 
     def flops_per_token(self, seq_len=None, causal=False):
@@ -514,7 +517,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
 
     def crop_block_size(self, block_size):
-        """Shorten the context of a trained model, e.g. to fine-tune it at a smaller one. It cannot grow where positions are learned."""
+        """Change the context length of a trained model, e.g. to fine-tune at a smaller one. ValueError where learned positions would have to grow."""
         if block_size < 1:
             raise ValueError(f'block_size must be positive, not {block_size}')
         if block_size > self.config.block_size and self.config.position_encoding == 'learned_absolute':
@@ -545,7 +548,7 @@ class GPT(nn.Module):
         Past block_size the window slides: the model sees the last block_size tokens, at positions from 0, as in nanoGPT. That
         changes every position, so nothing cached holds and each token costs a whole forward. slide=n moves the window
         n tokens at a time instead: the cache then lives for n tokens, and the model sees between block_size - n + 1 and
-        block_size tokens. The ids are the same with and without the cache, whatever the slide.
+        block_size tokens. The ids are the same with and without the cache, whatever the slide. ValueError names an argument out of range.
         """
         B, T = idx.size()
         block_size, limit = self.config.block_size, self.config.unpadded_vocab_size or self.config.vocab_size
@@ -584,7 +587,7 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **kwargs):
-        """idx (B, T) continued: (B, T + n), n <= max_new_tokens. Takes what stream() takes."""
+        """idx (B, T) continued: (B, T + n), n <= max_new_tokens. Arguments and errors are those of stream()."""
         steps = list(self.stream(idx, max_new_tokens, temperature, top_k, **kwargs))
         return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
 
@@ -608,26 +611,36 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # ---------------------------------------------------------------------------------------------------------------------
 # the bridge out: checkpoints, devices, peaks
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_crcs(path):
+    """ValueError if what a checkpoint file holds does not match its own CRCs, which torch.load does not check."""
+    with zipfile.ZipFile(path) as z:
+        damaged = z.testzip()
+    if damaged is not None:
+        raise ValueError(f"'{damaged}' inside it does not match its checksum")
+
+
 def load_checkpoint(path):
     """
     The dict in a checkpoint file, or in a folder's ckpt.pt, on the CPU. Only tensors and plain values are ever read, and
-    the file's own CRCs are checked, which torch.load does not do. ValueError names the file and what is wrong with it.
+    the file's own CRCs are checked. ValueError names the file and what is wrong with it.
     """
     path = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at '{path}'")
     try:
-        with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()
-        if damaged is not None:
-            raise ValueError(f"'{damaged}' inside it does not match its checksum")
+        check_crcs(path)
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model'), dict) or not isinstance(ckpt.get('model_args'), dict):
             raise ValueError("it has no 'model' and 'model_args'")
     except pickle.UnpicklingError as e:
         raise ValueError(f"checkpoint '{path}' is refused: it holds something besides tensors and plain values, which could run code") from e
     except Exception as e:  # zip and torch each have their own; to a reader they are one thing
-        raise ValueError(f"checkpoint '{path}' cannot be used: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
     ckpt['path'] = path
     return ckpt
 
@@ -657,9 +670,11 @@ def pick_device(device='auto', dtype='auto'):
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(device)
+        if device.type not in ('cuda', 'mps', 'cpu'):
+            raise RuntimeError('it is none of cuda, mps and cpu')
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device '{device}' is not available here: {str(e).splitlines()[0]}; --device=auto takes what there is") from e
+        raise ValueError(f"device '{device}' is not available here: {first_line(e)}; --device=auto takes what there is") from e
     if dtype == 'auto':
         if device.type == 'cuda':
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -679,7 +694,7 @@ def peak_flops(device, dtype):
     """(FLOP/s, how it is known): the datasheet's dense peak, or else a large matmul measured here for about a second."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     for known, tflops in DENSE_PEAKS.items():
-        if re.search(rf'\b{known}\b', name) and 'Laptop' not in name and (dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')):
+        if re.search(rf'\b{known}\b', name) and not re.search('Laptop|MIG', name) and (dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')):
             return tflops * 1e12, f'dense {dtype} peak of {known}'
     n, best, spent = (8192 if device.type == 'cuda' else 2048), math.inf, 0.0
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -693,31 +708,33 @@ def peak_flops(device, dtype):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python model.py: describe, inspect, list
+HERE = os.path.dirname(os.path.abspath(__file__))
+
 
 def describe(model):
     """What a model is and costs, as text. Works on the meta device, where a model takes no memory."""
     c, n = model.config, model.get_num_params(non_embedding=False)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     cache = 2 * 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * c.block_size
-    gb = lambda n_bytes: f'{n_bytes / 1e9:>12,.3f} GB'
     lines = ['architecture'] + [f'  {k:<24} {v}' for k, v in vars(c).items() if v is not None]
     lines += ['parameters'] + [f'  {k:<24} {v:>16,}' for k, v in model.params_by_part().items()]
     lines += [f'  {k:<24} {v:>16,}' for k, v in (('total', n), ('trainable', trainable), ('non-embedding', model.get_num_params()))]
     lines += [f'FLOPs a token at sequence length {c.block_size}, matmuls only, attention scores in full']
     lines += [f'  {k + ", forward":<32} {v:>16,.0f}' for k, v in model.flops_by_part().items()]
-    lines += [f'  {"forward":<32} {model.flops_per_token() / 3:>16,.0f}',
-              f'  {"training, 3 x forward":<32} {model.flops_per_token():>16,.0f}',
-              f'  {"training, causal half of scores":<32} {model.flops_per_token(causal=True):>16,.0f}']
-    lines += ['memory to train, float32 with AdamW, one process; activations come on top',
-              f'  {"weights":<24} {gb(4 * n)}', f'  {"gradients":<24} {gb(4 * trainable)}', f'  {"optimizer":<24} {gb(8 * trainable)}', f'  {"total":<24} {gb(4 * n + 12 * trainable)}',
-              'memory to sample, bfloat16', f'  {"weights":<24} {gb(2 * n)}', f'  {f"KV cache, {c.block_size} tokens":<24} {gb(cache)}', f'  {"total":<24} {gb(2 * n + cache)}']
+    for label, flops in (('forward', sum(model.flops_by_part().values())), ('training, 3 x forward', model.flops_per_token()),
+                         ('training, causal half of scores', model.flops_per_token(causal=True))):
+        lines.append(f'  {label:<32} {flops:>16,.0f}')
+    for title, sizes in (('memory to train, float32 with AdamW, one process; activations come on top',
+                          {'weights': 4 * n, 'gradients': 4 * trainable, 'optimizer': 8 * trainable}),
+                         ('memory to sample, bfloat16', {'weights': 2 * n, f'KV cache, {c.block_size} tokens': cache})):
+        lines += [title] + [f'  {k:<24} {v / 1e9:>12,.3f} GB' for k, v in (sizes | {'total': sum(sizes.values())}).items()]
     return '\n'.join(lines)
 
 
 def meta_model(settings):
     """The model of a dict of settings on the meta device; a vocabulary that the settings leave open comes from the data set, or is GPT-2's."""
     from data.loader import prepare_facts, read_meta
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', settings['dataset'])
+    folder = os.path.join(HERE, 'data', settings['dataset'])
     script = os.path.join(folder, 'prepare.py')
     vocab = read_meta(folder).get('vocab_size') or (prepare_facts(script)['vocab_size'] if os.path.exists(script) else None) or 50257
     if settings['vocab_size'] is not None:
@@ -730,13 +747,14 @@ def main():
     from configurator import configure, fail
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
     list = False  # print a table of every file in config/ with its counts
-    config, given = configure(__file__, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
+    config, given = configure(__file__, os.path.join(HERE, 'train.py'))
     try:
         if config['list']:
-            folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-            print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} {'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
+            folder = os.path.join(HERE, 'config')
+            print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} "
+                  f"{'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
             for name in sorted(n for n in os.listdir(folder) if n.endswith('.py')):
-                settings, _ = configure(__file__, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), argv=[os.path.join(folder, name)])
+                settings, _ = configure(__file__, os.path.join(HERE, 'train.py'), argv=[os.path.join(folder, name)])
                 model = meta_model(settings)
                 c = model.config
                 print(f"{name:<30} {settings['arch_preset']:<7} {c.n_layer:>6} {c.n_embd:>6} {c.n_head:>6} {c.block_size:>6} {c.vocab_size:>6} "

@@ -67,7 +67,7 @@ def generate(prompt):
         for row, token in zip(rows, step.tolist()):
             if not (row and row[-1] == eot):
                 row.append(token)
-        if len(rows[0]) and rows[0][-1] != eot and step[0].item() == rows[0][-1]:
+        if rows[0][-1] != eot:
             print(decoder.decode(tokenizer.decode_bytes(rows[0][-1:])), end='', flush=True)
     print(decoder.decode(b'', final=True))
     for row in rows[1:]:

@@ -92,7 +92,8 @@ def write_dataset(data_dir, splits, meta):
         contents[path] = ids.astype(DTYPES[dtype]).data
         files[path.name] = {'tokens': len(ids), 'crc32': zlib.crc32(contents[path])}
     meta = {**meta, 'dtype': dtype, 'files': files}
-    contents[data_dir / 'meta.json'] = (json.dumps(meta, indent=1) + '\n').encode()
+    # renamed first: shards without it would pass for nanoGPT's, while it without its shards is noticed
+    contents = {data_dir / 'meta.json': (json.dumps(meta, indent=1) + '\n').encode(), **contents}
     data_dir.mkdir(parents=True, exist_ok=True)
     write_files(contents)
     return meta
@@ -248,7 +249,7 @@ class Loader:
         return (x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y)
 
     def _to_device(self, xy):
-        return tuple(t.to(self.device, non_blocking=True) for t in xy)
+        return tuple(t.to(self.device, non_blocking=self.device.type == 'cuda') for t in xy)
 
     def batch(self, indices):
         """Inputs x and targets y, int64 (B, T) each on the device, of sample indices (B,).
