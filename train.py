@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import GPT, PRESETS, GPTConfig, load_checkpoint, model_of, peak_flops, pick_device
+from model import GPT, PRESETS, GPTConfig, check_crcs, first_line, load_checkpoint, model_of, peak_flops, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -114,6 +115,8 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as e:
+        if rank:  # what only one rank has met is not seen by rank 0
+            print(f'train.py: rank {rank}: {first_line(e)}', file=sys.stderr, flush=True)
         fail(str(e))
 
 
@@ -122,10 +125,10 @@ def say(text):
         print(text, flush=True)
 
 
-def show_progress(text, every=10.0):
-    """A sign of life in a long stretch without log lines."""
+def show_progress(text):
+    """A sign of life, every 10 seconds, in a long stretch without log lines."""
     global last_line
-    if time.time() - last_line > every:
+    if time.time() - last_line > 10:
         say(f'  ... {text}')
         last_line = time.time()
 
@@ -146,6 +149,10 @@ def check_ranges():
     for key in ('beta1', 'beta2', 'cooldown_frac'):
         if not 0 <= config[key] < 1:
             raise ValueError(f'{key} must be at least 0 and below 1, not {config[key]}')
+    if seed >= 2 ** 63:
+        raise ValueError(f'seed must be below 2^63, not {seed}')
+    if arch_preset not in PRESETS:
+        raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
 
 def prepare_data():
@@ -153,7 +160,7 @@ def prepare_data():
     script = os.path.join(data_dir, 'prepare.py')
     if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
         if not os.path.isdir(data_dir):
-            have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', '*', 'prepare.py')))
+            have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
             raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)}; --dataset=pystdlib needs no download")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
@@ -168,7 +175,7 @@ def prepare_data():
 
 
 def get_lr(it):
-    """The learning rate of iteration it: linear warmup, then lr_schedule from learning_rate to min_lr at lr_decay_iters."""
+    """The learning rate of iteration it: linear warmup, then lr_schedule from learning_rate to min_lr, reached at lr_decay_iters or each restart."""
     if decay_lr and it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if not decay_lr or lr_schedule == 'constant':
@@ -185,43 +192,48 @@ def get_lr(it):
     return min_lr + coeff * (learning_rate - min_lr)
 
 
-def build_model():
-    """(model on the CPU, checkpoint it continues or None), by init_from. Adds what a checkpoint decides to config."""
+def starting_point():
+    """(GPTConfig, None, None) for a new model; (config, model, None) for another run's weights; (config, model, checkpoint) to resume."""
     if init_from == 'scratch' or init_from == 'auto' and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        torch.manual_seed(seed)
-        return GPT(GPTConfig.from_settings(config, data_vocab)), None
-    resuming = init_from in ('resume', 'auto')
-    source = out_dir if resuming else init_from
-    if not resuming and not os.path.exists(source):
+        if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+            say(f"WARNING: '{out_dir}' holds a run, whose checkpoints this one will replace; --init_from=resume continues it, --out_dir=... keeps it")
+        return GPTConfig.from_settings(config, data_vocab), None, None
+    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_prev.pt')
+    if not resuming and not os.path.exists(init_from):
         raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
-        ckpt = load_checkpoint(source)
+        ckpt = load_checkpoint(out_dir if resuming else init_from)
     except ValueError as e:
-        if not resuming or not os.path.exists(os.path.join(out_dir, 'ckpt_prev.pt')):
+        if not resuming or not os.path.exists(previous):
             raise
         say(f'WARNING: {e}; going back to the one before it')
-        ckpt = load_checkpoint(os.path.join(out_dir, 'ckpt_prev.pt'))
+        ckpt = load_checkpoint(previous)
+    if resuming and not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
+        raise ValueError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; --init_from={ckpt['path']} and another --out_dir fine-tune it")
     # the architecture is the checkpoint's; a part that somebody asked for by name must agree with it
-    args = ckpt['model_args']
-    free = ('dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing')
-    asked = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__ and k in given and v is not None}
+    args, defaults = ckpt['model_args'], asdict(GPTConfig())
+    asked = {k: v for k, v in config.items() if k in defaults and k in given and v is not None}
     if 'arch_preset' in given:
-        asked = PRESETS.get(arch_preset, {}) | asked
-    defaults = asdict(GPTConfig())
+        asked = PRESETS[arch_preset] | asked
     for key, value in asked.items():
         stored = args.get(key, defaults[key])
-        if key in free:
+        if key in ('dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'):
             args[key] = value
         elif value != stored and not (key == 'block_size' and not resuming):
             raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored}")
-    if 'dropout' not in given:
-        args['dropout'] = dropout
+    args['dropout'] = dropout  # as in nanoGPT the flag's or the default, not the checkpoint's
     model = model_of(ckpt)
     if asked.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
-    if data_vocab is not None and data_vocab > model.config.vocab_size:
+    if (data_vocab or 0) > model.config.vocab_size:
         raise ValueError(f"data set '{dataset}' has {data_vocab} ids, the checkpoint '{ckpt['path']}' knows {model.config.vocab_size}")
-    return model, ckpt if resuming else None
+    if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
+        message = f"the checkpoint '{ckpt['path']}' was trained with tokenizer {ckpt['tokenizer']['name']}, not with that of data set '{dataset}', {tokenizer.name}"
+        if resuming:
+            raise ValueError(message)
+        say(f'WARNING: {message}: its ids mean something else here')
+    model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
+    return model.config, model, ckpt if resuming else None
 
 
 def compile_model(X, Y):
@@ -235,8 +247,7 @@ def compile_model(X, Y):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever the compiler and its tools raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {reason}')
+        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
         raw_model._compiled_call_impl = None
         return False
     finally:
@@ -248,8 +259,8 @@ def compile_model(X, Y):
 @torch.no_grad()
 def estimate_loss():
     """
-    {split: {loss, perplexity, bits_per_byte}} over the first eval_iters * batch_size windows of each split in an order that
-    never changes, so that any two runs are compared on the same text; all of them, if there are fewer. Ranks share the
+    {split: {loss, perplexity, bits_per_byte}} over the first eval_iters * batch_size windows of each split, in an order that
+    depends on nothing but block_size, so that two runs are compared on the same text; all, if there are fewer. Ranks share the
     work. Loss in nats a token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell.
     """
     raw_model.eval()
@@ -261,10 +272,11 @@ def estimate_loss():
         total, n_bytes = torch.zeros((), device=device), 0
         with autocast():  # outside the loop, so that weights are cast once
             for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
-                Y[indices[i] >= n] = -1  # the last batch may reach beyond; ignored targets keep its shape, for the compiler
-                total += raw_model(X, Y)[1] * (indices[i] < n).sum().item()
+                rows = (indices[i] < n).sum().item()
+                Y[rows:] = -1  # the last batch may reach beyond n; ignored targets keep its shape, for the compiler
+                total += raw_model(X, Y)[1] * rows
                 if bytes_per_id is not None and split not in bytes_per_token:
-                    n_bytes += bytes_per_id[Y[indices[i] < n].cpu()].sum().item()
+                    n_bytes += bytes_per_id[Y[:rows].cpu()].sum().item()
                 show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
         if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
             bytes_per_token[split] = all_reduce(torch.tensor(float(n_bytes), device=device)).item() / (n * block_size)
@@ -276,10 +288,10 @@ def estimate_loss():
     return out
 
 
-def all_reduce(tensor):
-    """Sum over ranks, in place."""
+def all_reduce(tensor, op=dist.ReduceOp.SUM):
+    """Over ranks, in place."""
     if distributed:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
 
 
@@ -298,29 +310,38 @@ def save_checkpoint(best):
     Replace out_dir/ckpt.pt so that a kill at any moment leaves a whole one: write beside it, flush, read back, rename. The one
     before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values.
     """
+    global ckpt_is_ours
     if not master:
         return
-    t0, path = time.time(), os.path.join(out_dir, 'ckpt.pt')
+    t0, path, previous, best_path = time.time(), *(os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'))
     try:
+        if not all(p.isfinite().all() for p in raw_model.parameters()):
+            raise ValueError('a weight is not finite')
         with open(path + '.tmp', 'wb') as f:
-            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'model_args': asdict(raw_model.config),
-                        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'losses': last_losses, 'stale_evals': stale_evals, 'last_eval_iter': last_eval_iter,
-                        'tokenizer': tokenizer.spec if tokenizer else None, 'torch_version': str(torch.__version__)}, f)
+            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+                        'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else None,
+                        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
+                        'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}, f)
             f.flush()
             os.fsync(f.fileno())
-        load_checkpoint(path + '.tmp')
-        if os.path.exists(path):
-            replace_with_link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+        check_crcs(path + '.tmp')
+        if ckpt_is_ours:
+            replace_with_link(path, previous)
         os.replace(path + '.tmp', path)
         if best:
-            replace_with_link(path, os.path.join(out_dir, 'ckpt_best.pt'))
+            replace_with_link(path, best_path)
+        if not ckpt_is_ours and first_iter == 0:  # what an earlier run left here is no fallback for this one
+            for stale in [previous] + [best_path] * (not best):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(stale)
         folder = os.open(out_dir, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError, ValueError) as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
-        raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {str(e).splitlines()[0]}") from e
+        raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(e)}") from e
+    ckpt_is_ours = True
     run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
     say(f'saved {path}' + (' and ckpt_best.pt' if best else ''))
 
@@ -342,7 +363,6 @@ def memory():
         return dict(allocated=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.memory_reserved())
     if device.type == 'mps':
         return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
-    import resource  # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     try:
         with open('/proc/self/statm') as f:
@@ -353,11 +373,10 @@ def memory():
 
 @torch.no_grad()
 def gradient_statistics():
-    """Norm a tensor, and mean and standard deviation over all gradients; one transfer to the host."""
+    """The norm of each gradient tensor, and mean and standard deviation over all gradients, before clipping; one transfer to the host."""
     names, grads = zip(*((n, p.grad) for n, p in raw_model.named_parameters() if p.grad is not None))
     n = sum(g.numel() for g in grads)
-    norms = torch.stack(torch._foreach_norm(grads)).float()
-    *norms, mean = torch.cat((norms, (sum(g.sum() for g in grads) / n)[None].float())).tolist()
+    *norms, mean = torch.stack([g.norm() for g in grads] + [sum(g.sum() for g in grads) / n]).tolist()
     std = math.sqrt(max(0.0, sum(x * x for x in norms) / n - mean * mean))
     return dict(norms=dict(zip(names, norms)), mean=mean, std=std)
 
@@ -367,7 +386,10 @@ def log(kind, entry):
     run_log[kind].append(entry)
     if wandb is not None:
         flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
-        wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
+        try:
+            wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
+        except Exception as e:  # a run must not depend on a server
+            say(f'WARNING: wandb did not take an entry: {first_line(e)}')
     if time.time() - log_written > 100 * log_cost:
         write_log()
 
@@ -377,9 +399,14 @@ def write_log():
     global log_written, log_cost
     if master:
         t0 = time.time()
-        with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
-            json.dump(run_log, f, separators=(',', ':'))
-        os.replace(log_path + '.tmp', log_path)
+        try:
+            with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
+                f.write(json.dumps(run_log, separators=(',', ':')))
+            os.replace(log_path + '.tmp', log_path)
+        except OSError as e:  # a full disk must not cost the run before it costs a checkpoint
+            say(f"WARNING: the run log '{log_path}' could not be written: {first_line(e)}")
+            with contextlib.suppress(OSError):
+                os.remove(log_path + '.tmp')
         log_written, log_cost = time.time(), time.time() - t0
 
 
@@ -400,13 +427,14 @@ def log_iteration(mean_loss, seconds, left):
     speed, norm, used = tokens_per_iter / seconds, float(grad_norm), memory()
     achieved = flops_token * speed / world_size
     log('training_iterations', dict(
-        iter=iter_num, loss=mean_loss, lr=lr, time_ms=1000 * seconds,
-        mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12, tokens_per_sec=speed, flops_per_token=flops_token),
+        iter=iter_num, loss=mean_loss if math.isfinite(mean_loss) else None, lr=lr, time_ms=1000 * seconds,
+        mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12,
+                 tokens_per_sec=speed, flops_per_token=flops_token),
         memory=used, gradients=dict(norm=norm if math.isfinite(norm) else None, **grad_stats)))  # not finite: a step that the fp16 scaler skipped
     grad_stats = {}
-    say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, {speed:,.0f} tok/s, '
-        f'mfu {100 * achieved / peak:.1f}%{" of measured" if peak_source.startswith("measured") else ""}{" (over 100 %: a bug, please report it)" if achieved > peak else ""}, '
-        f'grad norm {norm:.2f}, {max(used.values()) / 2**30:.2f} GiB, {duration(left)} left')
+    of = ' of measured' if peak_source.startswith('measured') else ' (over 100 %: a bug, please report it)' if achieved > peak else ''
+    say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, '
+        f'{speed:,.0f} tok/s, mfu {100 * achieved / peak:.1f}%{of}, grad norm {norm:.2f}, {max(used.values()) / 2**30:.2f} GiB, {duration(left)} left')
 
 
 def on_signal(signum, frame):
@@ -415,16 +443,18 @@ def on_signal(signum, frame):
     if stop_signal:
         os._exit(128 + signum)
     stop_signal = signum
-    say(f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once')
+    if master:
+        os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# set-up
-stop_signal = 0
+# set-up: processes, device, data, model
+rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
+master, last_line, stop_signal = rank == 0, time.time(), 0
+HERE = os.path.dirname(os.path.abspath(__file__))
+data_dir = os.path.join(HERE, 'data', dataset)
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
-master, distributed, last_line = int(os.environ.get('RANK', 0)) == 0, 'RANK' in os.environ, time.time()
-rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 with one_line_errors():
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -432,104 +462,125 @@ with one_line_errors():
     device, dtype = pick_device(device, dtype)
     if gradient_accumulation_steps % world_size:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
+    if device.type == 'cuda':
+        device = torch.device('cuda', device.index or 0)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32, as nanoGPT does
     if distributed:
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
-        dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo')
-    data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset)
+        dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo',
+                                device_id=device if device.type == 'cuda' else None)
     prepare_data()
     meta = read_meta(data_dir)
-    tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
-    data_vocab = meta.get('vocab_size', tokenizer.vocab_size if tokenizer else None)
-    raw_model, ckpt = build_model()
-    model_config = raw_model.config
-    block_size = model_config.block_size
-    loader_args = dict(block_size=block_size, vocab_size=model_config.vocab_size, device=device)
+    try:  # a data set without meta.json is nanoGPT's, in GPT-2's tokens
+        tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
+    except (ValueError, ImportError) as e:
+        tokenizer = None
+        say(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}')
+    data_vocab = meta.get('vocab_size', None if meta else 50257)
+    model_config, raw_model, ckpt = starting_point()
+    loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
     train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
     eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
+    if ckpt is not None and ckpt['iter_num'] >= max_iters and not eval_only:
+        say(f"{ckpt['path']} is at iteration {ckpt['iter_num']} of max_iters={max_iters}: nothing to do")
+        if distributed:
+            dist.destroy_process_group()
+        raise SystemExit(0)
     os.makedirs(out_dir, exist_ok=True)
-config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
-bytes_per_id = torch.from_numpy(tokenizer.token_bytes()) if tokenizer else None
-if bytes_per_id is not None:  # padding has no text
-    bytes_per_id = torch.cat((bytes_per_id, bytes_per_id.new_zeros(max(0, model_config.vocab_size - len(bytes_per_id)))))
-bytes_per_token = {}
-
+    if not os.access(out_dir, os.W_OK):
+        raise ValueError(f"out_dir '{out_dir}' is not writable")
+if raw_model is None:
+    torch.manual_seed(seed)
+    raw_model = GPT(model_config)
 raw_model.to(device).train()
-if device.type == 'cuda':
-    torch.set_float32_matmul_precision('high')  # TF32, as nanoGPT does
+block_size = model_config.block_size
+config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
+
+bytes_per_id, bytes_per_token = None, {}
+if tokenizer is not None:  # padding has no text
+    bytes_per_id = torch.zeros(max(model_config.vocab_size, tokenizer.vocab_size), dtype=torch.long)
+    bytes_per_id[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
+
+# optimizer
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
-if ckpt is not None:
-    settings_now = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-    optimizer.load_state_dict(ckpt['optimizer'])
-    for group, now in zip(optimizer.param_groups, settings_now):
-        group.update(now)  # load_state_dict also brings back the old betas and decay
+resumed, ckpt_is_ours = ckpt is not None, ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'
+if resumed:
+    for stored, now in zip(ckpt['optimizer']['param_groups'], optimizer.param_groups):
+        stored.update({k: v for k, v in now.items() if k != 'params'})  # or the old learning rate, betas and decay come back
+    with one_line_errors():
+        optimizer.load_state_dict(ckpt['optimizer'])
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
     stale_evals, last_eval_iter = ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', iter_num)
+    if 'compile' not in given and 'tokenizer' in ckpt:  # the same arithmetic as before
+        compile = ckpt['config'].get('compile', compile)
 ckpt = None  # free the memory
 
+# what it will cost
 accumulation = gradient_accumulation_steps // world_size
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-flops_token = raw_model.flops_per_token()
+flops_token, parts = raw_model.flops_per_token(), raw_model.flops_by_part()
 peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_flops(device, dtype)
+if distributed:  # ranks must come to the same conclusions
+    peak = all_reduce(torch.tensor(peak, dtype=torch.float64, device=device)).item() / world_size
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
 eval_tokens = sum(min(eval_iters * batch_size, loader.n_windows) * block_size for loader in eval_loaders.values())
-expected = ((max_iters - iter_num) * tokens_per_iter + ((max_iters - iter_num) // eval_interval + 1) * eval_tokens / 3) / tokens_at_half_peak  # seconds
+evals = (max_iters - iter_num) // eval_interval + 1
+expected = ((max_iters - iter_num) * tokens_per_iter + evals * eval_tokens / 3) / tokens_at_half_peak  # seconds; an evaluation is forward only
+why = 'as asked' if 'compile' in given else 'as before' if compile != 'auto' else 'default on a GPU' if device.type == 'cuda' else \
+    'not tried on mps' if device.type == 'mps' else 'a long run' if expected > 600 else 'the run is too short to pay for it'
 if compile == 'auto':
     compile = device.type == 'cuda' or device.type == 'cpu' and expected > 600 and not eval_only
-    why = 'default on a GPU' if device.type == 'cuda' else 'a long run' if compile else 'the run is too short to pay for it' if device.type == 'cpu' else 'not on mps'
-else:
-    why = 'as asked'
-if iter_num >= max_iters and not eval_only:
-    say(f'{out_dir}/ckpt.pt is at iteration {iter_num} of max_iters={max_iters}: nothing to do')
-    if distributed:
-        dist.destroy_process_group()
-    raise SystemExit(0)
-parts = raw_model.flops_by_part()
+config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else ''
+device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
-    'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, tokenizer {tokenizer.name if tokenizer else 'unknown'}",
-    'architecture': f"{arch_preset}: " + ', '.join(str(getattr(model_config, k)) for k in PRESETS['custom'] if k not in ('bias', 'weight_tying')) +
+    'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
+            f"tokenizer {tokenizer.name if tokenizer else 'unknown'}",
+    'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
                     f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
-    'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, {model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
-    'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
-    'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, {"DDP" if distributed else "one process"}, compile {compile} ({why})',
+    'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, '
+             f'{model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
+    'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter // block_size} sequences, '
+             f'{tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
+    'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, '
+              f'{"DDP" if distributed else "one process"}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
-    'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train (full attention; {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal), attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
+    'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full ({raw_model.flops_per_token(causal=True) / 1e9:.4g} causal); '
+                     f'attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
     'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run with its evaluations',
 }
 for key, text in startup_info.items():
     say(f'{key + ":":<15} {text}')
-QUICK_LOOK = 'for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 --gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py'
-if expected > 3600 and device.type != 'cuda':
-    say(f'NOTE: on this device the run will take about {duration(expected)} or more; {QUICK_LOOK}')
+STEADIER = 'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0'
+QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 --gradient_accumulation_steps=1 --block_size=128, '
+              'or config/preset_quick_test.py')
+if expected > 3600:
+    say(f'NOTE: on this device the run will take {duration(expected)} or more; {QUICK_LOOK}')
 
+# the run log
 start_time = time.strftime('%Y%m%d_%H%M%S')
 log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'), 0.0, 0.0
 run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
-               startup_info=startup_info | dict(total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(),
-                                                tokens_per_iter=tokens_per_iter, flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source,
-                                                torch_version=str(torch.__version__)),
+               startup_info=startup_info | dict(
+                   total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter,
+                   flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, torch_version=str(torch.__version__)),
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
 atexit.register(write_log)
-with one_line_errors():
-    write_log()
 wandb = None
 if wandb_log and master:
     try:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, settings=wandb.Settings(init_timeout=30))
     except Exception as e:  # a run must not depend on a server
-        say(f"WARNING: going on without wandb: {str(e).splitlines()[0] if str(e) else type(e).__name__}" +
-            (' (pip install wandb)' if isinstance(e, ImportError) else ''))
+        say(f"WARNING: going on without wandb: {first_line(e)}" + (' (pip install wandb)' if isinstance(e, ImportError) else ''))
         wandb = None
 
 batch_indices = (np.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size
@@ -539,24 +590,30 @@ if compile:
     with one_line_errors():
         compile = compile_model(*train_loader.batch(np.arange(batch_size)))
 model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
+if device.type == 'cuda':
+    torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-first_iter, grad_stats, outcome, t_start = iter_num, {}, 'finished', time.time()
+first_iter, stopping, grad_stats, outcome, t_start = iter_num, 0, {}, 'finished', time.time()
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group['lr'] = lr
 
     # evaluate, on all ranks alike
-    stopping = all_reduce(torch.tensor(stop_signal, device=device)).item() if distributed else stop_signal
+    stopping = stopping if distributed else stop_signal
     finished = iter_num >= max_iters or eval_only
     best, save = False, stopping or save_interval and iter_num % save_interval == 0
     if (iter_num % eval_interval == 0 or finished) and not stopping:
         t0 = time.time()
         last_losses = estimate_loss()
         val_loss = last_losses['val']['loss']
+        if not math.isfinite(val_loss):
+            say(f'val loss is not finite at iteration {iter_num}: nothing saved; {STEADIER}')
+            outcome, last_losses = 'not finite', {}
+            break
         best = val_loss < best_val_loss
         if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
             best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
@@ -568,7 +625,7 @@ while True:
             finished, outcome = True, 'stopped early'
 
     # save, and leave when there is nothing more to do
-    if save and iter_num > first_iter and not eval_only:
+    if save and (iter_num > first_iter or best and resumed) and not eval_only:
         with one_line_errors():
             save_checkpoint(best)
     if finished or stopping:
@@ -590,20 +647,24 @@ while True:
 
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    if not scaler.is_enabled() and not math.isfinite(grad_norm.item()):
-        say(f'loss or gradient is not finite at iteration {iter_num}: no step taken, nothing saved; try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
-        outcome = 'not finite'
-        break
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
         grad_stats = gradient_statistics()
-    scaler.step(optimizer)
-    scaler.update()
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if distributed:  # a signal that reached one rank stops them all
+        stopping = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX).item()
+    finite = scaler.is_enabled() or math.isfinite(grad_norm.item())
+    if finite:
+        scaler.step(optimizer)  # with fp16 it skips a step whose gradients are not finite, and lowers its scale
+        scaler.update()
+    if not finite or scaler.is_enabled() and scaler.get_scale() < 1:  # 17 skips in a row, from 2^16
+        say(f'loss or gradient is not finite at iteration {iter_num}: nothing saved; {STEADIER}')
+        outcome = 'not finite'
+        break
     optimizer.zero_grad(set_to_none=True)
 
     # log; reading the loss waits for the device, so times are whole
     iters_since_log += 1
-    due = iter_num % log_interval == 0 or iter_num + 1 == max_iters
+    due = iter_num % log_interval == 0 or iter_num + 1 == max_iters or iter_num == first_iter + 2
     mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size) if due else None
     train_seconds += time.time() - t0
     if due:
@@ -612,13 +673,14 @@ while True:
         mean_seconds = weight * seconds + (1 - weight) * (mean_seconds or 0.0)
         left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 2) // eval_interval + 1)
         log_iteration(mean_loss, seconds, left)
-        if iter_num == first_iter and left > 3600 and device.type != 'cuda':
+        if iter_num == first_iter + 2 and left > 3600:
             say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
         iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
         loss_sum.zero_()
     iter_num += 1
 
 batches.close()
+stop_signal = stop_signal or stopping
 outcome = signal.Signals(stop_signal).name if stop_signal else outcome
 run_log['summary'] = dict(outcome=outcome, iterations=iter_num - first_iter, iter_num=iter_num, seconds=time.time() - t_start, losses=last_losses,
                           best_val_loss=best_val_loss if math.isfinite(best_val_loss) else None, tokens=(iter_num - first_iter) * tokens_per_iter)
