@@ -674,7 +674,7 @@ def pick_device(device='auto', dtype='auto'):
             raise RuntimeError('it is none of cuda, mps and cpu')
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device '{device}' is not available here: {first_line(e)}; --device=auto takes what there is") from e
+        raise ValueError(f"device '{device}' is not available here: {first_line(e)[:120]}; --device=auto takes what there is") from e
     if dtype == 'auto':
         if device.type == 'cuda':
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
@@ -694,7 +694,8 @@ def peak_flops(device, dtype):
     """(FLOP/s, how it is known): the datasheet's dense peak, or else a large matmul measured here for about a second."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     for known, tflops in DENSE_PEAKS.items():
-        if re.search(rf'\b{known}\b', name) and not re.search('Laptop|MIG', name) and (dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')):
+        has_units = dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')
+        if has_units and re.search(rf'\b{known}\b', name) and not re.search('Laptop|MIG', name):
             return tflops * 1e12, f'dense {dtype} peak of {known}'
     n, best, spent = (8192 if device.type == 'cuda' else 2048), math.inf, 0.0
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -763,8 +764,10 @@ def main():
             saved = load_checkpoint(config['ckpt'])
             print(describe(model_of(saved)))
             print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
-            for key in ('losses', 'tokenizer', 'torch_version'):
-                print(f'  {key:<24} {str(saved.get(key)):.200}')
+            for split, values in (saved.get('losses') or {}).items():
+                print(f'  {split:<24} ' + ', '.join(f'{k} {v:.4f}' for k, v in values.items()))
+            for key in ('tokenizer', 'torch_version'):
+                print(f'  {key:<24} {str(saved.get(key)):.120}')
             print('config')
             for key, value in (saved.get('config') or {}).items():
                 print(f'  {key:<24} {value!r}')

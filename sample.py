@@ -7,6 +7,7 @@ Text out of a trained model, as it comes.
     python sample.py --out_dir=out --interactive=True
 """
 import codecs
+import itertools
 import os
 import sys
 
@@ -52,7 +53,7 @@ def find_tokenizer(ckpt):
 
 
 def generate(prompt):
-    """Print num_samples continuations: the first as its tokens come, the others when it is done. Only whole characters are printed."""
+    """Print num_samples continuations: the first as its tokens come, the others after it. A character cut off at the end is left out."""
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eot] if tokenizer.eot is not None else []
     if not ids:
         raise ValueError('an empty --start needs a tokenizer with an end-of-text token; give it some text')
@@ -60,21 +61,24 @@ def generate(prompt):
     if bad >= model.config.vocab_size:
         raise ValueError(f'the prompt has token {bad}, the model knows {model.config.vocab_size}')
     idx = torch.tensor([ids] * num_samples, device=device)
-    decoder, rows = codecs.getincrementaldecoder('utf-8')('replace'), [[] for _ in range(num_samples)]
+    eot, decoder = tokenizer.eot if stop else None, codecs.getincrementaldecoder('utf-8')
+    rows, shown = [[] for _ in range(num_samples)], decoder('replace')
+    steps = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, seed, eot, slide=slide)
+    first = next(steps, None)  # arguments out of range show before anything is printed
     print(prompt, end='', flush=True)
-    eot = tokenizer.eot if stop else None
-    for step in model.stream(idx, max_new_tokens, temperature, top_k or None, top_p, seed, eot, slide=slide):
+    for step in itertools.chain([first] if first is not None else [], steps):
         for row, token in zip(rows, step.tolist()):
             if not (row and row[-1] == eot):
                 row.append(token)
         if rows[0][-1] != eot:
-            print(decoder.decode(tokenizer.decode_bytes(rows[0][-1:])), end='', flush=True)
-    print(decoder.decode(b'', final=True))
+            print(shown.decode(tokenizer.decode_bytes(rows[0][-1:])), end='', flush=True)
+    print()
     for row in rows[1:]:
         print('---------------')
-        print(prompt + tokenizer.decode([t for t in row if t != eot]))
+        print(prompt + decoder('replace').decode(tokenizer.decode_bytes([t for t in row if t != eot])))
 
 
+sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 try:
     if init_from != 'resume':
         raise ValueError(f"init_from='{init_from}': only 'resume', a run of train.py in out_dir, can be sampled")
@@ -103,6 +107,8 @@ try:
             break
         except ValueError as e:
             print(e, file=sys.stderr)
+except BrokenPipeError:  # the reader, head say, has had enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 except (ValueError, OSError) as e:
     fail(str(e))
 except KeyboardInterrupt:

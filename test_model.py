@@ -578,6 +578,16 @@ def test_loss_under_bfloat16_autocast_is_near_float32(softcap):
         assert grad.dtype == torch.float32 and (grad - expected_grad).norm() < 0.02 * expected_grad.norm()
 
 
+def test_float16_gradients_survive_with_a_loss_scale():
+    """softmax / N rounded to float16 before the scaler's factor arrives: most of it becomes 0."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2048, 64, requires_grad=True), (0.05 * torch.randn(4096, 64)).requires_grad_(), torch.randint(4096, (2048,))
+    expected = torch.autograd.grad(plain_loss(x, weight, targets, 0.0), (x, weight))
+    loss = LinearCrossEntropy.apply(x, weight, targets, 0.0, torch.float16, 512, True)
+    for grad, expected_grad in zip(torch.autograd.grad(loss * 2 ** 16, (x, weight)), expected):
+        assert (grad / 2 ** 16 - expected_grad).norm() < 0.005 * expected_grad.norm()
+
+
 @pytest.mark.parametrize('tied', [True, False])
 def test_the_models_loss_is_cross_entropy_of_its_logits(tied):
     """A tied matrix gets two gradients; a loss that returns one of them trains half of it."""

@@ -775,6 +775,48 @@ def test_a_loss_that_is_not_finite_is_never_saved(text_set, tmp_path):
         assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path, path.name)['model'].values()), path
 
 
+@pytest.mark.parametrize('flags', [('--dtype=float16',), ('--eval_interval=1', '--learning_rate=1e39', '--min_lr=1e39')])
+def test_a_run_that_is_not_finite_ends(text_set, tmp_path, flags):
+    """fp16's scaler skipping every step for ever; an evaluation of broken weights that saves them."""
+    done = train(text_set, tmp_path, '--max_iters=100', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1', *flags)
+    assert done.returncode == 1 and 'not finite' in done.stdout + done.stderr
+    assert run_logs(tmp_path)[0]['summary']['outcome'] in ('not finite', 'failed')
+    for path in tmp_path.glob('*.pt'):
+        assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path, path.name)['model'].values()), path
+
+
+def test_a_signal_to_a_whole_torchrun_job_saves(text_set, tmp_path):
+    """torchrun passes on the signal that its workers have got already: two, and they leave at once without a checkpoint."""
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *TINY, f'--dataset={text_set}',
+                                f'--out_dir={tmp_path}', '--max_iters=1000000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    for line in process.stdout:
+        if line.startswith('iter 5 '):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and 'saved' in rest
+    assert checkpoint(tmp_path)['iter_num'] == run_logs(tmp_path)[0]['summary']['iter_num'] >= 6
+    assert run_logs(tmp_path)[0]['summary']['outcome'] == 'SIGTERM'
+
+
+def test_another_tokenizer_is_noticed(finished, tmp_path):
+    """A byte model that goes on with ids of characters."""
+    write_dataset(tmp_path / 'chars', {'train': np.arange(99) % 3, 'val': np.arange(50) % 3}, {'vocab_size': 3, 'tokenizer': {'name': 'char', 'chars': 'abc'}})
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    refused = train(tmp_path / 'chars', out_dir, '--init_from=resume', '--max_iters=21')
+    assert refused.returncode == 2 and 'byte' in refused.stderr and 'char' in refused.stderr
+    tuned = train(tmp_path / 'chars', tmp_path / 'tuned', f'--init_from={out_dir}', '--max_iters=1')
+    assert tuned.returncode == 0 and 'WARNING' in tuned.stdout
+
+
+def test_equal_settings_written_differently_resume(text_set, finished, tmp_path):
+    """n_kv_head=2 refused where the checkpoint says None and means 2."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    assert train(text_set, out_dir, '--init_from=resume', '--max_iters=21', '--n_kv_head=2', '--d_ff=128').returncode == 0
+    assert 'n_kv_head=1' in train(text_set, out_dir, '--init_from=resume', '--max_iters=22', '--n_kv_head=1').stderr
+
+
 def test_fine_tuning_takes_weights_only(text_set, finished, tmp_path):
     """The other run's optimizer, iteration or best loss carried along."""
     done = train(text_set, tmp_path / 'tuned', f'--init_from={finished[0]}', '--max_iters=1', '--learning_rate=1e-12', '--min_lr=0', '--block_size=8')

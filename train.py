@@ -149,6 +149,9 @@ def check_ranges():
     for key in ('beta1', 'beta2', 'cooldown_frac'):
         if not 0 <= config[key] < 1:
             raise ValueError(f'{key} must be at least 0 and below 1, not {config[key]}')
+    for key in ('dataset', 'out_dir', 'init_from'):
+        if not config[key]:
+            raise ValueError(f'{key} must not be empty')
     if seed >= 2 ** 63:
         raise ValueError(f'seed must be below 2^63, not {seed}')
     if arch_preset not in PRESETS:
@@ -161,7 +164,8 @@ def prepare_data():
     if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
         if not os.path.isdir(data_dir):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)}; --dataset=pystdlib needs no download")
+            raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+                             f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{dataset} are one, too")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
             command = f'python {os.path.relpath(script)}'
@@ -211,24 +215,25 @@ def starting_point():
     if resuming and not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
         raise ValueError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; --init_from={ckpt['path']} and another --out_dir fine-tune it")
     # the architecture is the checkpoint's; a part that somebody asked for by name must agree with it
-    args, defaults = ckpt['model_args'], asdict(GPTConfig())
-    asked = {k: v for k, v in config.items() if k in defaults and k in given and v is not None}
+    asked = {k: v for k, v in config.items() if k in GPTConfig.__dataclass_fields__ and k in given and v is not None}
     if 'arch_preset' in given:
         asked = PRESETS[arch_preset] | asked
-    for key, value in asked.items():
-        stored = args.get(key, defaults[key])
-        if key in ('dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'):
-            args[key] = value
-        elif value != stored and not (key == 'block_size' and not resuming):
-            raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored}")
-    args['dropout'] = dropout  # as in nanoGPT the flag's or the default, not the checkpoint's
+    free = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
+    ckpt['model_args'].update({k: v for k, v in asked.items() if k in free}, dropout=dropout)  # as in nanoGPT, dropout is never the checkpoint's
     model = model_of(ckpt)
+    stored = asdict(model.config)
+    stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
+    stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
+    for key in asked.keys() - free:
+        if asked[key] != stored[key] and not (key == 'block_size' and not resuming):
+            raise ValueError(f"{key}={asked[key]} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored[key]}")
     if asked.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
     if (data_vocab or 0) > model.config.vocab_size:
         raise ValueError(f"data set '{dataset}' has {data_vocab} ids, the checkpoint '{ckpt['path']}' knows {model.config.vocab_size}")
     if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
-        message = f"the checkpoint '{ckpt['path']}' was trained with tokenizer {ckpt['tokenizer']['name']}, not with that of data set '{dataset}', {tokenizer.name}"
+        message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer {ckpt['tokenizer']['name']}, "
+                   f"not with that of data set '{dataset}', {tokenizer.name}")
         if resuming:
             raise ValueError(message)
         say(f'WARNING: {message}: its ids mean something else here')
@@ -397,6 +402,8 @@ def log(kind, entry):
 def write_log():
     """Replace out_dir/run_*.json as a whole. Also called at exit, whatever the reason, so that it is complete."""
     global log_written, log_cost
+    run_log['summary'] = dict(outcome=outcome, iterations=iter_num - first_iter, iter_num=iter_num, seconds=time.time() - t_start, losses=last_losses,
+                              best_val_loss=best_val_loss if math.isfinite(best_val_loss) else None, tokens=(iter_num - first_iter) * tokens_per_iter)
     if master:
         t0 = time.time()
         try:
@@ -438,11 +445,13 @@ def log_iteration(mean_loss, seconds, left):
 
 
 def on_signal(signum, frame):
-    """The first signal ends the run after the step at hand, with a checkpoint; the second ends it at once."""
-    global stop_signal
-    if stop_signal:
+    """The first signal ends the run after the step at hand, with a checkpoint; a second one, 2 s later or more, ends it at once."""
+    global stop_signal, signal_time
+    if stop_signal and time.time() - signal_time > 2:  # torchrun passes its own on, so a job that is signalled as a whole gets two
         os._exit(128 + signum)
-    stop_signal = signum
+    if stop_signal:
+        return
+    stop_signal, signal_time = signum, time.time()
     if master:
         os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
 
@@ -450,11 +459,13 @@ def on_signal(signum, frame):
 # ---------------------------------------------------------------------------------------------------------------------
 # set-up: processes, device, data, model
 rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
-master, last_line, stop_signal = rank == 0, time.time(), 0
+master, last_line, stop_signal, signal_time = rank == 0, time.time(), 0, 0.0
+sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
 data_dir = os.path.join(HERE, 'data', dataset)
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's wish
+        signal.signal(getattr(signal, name), on_signal)
 with one_line_errors():
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -478,6 +489,7 @@ with one_line_errors():
         say(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}')
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
+    from_scratch = raw_model is None
     loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
     train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
     eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
@@ -489,7 +501,7 @@ with one_line_errors():
     os.makedirs(out_dir, exist_ok=True)
     if not os.access(out_dir, os.W_OK):
         raise ValueError(f"out_dir '{out_dir}' is not writable")
-if raw_model is None:
+if from_scratch:
     torch.manual_seed(seed)
     raw_model = GPT(model_config)
 raw_model.to(device).train()
@@ -573,6 +585,7 @@ run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=confi
                    total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter,
                    flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, torch_version=str(torch.__version__)),
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
+first_iter, outcome, t_start = iter_num, 'failed', time.time()  # until it ends in another way
 atexit.register(write_log)
 wandb = None
 if wandb_log and master:
@@ -588,7 +601,8 @@ batch_indices = (np.arange(batch_size) + (it * gradient_accumulation_steps + m *
 batches = train_loader.stream(batch_indices)
 if compile:
     with one_line_errors():
-        compile = compile_model(*train_loader.batch(np.arange(batch_size)))
+        compile = config['compile'] = compile_model(*train_loader.batch(np.arange(batch_size)))
+    run_log['startup_info']['compiled'] = compile
 model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
@@ -596,7 +610,7 @@ if device.type == 'cuda':
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-first_iter, stopping, grad_stats, outcome, t_start = iter_num, 0, {}, 'finished', time.time()
+stopping, grad_stats = 0, {}
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -622,13 +636,14 @@ while True:
         log_evaluation(best)
         if patience and stale_evals >= patience:
             say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
-            finished, outcome = True, 'stopped early'
+            finished = True
 
     # save, and leave when there is nothing more to do
-    if save and (iter_num > first_iter or best and resumed) and not eval_only:
+    if save and (iter_num > first_iter or best and not from_scratch) and not eval_only:
         with one_line_errors():
             save_checkpoint(best)
     if finished or stopping:
+        outcome = signal.Signals(stopping).name if stopping else 'finished' if iter_num >= max_iters or eval_only else 'stopped early'
         break
 
     # forward and backward, one micro-batch after another; ranks average their gradients with the last one
@@ -680,15 +695,11 @@ while True:
     iter_num += 1
 
 batches.close()
-stop_signal = stop_signal or stopping
-outcome = signal.Signals(stop_signal).name if stop_signal else outcome
-run_log['summary'] = dict(outcome=outcome, iterations=iter_num - first_iter, iter_num=iter_num, seconds=time.time() - t_start, losses=last_losses,
-                          best_val_loss=best_val_loss if math.isfinite(best_val_loss) else None, tokens=(iter_num - first_iter) * tokens_per_iter)
 say(f'{outcome} after {iter_num - first_iter} iterations in {duration(time.time() - t_start)}; log: {log_path}' +
-    (f'; its text: python sample.py --out_dir={out_dir}' if iter_num > 0 and not eval_only else ''))
+    (f'; its text: python sample.py --out_dir={out_dir}' if run_log['checkpoints'] else ''))
 if wandb is not None:
     wandb.finish()
 if distributed:
     dist.barrier()
     dist.destroy_process_group()
-raise SystemExit(128 + stop_signal if stop_signal else 1 if outcome == 'not finite' else 0)
+raise SystemExit(128 + stopping if stopping else 1 if outcome == 'not finite' else 0)
