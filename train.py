@@ -324,7 +324,7 @@ def save_checkpoint(best):
             raise ValueError('a weight is not finite')
         with open(path + '.tmp', 'wb') as f:
             torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                        'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else None,
+                        'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else meta.get('tokenizer'),
                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
                         'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}, f)
             f.flush()
