@@ -224,9 +224,9 @@ def starting_point():
     stored = asdict(model.config)
     stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
     stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
-    for key in asked.keys() - free:
-        if asked[key] != stored[key] and not (key == 'block_size' and not resuming):
-            raise ValueError(f"{key}={asked[key]} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored[key]}")
+    for key, value in asked.items():
+        if key not in free and value != stored[key] and not (key == 'block_size' and not resuming):
+            raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored[key]}")
     if asked.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
     if (data_vocab or 0) > model.config.vocab_size:
