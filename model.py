@@ -374,25 +374,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, chunk, need_grad):
-        w, loss = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=x.device)
-        count = (targets >= 0).sum().clamp(min=1)
+        w, loss, dw = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=x.device), None
         dx = torch.empty_like(x) if need_grad else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
         for i in range(0, x.size(0), chunk):
-            rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk]
-            seen, t = t >= 0, t.clamp(min=0)[:, None]
-            z = (rows @ w.T).float()  # (chunk, V)
+            rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
+            seen, t = t >= 0, t.clamp(min=0)
+            z = rows @ w.T  # (chunk, V)
             if softcap:
-                z = softcap * torch.tanh(z / softcap)
-            logsumexp = z.logsumexp(-1, keepdim=True)
-            loss += ((logsumexp - z.gather(1, t))[:, 0] * seen).sum()
+                z = softcap * torch.tanh(z.float() / softcap)
+            log_probs = F.log_softmax(z, dim=-1, dtype=torch.float32)
+            loss -= (log_probs.gather(1, t) * seen).sum()
             if need_grad:
-                g = torch.exp(z - logsumexp).scatter_add(1, t, torch.full_like(logsumexp, -1.0))  # softmax - one_hot
+                g = log_probs.exp_().scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))  # softmax - one_hot
                 if softcap:
-                    g = g * (1 - (z / softcap).square())
-                g = (g * seen[:, None]).to(dtype)  # divided by count in backward, when fp16's loss scale has arrived
-                dx[i:i + chunk] = g @ w
-                dw += g.T @ rows
+                    g *= 1 - (z / softcap).square()
+                g = g.to(dtype)  # not yet divided by count: fp16's loss scale arrives only in backward
+                dx[i:i + chunk] = (g @ w) * seen
+                part = g.T @ (rows * seen)
+                dw = part if dw is None else dw.float().add_(part)  # in float32 from the second chunk on
+        count = (targets >= 0).sum().clamp(min=1)
         ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
         return loss / count
@@ -400,15 +400,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        grad = grad / count
-        return dx * grad, (dw * grad).to(ctx.weight_dtype), None, None, None, None, None
+        grad = (grad / count).view(1, 1)  # with dimensions its float32 wins over dw's dtype
+        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, softcap=0.0):
-    """LinearCrossEntropy with what it needs to know from outside: autocast's dtype, and a chunk whose logits are 2^24 to 2^27 floats."""
+    """LinearCrossEntropy with what it needs to know from outside: autocast's dtype, and chunks of equal size whose logits are at most 2^25 floats, 2^27 on a GPU."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if device != 'meta' and torch.is_autocast_enabled(device) else x.dtype
-    chunk = max(1, (2 ** 27 if device == 'cuda' else 2 ** 24) // weight.size(0))
+    n_chunks = math.ceil(x.size(0) * weight.size(0) / (2 ** 27 if device == 'cuda' else 2 ** 25))
+    chunk = max(1, math.ceil(x.size(0) / n_chunks))
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False) if device != 'meta' else contextlib.nullcontext():
         return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, need_grad)
