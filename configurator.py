@@ -67,30 +67,17 @@ def is_configure(statement):
 
 def coerce(value, default, kind):
     """`value` as type `kind`: an int is fine for a float, None for a key whose default is None. ValueError says what was expected."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and default is None:
-        return None
-    for option in options:
-        if typing.get_origin(option) is typing.Literal:
-            for choice in typing.get_args(option):
-                if type(choice) is type(value) and choice == value:
-                    return value
-        elif type(value) is option:
-            return value
-        elif option is float and type(value) is int:
-            return float(value)
+    if value is None and default is None or type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if any(type(choice) is type(value) and choice == value for choice in typing.get_args(kind)):
+        return value
     raise ValueError(describe(kind))
 
 
 def describe(kind):
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return ' or '.join(' | '.join(map(repr, typing.get_args(o))) if typing.get_origin(o) is typing.Literal else
-                       {int: 'int', float: 'float', bool: 'True or False', str: 'str'}.get(o, str(o)) for o in options)
-
-
-def accepts_text(kind):
-    """Whether any text at all is a value of this type, so that --out_dir=123 is the name 123 and no number."""
-    return str in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
+    return ' | '.join(map(repr, typing.get_args(kind))) or {bool: 'True or False'}.get(kind, kind.__name__)
 
 
 def nearest(name, names):
@@ -131,8 +118,7 @@ def configure(script, *also, argv=None):
         try:
             config[name] = coerce(value, default, kind)
         except ValueError as expected:
-            choices = [str(c) for o in (typing.get_args(kind) or ()) for c in (typing.get_args(o) or (o,))]
-            hint = difflib.get_close_matches(str(value), choices, n=1)
+            hint = difflib.get_close_matches(str(value), map(str, typing.get_args(kind)), n=1)
             fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else ''))
         given[name] = where
 
@@ -155,8 +141,8 @@ def configure(script, *also, argv=None):
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
-        if name in block and accepts_text(block[name][1]) and value is not None and not isinstance(value, str):
-            value = text
+        if name in block and block[name][1] is str and value is not None and not isinstance(value, str):
+            value = text  # --out_dir=123 is the name 123 and no number
         put(name, value, 'on the command line')
     return config, given
 
