@@ -405,7 +405,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x, weight, targets, softcap=0.0):
-    """LinearCrossEntropy with what it needs to know from outside: autocast's dtype, and chunks of equal size whose logits are at most 2^25 floats, 2^27 on a GPU."""
+    """
+    LinearCrossEntropy.apply with what it needs to know from outside: autocast's dtype, and how many rows make a chunk of at
+    most 2^25 logits, 2^27 on a GPU. x (N, C), weight (V, C), targets (N,) -> scalar float32, nats a token.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if device != 'meta' and torch.is_autocast_enabled(device) else x.dtype
     n_chunks = math.ceil(x.size(0) * weight.size(0) / (2 ** 27 if device == 'cuda' else 2 ** 25))

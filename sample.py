@@ -10,6 +10,7 @@ import codecs
 import itertools
 import os
 import sys
+from typing import Literal
 
 import torch
 
@@ -32,7 +33,7 @@ slide = 1  # past block_size, tokens the window moves at once: 1 as nanoGPT (slo
 seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
 device = 'auto'  # cuda, mps or cpu
-dtype = 'auto'  # of the weights: float32, bfloat16 or float16
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
 compile = False  # nanoGPT's key; generation has a KV cache instead and is not compiled
 config, given = configure(__file__)
 globals().update(config)
@@ -85,8 +86,6 @@ try:
     if num_samples < 1:
         raise ValueError(f'num_samples must be positive, not {num_samples}')
     device, dtype = pick_device(device, dtype)
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not '{dtype}'")
     ckpt = load_checkpoint(out_dir)
     tokenizer = find_tokenizer(ckpt)
     model = model_of(ckpt)

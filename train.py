@@ -529,8 +529,8 @@ autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype !
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
-resumed, ckpt_is_ours = ckpt is not None, ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'
-if resumed:
+ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'  # not after going back to ckpt_prev.pt
+if ckpt is not None:
     for stored, now in zip(ckpt['optimizer']['param_groups'], optimizer.param_groups):
         stored.update({k: v for k, v in now.items() if k != 'params'})  # or the old learning rate, betas and decay come back
     with one_line_errors():
