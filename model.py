@@ -13,10 +13,13 @@ LLaMA https://arxiv.org/abs/2302.13971
 nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these are
 """
 import contextlib
+import ctypes
 import math
 import os
 import pickle
 import re
+import resource
+import sys
 import time
 import zipfile
 from dataclasses import dataclass, fields
@@ -709,6 +712,48 @@ def peak_flops(device, dtype):
         dt = time.perf_counter() - t0
         best, spent = min(best, dt), spent + dt
     return 2 * n ** 3 / best, f'measured, {n} x {n} {dtype} matmul'
+
+
+def keep_freed_memory():
+    """Stop glibc's malloc from giving a freed tensor back to the kernel, to fault in its pages again for the next; a no-op elsewhere."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: 256 MiB at a time
+            libc.mallopt(option, value)
+
+
+def memory(device):
+    """
+    Bytes now and at their highest. CUDA: what tensors hold (allocated, peak) and what torch's allocator has taken for them (reserved).
+    MPS: the same without a peak, which it does not count. CPU: what of this process is in memory, anything else it holds included.
+    """
+    if device.type == 'cuda':
+        return dict(allocated=torch.cuda.memory_allocated(device), peak=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.memory_reserved(device))
+    if device.type == 'mps':  # its pool does not shrink within a run unless asked to, so reserved is the nearest there is to a peak
+        return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    try:
+        with open('/proc/self/statm') as f:
+            return dict(resident=int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE'), peak=peak)
+    except OSError:  # macOS has no /proc
+        return dict(peak=peak)
+
+
+@torch.no_grad()
+def gradient_statistics(model):
+    """
+    Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
+    floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
+    """
+    names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
+    norms, n = torch._foreach_norm(grads), sum(g.numel() for g in grads)
+    total, mean = torch.linalg.vector_norm(torch.stack(norms)), torch.stack([g.sum() for g in grads]).sum() / n
+    total, mean, *norms = torch.stack((total, mean, *norms)).tolist()
+    layers = {}
+    for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
+        layer = path[2] if path[1] == 'h' else path[0] if path[0] == 'lm_head' else path[1]
+        layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
+    return dict(norm=total, layers=layers, mean=mean, std=math.sqrt(max(0.0, total ** 2 / n - mean ** 2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure, read_block
 from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
-                   LinearCrossEntropy, linear_cross_entropy, load_checkpoint, meta_model, register, sample_token)
+                   LinearCrossEntropy, gradient_statistics, linear_cross_entropy, load_checkpoint, meta_model, register, sample_token)
 
 ROOT = Path(__file__).resolve().parent
 TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)  # 5 does not divide 16
@@ -328,6 +328,21 @@ def test_a_cache_is_used_whatever_else_is_on():
     cache = model.new_cache(B, T)
     pieces = [model(piece, cache=cache, all_logits=True)[0] for piece in idx.split(8, dim=1)]  # gradients are on
     close(torch.cat(pieces, dim=1), model(idx, all_logits=True)[0])
+
+
+@every_combination
+def test_gradient_statistics_are_those_of_the_gradients(parts):
+    """A layer left out or counted twice, or a norm that clips otherwise than clip_grad_norm_'s."""
+    model = shaken(**parts)
+    grads = gradients(model, ids(B, T), ids(B, T, seed=1))[1]
+    flat, stats = torch.cat([g.flatten() for g in grads.values()]).double(), gradient_statistics(model)
+    assert torch.tensor(stats['norm']) == torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    for key, value in (('norm', flat.norm()), ('mean', flat.mean()), ('std', flat.std(correction=0))):
+        assert stats[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
+    for layer, norm in stats['layers'].items():
+        of_layer = [g.double().flatten() for name, g in grads.items() if re.search(rf'(^|\.){layer}\.' if not layer.isdigit() else rf'\.h\.{layer}\.', name)]
+        assert norm == pytest.approx(torch.cat(of_layer).norm().item(), rel=1e-5), layer
+    assert math.hypot(*stats['layers'].values()) == pytest.approx(stats['norm'], rel=1e-5)
 
 
 @every_combination

@@ -10,14 +10,13 @@ Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest va
 and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init_from=resume goes on where a run stopped.
 """
 import atexit
+import collections
 import contextlib
-import ctypes
 import glob
 import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import GPT, PRESETS, GPTConfig, check_crcs, first_line, load_checkpoint, model_of, peak_flops, pick_device
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, model_of,
+                   peak_flops, pick_device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -49,7 +49,7 @@ save_interval = 0  # iterations between checkpoints besides those at evaluations
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint) or another run's out_dir (its weights, to fine-tune)
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
-gradient_log_interval = 0  # iterations between gradient statistics layer by layer in the run log; 0: only the global norm
+gradient_log_interval = 10  # iterations between gradient statistics in the run log: norm a layer, mean, std; 0: only the global norm
 # wandb logging
 wandb_log = False  # also log to Weights & Biases
 wandb_project = 'owt'  # its project
@@ -137,14 +137,6 @@ def show_progress(text):
 def duration(seconds):
     s = int(max(0, seconds))
     return f'{s // 86400}d{s // 3600 % 24:02d}h' if s >= 86400 else f'{s // 3600}h{s // 60 % 60:02d}m' if s >= 3600 else f'{s // 60}m{s % 60:02d}s'
-
-
-def keep_freed_memory():
-    """Stop glibc's malloc from giving a freed tensor back to the kernel, to fault in its pages again for the next; a no-op elsewhere."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):
-        for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: 256 MiB at a time
-            libc.mallopt(option, value)
 
 
 def check_ranges():
@@ -371,30 +363,6 @@ def replace_with_link(path, other):
     os.replace(other + '.tmp', other)
 
 
-def memory():
-    """Bytes: of the device on a GPU, of this process on a CPU."""
-    if device.type == 'cuda':
-        return dict(allocated=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.memory_reserved())
-    if device.type == 'mps':
-        return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    try:
-        with open('/proc/self/statm') as f:
-            return dict(resident=int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE'), peak=peak)
-    except OSError:
-        return dict(peak=peak)
-
-
-@torch.no_grad()
-def gradient_statistics():
-    """The norm of each gradient tensor, and mean and standard deviation over all gradients, before clipping; one transfer to the host."""
-    names, grads = zip(*((n, p.grad) for n, p in raw_model.named_parameters() if p.grad is not None))
-    n = sum(g.numel() for g in grads)
-    *norms, mean = torch.stack([g.norm() for g in grads] + [sum(g.sum() for g in grads) / n]).tolist()
-    std = math.sqrt(max(0.0, sum(x * x for x in norms) / n - mean * mean))
-    return dict(norms=dict(zip(names, norms)), mean=mean, std=std)
-
-
 def log(kind, entry):
     """Add an entry to a list of the run log, and to wandb. Writing the file takes at most 1 % of the time."""
     run_log[kind].append(entry)
@@ -440,13 +408,17 @@ def log_evaluation(best):
 def log_iteration(mean_loss, seconds, left):
     """The console line and the run log's entry of the iteration at hand; seconds an iteration, and seconds left."""
     global grad_stats
-    speed, norm, used = tokens_per_iter / seconds, float(grad_norm), memory()
+    speed, norm, used = tokens_per_iter / seconds, float(grad_norm), memory(device)
     achieved = flops_token * speed / world_size
+    finite = math.isfinite(norm + grad_stats.get('norm', 0.0))
+    if math.isfinite(mean_loss):
+        recent_losses.append(mean_loss)
     log('training_iterations', dict(
-        iter=iter_num, loss=mean_loss if math.isfinite(mean_loss) else None, lr=lr, time_ms=1000 * seconds,
+        iter=iter_num, loss=mean_loss if math.isfinite(mean_loss) else None, loss_variance=float(np.var(recent_losses or [0])), lr=lr,
+        time_ms=1000 * seconds,
         mfu=dict(mfu_percent=100 * achieved / peak, achieved_tflops=achieved / 1e12, hardware_peak_tflops=peak / 1e12,
                  tokens_per_sec=speed, flops_per_token=flops_token),
-        memory=used, gradients=dict(norm=norm if math.isfinite(norm) else None, **grad_stats)))  # not finite: a step that the fp16 scaler skipped
+        memory=used, gradients=grad_stats | dict(norm=norm) if finite else dict(norm=None)))  # not finite: a step that the fp16 scaler skipped
     grad_stats = {}
     of = ' of measured' if peak_source.startswith('measured') else ' (over 100 %: a bug, please report it)' if achieved > peak else ''
     say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, '
@@ -621,7 +593,7 @@ if device.type == 'cuda':
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-stopping, grad_stats = 0, {}
+stopping, grad_stats, recent_losses = 0, {}, collections.deque(maxlen=100)
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -674,8 +646,12 @@ while True:
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
-        grad_stats = gradient_statistics()
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        grad_stats = gradient_statistics(raw_model) | dict(iter=iter_num)  # logged with the next log line
+        grad_norm = torch.tensor(grad_stats['norm'], device=device)
+    else:
+        grad_norm = torch.nn.utils.get_total_norm(p.grad for p in raw_model.parameters() if p.grad is not None)
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if distributed:  # a signal that reached one rank stops them all
         stopping = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX).item()
     finite = scaler.is_enabled() or math.isfinite(grad_norm.item())
