@@ -71,13 +71,18 @@ def coerce(value, default, kind):
         return value
     if kind is float and type(value) is int:
         return float(value)
-    if any(type(choice) is type(value) and choice == value for choice in typing.get_args(kind)):
+    if any(choice is type(value) or type(choice) is type(value) and choice == value for choice in choices(kind)):
         return value
     raise ValueError(describe(kind))
 
 
+def choices(kind):
+    """What a Literal or a union with one allows: values, and types that allow any value."""
+    return [choice for part in typing.get_args(kind) for choice in typing.get_args(part) or [part]]
+
+
 def describe(kind):
-    return ' | '.join(map(repr, typing.get_args(kind))) or {bool: 'True or False'}.get(kind, kind.__name__)
+    return ' | '.join(getattr(c, '__name__', repr(c)) for c in choices(kind)) or {bool: 'True or False'}.get(kind, kind.__name__)
 
 
 def nearest(name, names):
@@ -118,7 +123,7 @@ def configure(script, *also, argv=None):
         try:
             config[name] = coerce(value, default, kind)
         except ValueError as expected:
-            hint = difflib.get_close_matches(str(value), map(str, typing.get_args(kind)), n=1)
+            hint = difflib.get_close_matches(str(value), map(str, choices(kind)), n=1)
             fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else ''))
         given[name] = where
 

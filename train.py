@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from typing import Literal
@@ -57,7 +58,7 @@ wandb_run_name = 'gpt2'  # its run name
 # data
 dataset = 'openwebtext'  # a folder in data/; 'pystdlib' needs no download
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
-batch_size = 12  # sequences a micro-batch
+batch_size: int | Literal['auto'] = 12  # sequences a micro-batch; 'auto': the most that fit, with accumulation that keeps tokens an iteration
 block_size = 1024  # tokens a sequence, the context length
 # model: None leaves it to arch_preset
 arch_preset = 'custom'  # gpt2, llama, team (llama), hybrid, or custom: nanoGPT's own mix of parts
@@ -145,7 +146,7 @@ def check_ranges():
                 'lr_decay_iters restart_iters restart_mult').split()
     not_negative = ('save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
     for key in positive + not_negative:
-        if not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
+        if config[key] != 'auto' and not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
             raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
     for key in ('beta1', 'beta2', 'cooldown_frac'):
         if not 0 <= config[key] < 1:
@@ -240,6 +241,32 @@ def starting_point():
         say(f'WARNING: {message}: its ids mean something else here')
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
+
+
+def auto_batch_size(ckpt):
+    """
+    (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's to resume, or else the largest micro-batch that
+    bench.py finds to fit, with as many sequences an iteration as the settings say without 'auto'. Rank 0 looks, all take its answer.
+    """
+    if ckpt is not None and 'gradient_accumulation_steps' in (ckpt.get('config') or {}):
+        return ckpt['config']['batch_size'], ckpt['config']['gradient_accumulation_steps']
+    without = configure(__file__, argv=[arg for arg in sys.argv[1:] if arg != '--batch_size=auto'])[0]['batch_size']
+    without = configure(__file__, argv=[])[0]['batch_size'] if without == 'auto' else without  # 'auto' in a config file
+    found = 0
+    if master:
+        say("batch_size='auto': looking for the largest micro-batch that fits ...")
+        model = {k: v for k, v in asdict(model_config).items() if k in config}
+        flags = model | dict(dataset=dataset, device=device, dtype=dtype, batch_size=without, gradient_accumulation_steps=gradient_accumulation_steps // world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, 'found.json')
+            subprocess.run([sys.executable, os.path.join(HERE, 'bench.py'), '--find_batch_size=True', f'--json={path}', *(f'--{k}={v}' for k, v in flags.items())])
+            if os.path.exists(path):
+                with open(path, encoding='utf-8') as f:
+                    found = json.load(f)['batch_size']
+    found = all_reduce(torch.tensor(found, device=device), dist.ReduceOp.MAX).item()
+    if not found:
+        raise ValueError("batch_size='auto' found none, see above; give --batch_size a number")
+    return found, gradient_accumulation_steps * without // found
 
 
 def compile_model(X, Y):
@@ -473,6 +500,9 @@ with one_line_errors():
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
     from_scratch = raw_model is None
+    if batch_size == 'auto':
+        batch_size, gradient_accumulation_steps = auto_batch_size(ckpt)
+        config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
     loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
     train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
     eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}

@@ -1,0 +1,504 @@
+"""
+What a config costs on this machine: time a step, tokens/s, TFLOP/s, MFU and memory, alone or side by side.
+
+    python bench.py config/full_llama_124m.py --batch_size=2 --block_size=512
+    python bench.py config/full_gpt2_124m.py --archs=gpt2,llama,hybrid          # presets or config files, in one table
+    python bench.py config/full_gpt2_124m.py --versus=../nanoGPT/model.py       # another checkout's GPT, turn about with ours
+    python bench.py config/full_gpt2_124m.py --what=generate                    # also forward, data, memory
+    python bench.py config/full_gpt2_124m.py --find_batch_size=True             # the largest micro-batch that fits
+    python bench.py config/full_gpt2_124m.py --profile=True                     # the ten dearest operations, and a trace
+
+Every side runs in a process of its own, so that its memory is its own, and the sides take turns, a step each, so that what
+else the machine does meets all of them alike. Figures are medians; the spread beside them is the middle half. Ids are random, as
+is the model. FLOPs are those of matmuls, attention in full; MFU is their share of the peak for the side's dtype.
+"""
+import contextlib
+import importlib.util
+import io
+import json as jsonlib
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, fields
+from typing import Literal
+
+import numpy as np
+import torch
+
+from configurator import configure, fail
+from data.loader import Loader, write_dataset
+from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, meta_model, peak_flops, pick_device
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GIB = 2 ** 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one side, in its own process
+
+def synchronize(device):
+    """Wait until the device has done what it was given."""
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
+
+
+def build(s):
+    """The model of a side, on its device, from its own module; how its GPTConfig differs from what was asked is in the note."""
+    device, module = torch.device(s['device']), sys.modules[GPT.__module__]
+    if s['versus']:
+        spec = importlib.util.spec_from_file_location('versus', s['versus'])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules['versus'] = module  # dataclasses look themselves up here
+        sys.path.insert(0, os.path.dirname(os.path.abspath(s['versus'])))
+        spec.loader.exec_module(module)
+        if not hasattr(module, 'GPT') or not hasattr(module, 'GPTConfig'):
+            raise ValueError('it has no GPT and GPTConfig')
+    if device.type == 'cpu' and hasattr(module, 'keep_freed_memory'):  # nanoGPT's side keeps the malloc that nanoGPT has
+        module.keep_freed_memory()
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+    torch.manual_seed(s['seed'])
+    known = {f.name for f in fields(module.GPTConfig)}
+    with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT's prints
+        model = module.GPT(module.GPTConfig(**{k: v for k, v in s['model'].items() if k in known}))
+    lost = [k for k, v in s['model'].items() if k not in known and v not in (getattr(GPTConfig(), k), None) and k != 'unpadded_vocab_size']
+    return model.to(device), f"it does not know {', '.join(lost)}: not the same model" if lost else ''
+
+
+def train_side(model, s):
+    """A training step as train.py takes it: a function of whether to time its parts, which waits for the device between them."""
+    device, dtype = torch.device(s['device']), getattr(torch, s['dtype'])
+    with contextlib.redirect_stdout(io.StringIO()):
+        # nanoGPT fuses AdamW where it is told 'cuda'
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda' if s['fused'] and s['versus'] else device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    x, y = torch.randint(s['model']['vocab_size'], (2, s['batch_size'], s['model']['block_size']), device=device)
+    raw_model, model = model, torch.compile(model) if s['compile'] else model
+
+    def step(parts):
+        times, t0 = dict(forward=0.0, backward=0.0, optimizer=0.0), time.perf_counter()
+
+        def lap(part):
+            nonlocal t0
+            if parts:
+                synchronize(device)
+                t0, t = time.perf_counter(), t0
+                times[part] = times.get(part, 0.0) + t0 - t
+        for _ in range(s['accumulation']):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(x, y)[1] / s['accumulation']
+            lap('forward')
+            scaler.scale(loss).backward()
+            lap('backward')
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0).item()  # train.py looks at it before it takes the step
+        scaler.step(optimizer)
+        scaler.update()
+        lap('optimizer')
+        if parts and not s['versus']:
+            gradient_statistics(raw_model)
+            lap('gradient statistics')
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        return times if parts else dict(whole=time.perf_counter() - t0)
+    return step
+
+
+def forward_side(model, s):
+    """Loss without gradients, as an evaluation does it."""
+    device, dtype = torch.device(s['device']), getattr(torch, s['dtype'])
+    x, y = torch.randint(s['model']['vocab_size'], (2, s['batch_size'], s['model']['block_size']), device=device)
+    model = torch.compile(model.eval()) if s['compile'] else model.eval()
+
+    @torch.no_grad()
+    def step(parts):
+        t0 = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model(x, y)
+        synchronize(device)
+        return dict(whole=time.perf_counter() - t0)
+    return step
+
+
+def generate_side(model, s):
+    """Tokens out of one prompt, as sample.py makes them: weights in dtype. The part 'prefill' is the first token, which reads the prompt."""
+    device = torch.device(s['device'])
+    model = model.to(dtype=getattr(torch, s['dtype'])).eval()
+    idx = torch.randint(s['model']['vocab_size'], (1, s['prompt_tokens']), device=device)
+
+    @torch.no_grad()
+    def step(parts):
+        t0 = time.perf_counter()
+        model.generate(idx, 1 if parts else s['new_tokens'], top_k=200)
+        synchronize(device)
+        return {'prefill' if parts else 'whole': time.perf_counter() - t0}
+    return step
+
+
+def data_side(model, s):
+    """The training step fed by the loader; the part 'waiting' is the time until the next batch is there, 'reading' a batch without a thread."""
+    step, b = train_side(model, s), s['batch_size']
+    loader = Loader(s['data_dir'], 'train', s['model']['block_size'], vocab_size=s['model']['vocab_size'], device=s['device'])
+    batches, at = loader.stream(np.arange(b) + i * b for i in range(10 ** 9)), 0
+
+    def fed(parts):
+        nonlocal at
+        t0 = time.perf_counter()
+        if parts:
+            at += b
+            loader.batch(np.arange(b) + at)
+            return dict(reading=time.perf_counter() - t0)
+        for _ in range(s['accumulation']):
+            next(batches)
+        waiting = time.perf_counter() - t0
+        step(False)
+        return dict(whole=time.perf_counter() - t0, waiting=waiting)
+    return fed
+
+
+def limit_memory(gigabytes):
+    """Let this process fail where it would reach beyond what the machine has free, instead of drawing in the kernel's killer. Linux only."""
+    if sys.platform == 'linux':
+        resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9), resource.RLIM_INFINITY))
+
+
+def fits_side(model, s):
+    """One micro-batch with all states in place: weights, moments, and the gradients of a micro-batch before it if steps accumulate."""
+    step = train_side(model, s | dict(accumulation=min(2, s['accumulation'])))
+
+    def twice(parts):
+        step(False)  # moments exist from here on
+        return step(False)
+    return twice
+
+
+SIDES = dict(train=train_side, forward=forward_side, generate=generate_side, data=data_side, memory=train_side, fits=fits_side)
+
+
+def serve(pipe, s, t_spawn):
+    """The process of one side: set up, say what it is, then take a step whenever asked. Whatever goes wrong is sent, not raised."""
+    try:
+        if s.get('memory_limit_gb') and s['device'] == 'cpu':
+            limit_memory(s['memory_limit_gb'])
+        base = memory(torch.device(s['device']))
+        try:
+            model, note = build(s)
+        except Exception as e:
+            raise ValueError(f"'{s['versus']}' is not a model that can be timed: {type(e).__name__}: {first_line(e)}" if s['versus'] else str(e)) from e
+        n_params, step = sum(p.numel() for p in model.parameters()), SIDES[s['what']](model, s)
+        setup = time.time() - t_spawn
+        pipe.send(dict(parameters=n_params, note=note, setup=setup))
+        while (request := pipe.recv()) is not None:
+            if request == 'profile':
+                with torch.profiler.profile(record_shapes=True) as p:  # every kind of device that is here
+                    step(False)
+                p.export_chrome_trace(s['trace'])
+                key = 'self_cpu_time_total' if s['device'] == 'cpu' else 'self_device_time_total'
+                pipe.send(p.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
+            else:
+                result = step(request == 'parts')
+                pipe.send(result | dict(memory=memory(torch.device(s['device'])), base=base))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception as e:
+        out_of_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'alloc' in str(e)
+        pipe.send(dict(error=first_line(e), out_of_memory=out_of_memory))
+
+
+class Side:
+    """The parent's end of a side: ask() it for one thing after another. ValueError says what went wrong over there."""
+    def __init__(self, name, settings):
+        self.name, self.settings, self.times, self.memory = name, settings, {}, {}
+        context = multiprocessing.get_context('spawn')  # a fresh interpreter, as a new run is
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, settings, time.time()), daemon=True)
+        self.process.start()
+        there.close()
+        self.info = self.answer()
+
+    def answer(self):
+        try:
+            reply = self.pipe.recv()
+        except EOFError:
+            reply = dict(error='its process was killed, likely for want of memory', out_of_memory=True)
+        if isinstance(reply, dict) and 'error' in reply:
+            error = ValueError(f"{self.name}: {reply['error']}")
+            error.out_of_memory = reply['out_of_memory']
+            raise error
+        return reply
+
+    def ask(self, request):
+        self.pipe.send(request)
+        reply = self.answer()
+        if isinstance(reply, dict):
+            self.memory, self.base = reply.pop('memory'), reply.pop('base')
+        return reply
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parent: who takes part, taking turns, what came of it
+
+def peak_bandwidth(device):
+    """Bytes/s at which the device reads memory, the limit of generation: the sum of 1 GiB of float32, best of a second."""
+    x, best, spent = torch.ones(2 ** 28, device=device), math.inf, 0.0
+    while spent < 1.0:
+        t0 = time.perf_counter()
+        x.sum().item()
+        dt = time.perf_counter() - t0
+        best, spent = min(best, dt), spent + dt
+    return 4 * x.numel() / best
+
+
+def free_memory():
+    """Bytes that this machine can still give out: what the kernel says, or what the container's limit leaves of it."""
+    with open('/proc/meminfo') as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    with contextlib.suppress(OSError, ValueError):
+        with open('/sys/fs/cgroup/memory.max') as limit, open('/sys/fs/cgroup/memory.current') as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    return free
+
+
+def find_batch_size(settings, limit):
+    """The largest micro-batch of at most `limit` sequences whose training step fits, each tried in a process of its own; 0 if none."""
+    def fits(batch_size):
+        t0, error = time.time(), None
+        try:
+            side = Side('trial', settings | dict(what='fits', batch_size=batch_size, memory_limit_gb=0.9 * free_memory() / 1e9))
+            side.ask('whole')
+            used = max(side.memory.values()) / GIB
+            side.close()
+        except ValueError as e:
+            if not e.out_of_memory:
+                raise
+            error = e
+        print(f"  batch_size {batch_size:>5}: {'does not fit' if error else f'fits, {used:.2f} GiB'} ({time.time() - t0:.0f} s)", flush=True)
+        return error is None
+    low, high = 0, 1
+    while high <= limit and fits(high):  # doubling
+        low, high = high, min(2 * high, limit) if high < limit else limit + 1
+    while high - low > 1:  # bisection
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def spread(values, unit='ms', scale=1000.0):
+    """Median and middle half of a list of seconds, or of what else there is, as text."""
+    low, middle, high = (np.quantile(values, q) * scale for q in (0.25, 0.5, 0.75))
+    digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
+    return f'{middle:,.{digits}f} {unit} ({low:,.{digits}f}-{high:,.{digits}f})'
+
+
+def take_turns(sides, what, warmup, repeats, max_seconds):
+    """Fill side.times: {part: [seconds]}, one a round; side.first is its first step."""
+    for side in sides:
+        side.first = side.ask('whole')['whole']
+        print(f'  {side.name}: set up in {side.info["setup"]:.1f} s, first step after another {side.first:.1f} s', file=sys.stderr, flush=True)
+    t0 = time.time()
+    for i in range(warmup + repeats):
+        if i == warmup:
+            t0 = time.time()
+        for request in ('whole', 'parts') if what in ('train', 'generate', 'data') else ('whole',):
+            for side in sides:
+                reply = side.ask(request)
+                if i >= warmup:
+                    for part, seconds in reply.items():
+                        side.times.setdefault(part, []).append(seconds)
+        done, spent = i + 1 - warmup, time.time() - t0
+        if done > 0 and sys.stderr.isatty():
+            print(f'\r  round {done}/{repeats}, {spent / done * (repeats - done):.0f} s left ', end='', file=sys.stderr, flush=True)
+        if done >= 3 and spent > max_seconds and done < repeats:
+            print(f'  stopped after {done} of {repeats} rounds: --max_seconds={max_seconds:g}', file=sys.stderr)
+            break
+    if sys.stderr.isatty():
+        print('\r' + ' ' * 40 + '\r', end='', file=sys.stderr)
+
+
+def figures(side, model, peak, bandwidth):
+    """{row: text} of one side, and the same as numbers for JSON."""
+    s, c, median = side.settings, model.config, {part: statistics.median(v) for part, v in side.times.items()}
+    training = s['what'] in ('train', 'data', 'memory')
+    tokens = s['new_tokens'] if s['what'] == 'generate' else s['batch_size'] * c.block_size * (s['accumulation'] if training else 1)
+    rate, flops = tokens / median['whole'], model.flops_per_token() / (1 if training else 3)
+    rows = {'parameters': f"{side.info['parameters']:,}", 'dtype, compile': f"{s['dtype']}, {s['compile']}"}
+    numbers = dict(median, parameters=side.info['parameters'], tokens_per_sec=rate, peak_bytes=max(side.memory.values()), first_step=side.first,
+                   setup=side.info['setup'], compile=max(0.0, side.first - median['whole']) if s['compile'] else 0.0)
+    if s['what'] != 'generate':
+        numbers |= dict(flops_per_token=flops, tflops=flops * rate / 1e12, mfu=flops * rate / peak, peak_tflops=peak / 1e12)
+        rows['FLOPs a token'] = f'{flops / 1e9:.4g} G'
+    for part in ('forward', 'backward', 'optimizer', 'prefill', 'reading', 'waiting', 'whole'):
+        if part in median:
+            rows[{'whole': 'whole step' if s['what'] != 'generate' else f"{s['new_tokens']} tokens"}.get(part, part)] = spread(side.times[part])
+    rows['tokens/s'] = f'{rate:,.1f}' if rate < 100 else f'{rate:,.0f}'
+    if s['what'] != 'generate':
+        rows['TFLOP/s'], rows['MFU'] = f"{numbers['tflops']:.3g}", f"{100 * numbers['mfu']:.1f}%" + (' (over 100 %: a bug)' if numbers['mfu'] > 1 else '')
+    else:
+        size = getattr(torch, s['dtype']).itemsize
+        kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
+        read = size * (sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + kv)  # all matrices, and the cache half way
+        decode = (s['new_tokens'] - 1) / (median['whole'] - median['prefill'])
+        numbers |= dict(decode_tokens_per_sec=decode, bytes_per_token=read, bandwidth_limit_tokens_per_sec=bandwidth / read)
+        rows['tokens/s after the first'] = f'{decode:,.1f}'
+        rows['bandwidth limit'] = f"{bandwidth / read:,.1f} tokens/s ({read / 1e6:,.0f} MB a token at {bandwidth / 1e9:.1f} GB/s)"
+        rows['share of the limit'] = f'{100 * decode * read / bandwidth:.0f}%'
+    if s['what'] == 'train' and s['config_accumulation'] != s['accumulation']:
+        n = s['config_accumulation']
+        seconds = n / s['accumulation'] * (median['forward'] + median['backward']) + median['optimizer']
+        rows[f'tokens/s, accumulation {n}'] = f"{tokens / s['accumulation'] * n / seconds:,.0f} (from the parts)"
+    if 'gradient statistics' in median:
+        numbers['gradient_statistics'], interval = median['gradient statistics'], s['gradient_log_interval']
+        rows['gradient statistics'] = spread(side.times['gradient statistics']) + \
+            (f": {100 * median['gradient statistics'] / interval / median['whole']:.2f}% of a step at gradient_log_interval={interval}" if interval else '')
+    if 'waiting' in median:
+        numbers['waiting_share'] = sum(side.times['waiting']) / sum(side.times['whole'])
+        rows['waiting for data'] = f"{100 * numbers['waiting_share']:.2f}% of the steps"
+    rows['peak memory'] = f"{numbers['peak_bytes'] / GIB:.2f} GiB"
+    if s['device'] == 'cpu':
+        rows['peak memory'] += f" ({max(side.base.values()) / GIB:.2f} before the model)"
+    rows['to the first step'] = f"{side.info['setup'] + side.first:.1f} s" + (f", {numbers['compile']:.1f} of it compiling" if s['compile'] else '')
+    return rows, numbers
+
+
+def sides_asked(config):
+    """[(name, settings of train.py)] of the sides that config['archs'] names, or of the config itself."""
+    if not config['archs']:
+        return [('ours', config)]
+    flags = [arg for arg in sys.argv[1:] if arg.startswith('--')]
+    files, asked = [arg for arg in sys.argv[1:] if not arg.startswith('--')], []
+    for name in config['archs'].split(','):
+        if name not in PRESETS and not os.path.isfile(name):
+            raise ValueError(f"unknown arch '{name}' in --archs: neither a preset ({', '.join(PRESETS)}) nor a config file")
+        argv = [name] if name not in PRESETS else files if name == config['arch_preset'] else \
+            [*files, f'--arch_preset={name}', *(f'--{key}=None' for key in (*PRESETS[name], 'd_ff'))]  # parts that the files name are not this arch's
+        asked.append((os.path.basename(name), configure(__file__, os.path.join(HERE, 'train.py'), argv=argv + flags)[0]))
+    return asked
+
+
+def bench(config):
+    """All that the command line asks for; ValueError for what cannot be."""
+    what, positive = config['what'], ('accumulation', 'repeats', 'new_tokens', 'prompt_tokens', 'batch_size', 'gradient_accumulation_steps')
+    for key in positive:
+        if config[key] < 1:
+            raise ValueError(f'{key} must be positive, not {config[key]}')
+    if config['versus'] and what == 'data':
+        raise ValueError('--what=data times our loader and has no --versus')
+    if config['versus'] and not os.path.isfile(config['versus']):
+        raise ValueError(f"--versus: there is no file '{config['versus']}'; name the model.py of another checkout")
+    device, dtype = pick_device(config['device'], config['dtype'])
+    compiled = config['compile'] if config['compile'] != 'auto' else device.type == 'cuda' and what != 'generate'
+    sides, models, peaks, temporary = [], [], {}, None
+    for name, asked in sides_asked(config):
+        model = meta_model(asked)
+        if what == 'generate' and config['prompt_tokens'] + config['new_tokens'] > model.config.block_size:
+            raise ValueError(f'prompt_tokens + new_tokens = {config["prompt_tokens"] + config["new_tokens"]} is beyond block_size={model.config.block_size}')
+        data_dir = os.path.join(HERE, 'data', asked['dataset'])
+        if what == 'data' and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+            temporary = tempfile.TemporaryDirectory()
+            data_dir = os.path.join(temporary.name, 'random')
+            print(f"data set '{asked['dataset']}' is not prepared: 10 million random ids in its place")
+            write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},
+                          dict(vocab_size=model.config.vocab_size, tokenizer={'name': 'gpt2'}))
+        settings = {key: asked[key] for key in ('batch_size', 'seed', 'gradient_log_interval')} | dict(
+            what=what, versus='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
+            accumulation=config['accumulation'], config_accumulation=asked['gradient_accumulation_steps'], prompt_tokens=config['prompt_tokens'],
+            new_tokens=config['new_tokens'], trace='trace.json')
+        sides.append((name, settings))
+        models.append(model)
+    if config['versus']:
+        same = lambda key, ours: ours if config[key] == 'same' else config[key]
+        name = os.path.join(*os.path.abspath(config['versus']).split(os.sep)[-2:])
+        sides.append((name, sides[0][1] | dict(versus=config['versus'], fused=config['versus_fused'], dtype=same('versus_dtype', dtype),
+                                               compile=same('versus_compile', compiled))))
+        models.append(models[0])
+    machine = dict(device=str(device), name=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads',
+                   torch=str(torch.__version__), python=sys.version.split()[0])
+    print(f"{machine['device']} ({machine['name']}), torch {machine['torch']}, what={what}, {config['batch_size']} sequences x {models[0].config.block_size} tokens"
+          + (f" x {config['accumulation']} accumulation" if what != 'forward' else ''))
+
+    if config['find_batch_size']:
+        settings, sequences = sides[0][1], config['batch_size'] * config['gradient_accumulation_steps']
+        settings = settings | dict(compile=False, accumulation=config['gradient_accumulation_steps'])
+        print(f'the largest micro-batch up to the {sequences} sequences of an iteration, without compile, which needs less:', flush=True)
+        most = find_batch_size(settings, sequences)
+        if not most:
+            raise ValueError('not even a micro-batch of one sequence fits; try --activation_checkpointing=True, a smaller model or block_size')
+        batch_size = max(b for b in range(1, most + 1) if sequences % b == 0)
+        print(f'largest that fits: {most}; with {sequences} sequences an iteration as before: '
+              f'--batch_size={batch_size} --gradient_accumulation_steps={sequences // batch_size}')
+        return write_json(config, machine, dict(largest=most, batch_size=batch_size, gradient_accumulation_steps=sequences // batch_size))
+
+    bandwidth = peak_bandwidth(device) if what == 'generate' else None
+    for name, settings in sides:
+        if settings['dtype'] not in peaks and what != 'generate':
+            peaks[settings['dtype']] = (config['peak_tflops'] * 1e12, 'as given') if config['peak_tflops'] else peak_flops(device, settings['dtype'])
+            print('peak: {:.2f} TFLOP/s ({})'.format(peaks[settings['dtype']][0] / 1e12, peaks[settings['dtype']][1]), flush=True)
+    running = [Side(name, settings) for name, settings in sides]
+    for side in running:
+        if side.info['note']:
+            print(f"NOTE: {side.name}: {side.info['note']}")
+    take_turns(running, what, config['warmup'], config['repeats'], config['max_seconds'])
+    table = [figures(side, model, peaks.get(side.settings['dtype'], (0, ''))[0], bandwidth) for side, model in zip(running, models)]
+    for side, (rows, numbers) in zip(running[1:], table[1:]):
+        scale = numbers['tokens_per_sec'] * numbers['whole'] / (table[0][1]['tokens_per_sec'] * table[0][1]['whole'])  # tokens a step may differ
+        ratios = [theirs / ours / scale for ours, theirs in zip(running[0].times['whole'], side.times['whole'])]
+        numbers['first_is_faster_by'] = statistics.median(ratios)
+        rows[f'{running[0].name}, tokens/s'] = spread(ratios, 'x', 1.0)
+        rows[f'{running[0].name}, peak memory'] = f"{table[0][1]['peak_bytes'] / numbers['peak_bytes']:.2f} x"
+    names = list(dict.fromkeys(row for rows, _ in table for row in rows))
+    widths = [max(len(side.name), *(len(rows.get(name, '')) for name in names)) for side, (rows, _) in zip(running, table)]
+    print(' ' * 30 + '  '.join(f'{side.name:>{w}}' for side, w in zip(running, widths)))
+    for name in names:
+        print(f'{name:<30}' + '  '.join(f"{rows.get(name, ''):>{w}}" for (rows, _), w in zip(table, widths)))
+    if config['profile']:
+        print(running[0].ask('profile') + '\ntrace: trace.json')
+    for side in running:
+        side.close()
+    write_json(config, machine, dict(sides={side.name: numbers | dict(settings=side.settings, times=side.times)
+                                            for side, (_, numbers) in zip(running, table)}))
+
+
+def write_json(config, machine, results):
+    """All of it into the file that --json names."""
+    if config['json']:
+        with open(config['json'], 'w', encoding='utf-8') as f:
+            jsonlib.dump(dict(time=time.strftime('%Y-%m-%d %H:%M:%S'), command=sys.argv, machine=machine, config=config) | results, f, indent=1)
+
+
+def main():
+    what: Literal['train', 'forward', 'generate', 'data', 'memory'] = 'train'  # a training step, a loss without gradients, text, the loader, memory
+    archs = ''  # comma-separated presets or config files, side by side
+    versus = ''  # another checkout's model.py with nanoGPT's GPT and GPTConfig, turn about with ours on the same shapes
+    versus_dtype: Literal['same', 'float32', 'bfloat16', 'float16'] = 'same'  # its dtype
+    versus_compile: Literal['same', True, False] = 'same'  # torch.compile for it
+    versus_fused = True  # its AdamW fused, as ours is
+    accumulation = 1  # micro-batches a timed step
+    warmup = 2  # rounds that are not counted, after the first step
+    repeats = 10  # rounds that are
+    max_seconds = 300.0  # stop before `repeats` rounds, after 3 at least, when they take longer
+    prompt_tokens = 256  # of what=generate
+    new_tokens = 64  # of what=generate
+    find_batch_size = False  # find the largest micro-batch that fits, and the accumulation that keeps tokens an iteration
+    profile = False  # also the ten dearest operations of a step, and a trace in trace.json, for chrome://tracing or ui.perfetto.dev
+    json = ''  # write every figure to this file
+    config, given = configure(__file__, os.path.join(HERE, 'train.py'))
+    try:
+        bench(config)
+    except (ValueError, OSError) as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+
+
+if __name__ == '__main__':
+    main()
