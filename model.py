@@ -232,6 +232,9 @@ def causal_mask(T, S, device):
 @register(ATTENTION_BACKEND, 'sdpa')
 def sdpa_attention(q, k, v, dropout, config):
     T, S = q.size(2), k.size(2)
+    if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
+        with torch.autocast('cpu', enabled=False):  # there the 16-bit backward is several times slower on short sequences
+            return sdpa_attention(q.float(), k.float(), v.float(), dropout, config).type_as(q)
     mask = causal_mask(T, S, q.device) if 1 < T < S else None  # one query sees every key; T = S is the kernels' own causal case
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
 
