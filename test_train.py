@@ -640,7 +640,9 @@ def test_the_run_log_has_everything_and_the_console_says_it(finished):
     assert [c['iter'] for c in run['checkpoints']] == [10, 20]
     assert run['summary']['iterations'] == 20 and run['summary']['tokens'] == 20 * 2 * 4 * 16
     assert run['config']['n_layer'] == 2 and run['config']['normalization'] == 'layernorm'  # what arch_preset left open is resolved
-    for word in ('parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'TFLOP/s', 'FLOPs a token', 'left', '% of peak', 'bits per byte'):
+    estimate, measured = (run['startup_info'][key] for key in ('memory_estimate', 'memory_measured'))
+    assert 0 < estimate['process'] < estimate['peak'] and measured['peak'] > 0
+    for word in ('GiB a device estimated', 'GiB at its peak', 'parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'TFLOP/s', 'FLOPs a token', 'left', '% of peak', 'bits per byte'):
         assert word in console
 
 
