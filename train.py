@@ -420,9 +420,8 @@ def log_iteration(mean_loss, seconds, left):
                  tokens_per_sec=speed, flops_per_token=flops_token),
         memory=used, gradients=grad_stats | dict(norm=norm) if finite else dict(norm=None)))  # not finite: a step that the fp16 scaler skipped
     grad_stats = {}
-    known = peak_source.startswith('dense')
-    of = ' of measured' * peak_source.startswith('measured') + (achieved > peak) * (
-        ' (over 100 %: a bug, please report it)' if known else ' (over 100 %: the peak was taken too low, give the right --peak_tflops, or 0 to measure it again)')
+    over = 'a bug, please report it' if peak_source.startswith('dense') else 'the peak was taken too low; --peak_tflops=0 measures it again'
+    of = ' of measured' * peak_source.startswith('measured') + f' (over 100 %: {over})' * (achieved > peak)
     say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, '
         f'{speed:,.0f} tok/s, mfu {100 * achieved / peak:.1f}%{of}, grad norm {norm:.2f}, {max(used.values()) / 2**30:.2f} GiB, {duration(left)} left')
 
@@ -579,7 +578,8 @@ log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'
 run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                startup_info=startup_info | dict(
                    total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter,
-                   flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, memory_estimate=estimate, torch_version=str(torch.__version__)),
+                   flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, memory_estimate=estimate,
+                   torch_version=str(torch.__version__)),
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
 first_iter, outcome, t_start = iter_num, 'failed', time.time()  # until it ends in another way
 atexit.register(write_log)
