@@ -21,12 +21,15 @@ import re
 import resource
 import sys
 import time
+import weakref
 import zipfile
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,6 +745,51 @@ def memory(device):
         return dict(peak=peak)
 
 
+class LiveBytes(TorchDispatchMode):
+    """While entered: the bytes of the tensors made inside that are alive (now) and were at most (peak); views count with what they are of."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.alive:
+                storage = t.untyped_storage()
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def freed(self, address, nbytes):
+        self.alive.discard(address)
+        self.now -= nbytes
+
+
+def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1):
+    """
+    {'weights', 'gradients', 'moments', 'buckets', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
+    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run on
+    tensors without data, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
+    temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054); fsdp's gathered block comes on top.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import, and only this needs it
+    with FakeTensorMode(), torch.device(device), LiveBytes() as live:
+        model = GPT(config)
+        states = live.now
+        idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
+        for _ in range(min(accumulation, 2)):  # from the second micro-batch on, gradients live through the forward
+            with torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext():
+                loss = model(idx, idx)[1]
+            loss.backward()
+    shard = 1 / world_size
+    shares = {'none': (1, 1, 2, 0), 'ddp': (1, 1, 2, 1), 'zero1': (1, 1, 2 * shard, 1), 'fsdp': (shard, shard, 2 * shard, 0)}[parallelism]
+    sizes = dict(zip(('weights', 'gradients', 'moments', 'buckets'), (round(states * share) for share in shares)))
+    sizes['activations'] = live.peak - 2 * states
+    return sizes | {'peak': sum(sizes.values())}
+
+
 @torch.no_grad()
 def gradient_statistics(model):
     """
@@ -764,8 +812,8 @@ def gradient_statistics(model):
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def describe(model):
-    """What a model is and costs, as text. Works on the meta device, where a model takes no memory."""
+def describe(model, settings, device, dtype):
+    """What a model is and costs, as text, trained with these settings. Works on the meta device, where a model takes no memory."""
     c, n = model.config, model.get_num_params(non_embedding=False)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     cache = 2 * 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * c.block_size
@@ -777,8 +825,10 @@ def describe(model):
     for label, flops in (('forward', sum(model.flops_by_part().values())), ('training, 3 x forward', model.flops_per_token()),
                          ('training, causal half of scores', model.flops_per_token(causal=True))):
         lines.append(f'  {label:<32} {flops:>16,.0f}')
-    for title, sizes in (('memory to train, float32 with AdamW, one process; activations come on top',
-                          {'weights': 4 * n, 'gradients': 4 * trainable, 'optimizer': 8 * trainable}),
+    batch_size = settings.get('batch_size', 1)
+    training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1))
+    training = {k: v for k, v in training.items() if k in ('weights', 'gradients', 'moments', 'activations')}
+    for title, sizes in ((f'memory to train, AdamW, {dtype} on {device}, batch_size {batch_size}, one process, estimated', training),
                          ('memory to sample, bfloat16', {'weights': 2 * n, f'KV cache, {c.block_size} tokens': cache})):
         lines += [title] + [f'  {k:<24} {v / 1e9:>12,.3f} GB' for k, v in (sizes | {'total': sum(sizes.values())}).items()]
     return '\n'.join(lines)
@@ -814,7 +864,7 @@ def main():
                       f'{model.get_num_params(False):>14,} {model.get_num_params():>14,} {model.flops_per_token() / 1e9:>12.4g}')
         elif config['ckpt']:
             saved = load_checkpoint(config['ckpt'])
-            print(describe(model_of(saved)))
+            print(describe(model_of(saved), saved.get('config') or {}, *pick_device()))
             print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
             for split, values in (saved.get('losses') or {}).items():
                 print(f'  {split:<24} ' + ', '.join(f'{k} {v:.4f}' for k, v in values.items()))
@@ -824,7 +874,7 @@ def main():
             for key, value in (saved.get('config') or {}).items():
                 print(f'  {key:<24} {value!r}')
         else:
-            print(describe(meta_model(config)))
+            print(describe(meta_model(config), config, *pick_device(config['device'], config['dtype'])))
     except ValueError as e:
         fail(str(e))
 

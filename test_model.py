@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure, read_block
 from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
-                   LinearCrossEntropy, gradient_statistics, linear_cross_entropy, load_checkpoint, meta_model, register, sample_token)
+                   LinearCrossEntropy, LiveBytes, gradient_statistics, linear_cross_entropy, load_checkpoint, memory_estimate, meta_model, pick_device,
+                   register, sample_token)
 
 ROOT = Path(__file__).resolve().parent
 TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)  # 5 does not divide 16
@@ -343,6 +345,69 @@ def test_gradient_statistics_are_those_of_the_gradients(parts):
         of_layer = [g.double().flatten() for name, g in grads.items() if re.search(rf'(^|\.){layer}\.' if not layer.isdigit() else rf'\.h\.{layer}\.', name)]
         assert norm == pytest.approx(torch.cat(of_layer).norm().item(), rel=1e-5), layer
     assert math.hypot(*stats['layers'].values()) == pytest.approx(stats['norm'], rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="needs glibc's malloc and /proc")
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('preset', ['gpt2', 'llama'])
+def test_memory_estimate_is_what_a_step_takes(preset, dtype, checkpointing):
+    """
+    Wrong by more than 15 % of what two real steps add to a process's resident memory. Its malloc is told to map each tensor
+    by itself, because what it loses between tensors is no tensor's.
+    """
+    code = f"""
+import contextlib, torch
+from model import GPT, GPTConfig, memory, memory_estimate
+torch.set_num_threads(1)
+cpu = torch.device('cpu')
+
+def steps(batch_size, **sizes):
+    config = GPTConfig.from_settings(dict(arch_preset={preset!r}, n_head=4, n_embd=256, vocab_size=4096, activation_checkpointing={checkpointing}, **sizes))
+    estimate, before = memory_estimate(config, batch_size, {dtype!r}, cpu), memory(cpu)['resident']
+    model = GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
+    idx = torch.randint(4096, (batch_size, config.block_size))
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled={dtype == 'bfloat16'}):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return estimate['peak'], memory(cpu)['peak'] - before
+
+steps(1, n_layer=1, block_size=16)  # brings in the kernels and modules that a first step needs, which are no tensors
+print(*steps(8, n_layer=4, block_size=256))
+"""
+    if dtype == 'bfloat16' and pick_device('cpu')[1] != 'bfloat16':
+        pytest.skip('this CPU has no bfloat16 units')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '65536', 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    estimated, measured = map(int, done.stdout.split())
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_memory_estimate_shares_out_states_by_parallelism():
+    """PARAMETER_FORMULAS.md's table: 16 bytes a parameter, ZeRO-1 8 + 8/n, FSDP 16/n; and gradients that accumulate live through the forward."""
+    config, device = GPTConfig(**TINY), torch.device('cpu')
+    n = on_meta(**TINY).get_num_params(False)
+    for parallelism, per_parameter in (('none', 16), ('ddp', 16), ('zero1', 8 + 8 / 4), ('fsdp', 16 / 4)):
+        e = memory_estimate(config, B, 'float32', device, 1, parallelism, 4)
+        assert e['weights'] + e['gradients'] + e['moments'] == per_parameter * n
+        assert e['peak'] == sum(v for k, v in e.items() if k != 'peak') and (e['buckets'] > 0) == (parallelism in ('ddp', 'zero1'))
+    once, twice, thrice = (memory_estimate(config, 32, 'float32', device, accumulation)['activations'] for accumulation in (1, 2, 3))
+    assert once < twice == thrice
+
+
+@every_combination
+def test_memory_estimate_takes_any_part_and_leaves_nothing(parts):
+    """A part that needs values from its tensors, or an estimate that draws random numbers of the run."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    config = GPTConfig(**TINY | parts, dropout=0.1)
+    small, large = (memory_estimate(config, batch_size, 'float32', torch.device('cpu'))['activations'] for batch_size in (32, 64))
+    assert 1.5 * small < large < 2.5 * small and torch.equal(before, torch.get_rng_state())
 
 
 @every_combination
@@ -1574,6 +1639,24 @@ def test_torch_counts_the_flops_that_the_formulas_give():
         with FlopCounterMode(display=False) as counter:
             built(args)(torch.zeros(1, 1024, dtype=torch.long, device='meta'), all_logits=True)
         assert counter.get_total_flops() == 1024 * built(args).flops_per_token() / 3
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('preset', ['gpt2', 'llama'])
+def test_activations_are_those_of_the_formulas(preset, dtype):
+    """A part that keeps a tensor more, or a formula that was made up: bytes that forward leaves for backward, of one sequence more."""
+    def left(checkpointing, batch_size):
+        with FakeTensorMode(), LiveBytes() as live:
+            model = GPT(GPTConfig.from_settings(dict(arch_preset=preset, **sizes, activation_checkpointing=checkpointing)))
+            idx, before = torch.zeros(batch_size, 256, dtype=torch.long), live.now
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+                loss = model(idx, idx)[1]
+            return live.now - before
+    sizes = dict(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=128, d_ff=384)
+    known = dict(L=3, C=128, F=384, H=4)
+    rows = {row[0]: row[1].strip('`') for header, rows in formula_tables('PARAMETER_FORMULAS.md') if header[0] == 'bytes a token' for row in rows}
+    for checkpointing, row in ((False, f'{preset}, {dtype}'), (True, f'{preset}, activation checkpointing')):
+        assert left(checkpointing, 2) - left(checkpointing, 1) == pytest.approx(256 * eval(rows[row], {}, known), rel=0.01), row
 
 
 def test_flags_on_the_gpt2_page_give_the_sizes_beside_them():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -640,13 +641,16 @@ def test_the_run_log_has_everything_and_the_console_says_it(finished):
     assert [c['iter'] for c in run['checkpoints']] == [10, 20]
     assert run['summary']['iterations'] == 20 and run['summary']['tokens'] == 20 * 2 * 4 * 16
     assert run['config']['n_layer'] == 2 and run['config']['normalization'] == 'layernorm'  # what arch_preset left open is resolved
-    for word in ('parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'TFLOP/s', 'FLOPs a token', 'left', '% of peak', 'bits per byte'):
+    estimate, measured = (run['startup_info'][key] for key in ('memory_estimate', 'memory_measured'))
+    assert 0 < estimate['process'] < estimate['peak'] and measured['peak'] > 0
+    for word in ('GiB a device estimated', 'GiB at its peak', 'parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'TFLOP/s', 'FLOPs a token', 'left', '% of peak', 'bits per byte'):
         assert word in console
 
 
 def test_gradients_clip_to_the_global_norm(text_set, tmp_path):
     """Clipping a tensor at a time, or not at all: AdamW's first moment after one step is (1 - beta1) times what it was given."""
-    assert train(text_set, tmp_path, '--gradient_log_interval=1', '--max_iters=1', '--grad_clip=0.01').returncode == 0
+    done = train(text_set, tmp_path, '--gradient_log_interval=1', '--max_iters=1', '--grad_clip=0.01', '--peak_tflops=1e-9')
+    assert done.returncode == 0 and re.search(r'% \(over 100 %: .*--peak_tflops', done.stdout)
     gradients = run_logs(tmp_path)[0]['training_iterations'][0]['gradients']
     assert gradients['norm'] > 0.1 and gradients['layers'].keys() == {'wte', 'wpe', '0', '1', 'ln_f'}
     assert math.hypot(*gradients['layers'].values()) == pytest.approx(gradients['norm'], rel=1e-4)

@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, model_of,
-                   peak_flops, pick_device)
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+                   model_of, peak_flops, pick_device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -447,7 +447,8 @@ def log_iteration(mean_loss, seconds, left):
                  tokens_per_sec=speed, flops_per_token=flops_token),
         memory=used, gradients=grad_stats | dict(norm=norm) if finite else dict(norm=None)))  # not finite: a step that the fp16 scaler skipped
     grad_stats = {}
-    of = ' of measured' if peak_source.startswith('measured') else ' (over 100 %: a bug, please report it)' if achieved > peak else ''
+    over = 'a bug, please report it' if peak_source.startswith('dense') else 'the peak was taken too low; --peak_tflops=0 measures it again'
+    of = ' of measured' * peak_source.startswith('measured') + f' (over 100 %: {over})' * (achieved > peak)
     say(f'iter {iter_num} ({100 * (iter_num + 1) / max_iters:.1f}%): loss {mean_loss:.4f}, lr {lr:.2e}, {1000 * seconds:.0f} ms, '
         f'{speed:,.0f} tok/s, mfu {100 * achieved / peak:.1f}%{of}, grad norm {norm:.2f}, {max(used.values()) / 2**30:.2f} GiB, {duration(left)} left')
 
@@ -564,6 +565,11 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, 'ddp' if distributed else 'none', world_size)
+if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
+    present = memory(device)
+    estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
+    estimate['peak'] += estimate['process']
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
@@ -580,6 +586,9 @@ startup_info = {
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
     'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full ({raw_model.flops_per_token(causal=True) / 1e9:.4g} causal); '
                      f'attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
+    'memory': f"about {estimate['peak'] / 2**30:.2f} GiB a device estimated: " +
+              ', '.join(f'{k} {v / 2**30:.2f}' for k, v in estimate.items() if v and k != 'peak') +
+              (' (the step without torch.compile)' if compile else '') + (', not counting what malloc loses between tensors' if device.type == 'cpu' else ''),
     'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run with its evaluations',
 }
 for key, text in startup_info.items():
@@ -587,6 +596,9 @@ for key, text in startup_info.items():
 STEADIER = 'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0'
 QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 --gradient_accumulation_steps=1 --block_size=128, '
               'or config/preset_quick_test.py')
+if estimate['peak'] * (world_size if device.type == 'cpu' else 1) > device_memory:
+    say('NOTE: this is likely to run out of memory; a smaller --batch_size' +
+        ('' if model_config.activation_checkpointing else ' or --activation_checkpointing=True') + ' needs less')
 if expected > 3600:
     say(f'NOTE: on this device the run will take {duration(expected)} or more; {QUICK_LOOK}')
 
@@ -596,7 +608,8 @@ log_path, log_written, log_cost = os.path.join(out_dir, f'run_{start_time}.json'
 run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                startup_info=startup_info | dict(
                    total_params=n_params, trainable_params=n_trainable, non_embedding_params=raw_model.get_num_params(), tokens_per_iter=tokens_per_iter,
-                   flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, torch_version=str(torch.__version__)),
+                   flops_per_token=flops_token, hardware_peak_tflops=peak / 1e12, peak_source=peak_source, memory_estimate=estimate,
+                   torch_version=str(torch.__version__)),
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
 first_iter, outcome, t_start = iter_num, 'failed', time.time()  # until it ends in another way
 atexit.register(write_log)
@@ -705,6 +718,10 @@ while True:
         mean_seconds = weight * seconds + (1 - weight) * (mean_seconds or 0.0)
         left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 2) // eval_interval + 1)
         log_iteration(mean_loss, seconds, left)
+        if iter_num == first_iter + 2:  # by now the moments exist
+            measured = memory(device)
+            say(f"memory: {measured.get('peak', max(measured.values())) / 2**30:.2f} GiB at its peak, {estimate['peak'] / 2**30:.2f} estimated")
+            run_log['startup_info']['memory_measured'] = measured
         if iter_num == first_iter + 2 and left > 3600:
             say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
         iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
