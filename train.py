@@ -568,8 +568,9 @@ device_memory = torch.cuda.get_device_properties(device).total_memory if device.
 estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, 'ddp' if distributed else 'none', world_size)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
     present = memory(device)
+    estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
     estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
-    estimate['peak'] += estimate['process']
+    estimate['peak'] += estimate['holes'] + estimate['process']
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
@@ -588,7 +589,7 @@ startup_info = {
                      f'attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
     'memory': f"about {estimate['peak'] / 2**30:.2f} GiB a device estimated: " +
               ', '.join(f'{k} {v / 2**30:.2f}' for k, v in estimate.items() if v and k != 'peak') +
-              (' (the step without torch.compile)' if compile else '') + (', not counting what malloc loses between tensors' if device.type == 'cpu' else ''),
+              (' (the step without torch.compile)' if compile else ''),
     'expected': f'{tokens_at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(expected)} for the run with its evaluations',
 }
 for key, text in startup_info.items():
