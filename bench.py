@@ -32,7 +32,7 @@ import torch
 
 from configurator import configure, fail
 from data.loader import Loader, write_dataset
-from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, meta_model, peak_flops, pick_device
+from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, peak_flops, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GIB = 2 ** 30
@@ -363,9 +363,15 @@ def figures(side, model, peak, bandwidth):
     if 'waiting' in median:
         numbers['waiting_share'] = sum(side.times['waiting']) / sum(side.times['whole'])
         rows['waiting for data'] = f"{100 * numbers['waiting_share']:.2f}% of the steps"
+    if s['what'] == 'memory' and not s['versus']:
+        sizes = memory_estimate(c, s['batch_size'], s['dtype'], torch.device(s['device']), s['accumulation'])
+        if s['device'] == 'cpu':  # as train.py's start-up report has it
+            sizes |= dict(holes=round(0.2 * sizes['peak']), process=side.base.get('resident', side.base['peak']))
+        sizes['peak'] = sum(size for part, size in sizes.items() if part != 'peak')
+        sizes['peak'] = sizes.pop('peak')  # last
+        numbers['memory_estimate'] = sizes
+        rows |= {f'estimated: {part}': f'{size / GIB:.2f} GiB' for part, size in sizes.items() if size}
     rows['peak memory'] = f"{numbers['peak_bytes'] / GIB:.2f} GiB"
-    if s['device'] == 'cpu':
-        rows['peak memory'] += f" ({max(side.base.values()) / GIB:.2f} before the model)"
     rows['to the first step'] = f"{side.info['setup'] + side.first:.1f} s" + (f", {numbers['compile']:.1f} of it compiling" if s['compile'] else '')
     return rows, numbers
 
@@ -447,7 +453,7 @@ def bench(config):
     for side in running:
         if side.info['note']:
             print(f"NOTE: {side.name}: {side.info['note']}")
-    take_turns(running, what, config['warmup'], config['repeats'], config['max_seconds'])
+    take_turns(running, what, config['warmup'], config['repeats'] if what != 'memory' else 1, config['max_seconds'])
     table = [figures(side, model, peaks.get(side.settings['dtype'], (0, ''))[0], bandwidth) for side, model in zip(running, models)]
     for side, (rows, numbers) in zip(running[1:], table[1:]):
         scale = numbers['tokens_per_sec'] * numbers['whole'] / (table[0][1]['tokens_per_sec'] * table[0][1]['whole'])  # tokens a step may differ

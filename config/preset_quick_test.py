@@ -2,7 +2,7 @@
 out_dir = 'out-quick-test'
 dataset = 'pystdlib'  # read from this Python, nothing to download
 device = 'auto'
-dtype = 'float32'  # so small a model spends more time on converting to bfloat16 than bfloat16 saves
+dtype = 'auto'  # bfloat16 where the hardware has units for it
 compile = False  # compiling would take longer than the run
 
 n_layer = 4

@@ -1,7 +1,7 @@
 # nanoGPT's README recipe for a CPU, Shakespeare's characters: 804,096 parameters with the data set's 65 characters
 out_dir = 'out-shakespeare-char'
 device = 'cpu'
-dtype = 'float32'  # nanoGPT's on a CPU; 'auto' takes bfloat16 where the CPU has units for it
+dtype = 'auto'  # bfloat16 where the CPU has units for it, else float32
 compile = False
 eval_interval = 250
 eval_iters = 146  # all of val (nanoGPT: 20 random batches, an estimate that is 0.01 to 0.02 off)

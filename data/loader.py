@@ -6,6 +6,7 @@ nanoGPT's folders (uint16, with meta.pkl or no meta at all) and llm.c's shards (
 """
 import ast
 import functools
+import itertools
 import json
 import math
 import os
@@ -233,14 +234,14 @@ class Loader:
         offset = _hash(self.seed, epoch, shard) % (self.max_offset[shard] + 1).astype(np.uint64)
         return shard, (window - self.first[shard]) * self.block_size + offset.astype(np.int64)
 
-    def _read(self, indices):
-        shards, starts = self.locate(indices)
+    def _read(self, shards, starts):
         ids = np.empty((len(starts), self.block_size + 1), np.int64)
         for shard in np.unique(shards):
-            # mapped anew for each batch: pages of a mapping that stays open pile up in the process's memory
-            tokens = np.memmap(self.paths[shard], self.dtypes[shard], 'r', self.header_bytes[shard])
-            rows = shards == shard
-            ids[rows] = tokens[starts[rows, None] + np.arange(self.block_size + 1)]
+            dtype, header_bytes = self.dtypes[shard], self.header_bytes[shard]
+            with open(self.paths[shard], 'rb') as f:  # plain reads: the pages of a mapping would count as the process's memory
+                for row in np.flatnonzero(shards == shard):
+                    at = header_bytes + int(starts[row]) * dtype.itemsize
+                    ids[row] = np.frombuffer(os.pread(f.fileno(), ids.shape[1] * dtype.itemsize, at), dtype)
         if self.vocab_size is not None and (bad := ids >= self.vocab_size).any():
             row, column = np.argwhere(bad)[0]
             raise ValueError(f'{self.paths[shards[row]]}: id {ids[row, column]} at token {starts[row] + column} is not below '
@@ -255,18 +256,23 @@ class Loader:
         """Inputs x and targets y, int64 (B, T) each on the device, of sample indices (B,).
 
         ValueError names file, token offset, id and vocab_size where an id is too large."""
-        return self._to_device(self._read(indices))
+        return self._to_device(self._read(*self.locate(indices)))
 
     def stream(self, index_arrays):
-        """Yield batch(indices) for each array of an iterable, with the next one read meanwhile in a thread.
+        """Yield batch(indices) for each array of an iterable, read ahead in a thread.
 
-        An error of the thread is raised at the next() whose batch it is."""
+        Small batches are read up to 16 at a time, since waking a thread takes longer than reading one. An error of the
+        thread is raised at the next() that comes to its group."""
+        index_arrays, reading = iter(index_arrays), None
+
+        def read(group):
+            places = self.locate(np.concatenate(group))
+            return zip(*(t.split([len(indices) for indices in group]) for t in self._read(*places)))
+
         with ThreadPoolExecutor(1) as pool:
-            ready = None
-            for indices in index_arrays:
-                ahead = pool.submit(self._read, indices)
-                if ready:
-                    yield self._to_device(ready.result())
-                ready = ahead
-            if ready:
-                yield self._to_device(ready.result())
+            for first in index_arrays:
+                n_more = min(16, 2**18 // (len(first) * self.block_size)) - 1
+                ahead = pool.submit(read, [first, *itertools.islice(index_arrays, max(0, n_more))])
+                yield from map(self._to_device, reading.result() if reading else ())
+                reading = ahead
+            yield from map(self._to_device, reading.result() if reading else ())
