@@ -12,6 +12,7 @@ Every side runs in a process of its own, so that its memory is its own, and the 
 else the machine does meets all of them alike. Figures are medians; the spread beside them is the middle half. Ids are random, as
 is the model. FLOPs are those of matmuls, attention in full; MFU is their share of the peak for the side's dtype.
 """
+import ast
 import contextlib
 import importlib.util
 import io
@@ -56,8 +57,6 @@ def build(s):
         sys.modules['versus'] = module  # dataclasses look themselves up here
         sys.path.insert(0, os.path.dirname(os.path.abspath(s['versus'])))
         spec.loader.exec_module(module)
-        if not hasattr(module, 'GPT') or not hasattr(module, 'GPTConfig'):
-            raise ValueError('it has no GPT and GPTConfig')
     if device.type == 'cpu' and hasattr(module, 'keep_freed_memory'):  # nanoGPT's side keeps the malloc that nanoGPT has
         module.keep_freed_memory()
     if device.type == 'cuda':
@@ -164,7 +163,9 @@ def data_side(model, s):
 def limit_memory(gigabytes):
     """Let this process fail where it would reach beyond what the machine has free, instead of drawing in the kernel's killer. Linux only."""
     if sys.platform == 'linux':
-        resource.setrlimit(resource.RLIMIT_DATA, (int(gigabytes * 1e9), resource.RLIM_INFINITY))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [int(gigabytes * 1e9)] + [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
 def fits_side(model, s):
@@ -186,10 +187,7 @@ def serve(pipe, s, t_spawn):
         if s.get('memory_limit_gb') and s['device'] == 'cpu':
             limit_memory(s['memory_limit_gb'])
         base = memory(torch.device(s['device']))
-        try:
-            model, note = build(s)
-        except Exception as e:
-            raise ValueError(f"'{s['versus']}' is not a model that can be timed: {type(e).__name__}: {first_line(e)}" if s['versus'] else str(e)) from e
+        model, note = build(s)
         n_params, step = sum(p.numel() for p in model.parameters()), SIDES[s['what']](model, s)
         setup = time.time() - t_spawn
         pipe.send(dict(parameters=n_params, note=note, setup=setup))
@@ -205,9 +203,10 @@ def serve(pipe, s, t_spawn):
                 pipe.send(result | dict(memory=memory(torch.device(s['device'])), base=base))
     except (EOFError, KeyboardInterrupt):
         pass
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         out_of_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'alloc' in str(e)
-        pipe.send(dict(error=first_line(e), out_of_memory=out_of_memory))
+        what = f"'{s['versus']}' cannot be timed: {type(e).__name__}: " if s['versus'] else ''
+        pipe.send(dict(error=what + first_line(e), out_of_memory=out_of_memory))
 
 
 class Side:
@@ -297,7 +296,7 @@ def spread(values, unit='ms', scale=1000.0):
     """Median and middle half of a list of seconds, or of what else there is, as text."""
     low, middle, high = (np.quantile(values, q) * scale for q in (0.25, 0.5, 0.75))
     digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
-    return f'{middle:,.{digits}f} {unit} ({low:,.{digits}f}-{high:,.{digits}f})'
+    return f'{middle:,.{digits}f}{unit and " " + unit} ({low:,.{digits}f}-{high:,.{digits}f})'
 
 
 def take_turns(sides, what, warmup, repeats, max_seconds):
@@ -309,7 +308,7 @@ def take_turns(sides, what, warmup, repeats, max_seconds):
     for i in range(warmup + repeats):
         if i == warmup:
             t0 = time.time()
-        for request in ('whole', 'parts') if what in ('train', 'generate', 'data') else ('whole',):
+        for request in ('whole', 'parts') if what in ('train', 'generate', 'data') and i >= warmup else ('whole',):
             for side in sides:
                 reply = side.ask(request)
                 if i >= warmup:
@@ -325,7 +324,7 @@ def take_turns(sides, what, warmup, repeats, max_seconds):
         print('\r' + ' ' * 40 + '\r', end='', file=sys.stderr)
 
 
-def figures(side, model, peak, bandwidth):
+def figures(side, model, peak, source, bandwidth):
     """{row: text} of one side, and the same as numbers for JSON."""
     s, c, median = side.settings, model.config, {part: statistics.median(v) for part, v in side.times.items()}
     training = s['what'] in ('train', 'data', 'memory')
@@ -340,9 +339,11 @@ def figures(side, model, peak, bandwidth):
     for part in ('forward', 'backward', 'optimizer', 'prefill', 'reading', 'waiting', 'whole'):
         if part in median:
             rows[{'whole': 'whole step' if s['what'] != 'generate' else f"{s['new_tokens']} tokens"}.get(part, part)] = spread(side.times[part])
-    rows['tokens/s'] = f'{rate:,.1f}' if rate < 100 else f'{rate:,.0f}'
+    rows['tokens/s'] = spread([tokens / seconds for seconds in side.times['whole']], '', 1)
     if s['what'] != 'generate':
-        rows['TFLOP/s'], rows['MFU'] = f"{numbers['tflops']:.3g}", f"{100 * numbers['mfu']:.1f}%" + (' (over 100 %: a bug)' if numbers['mfu'] > 1 else '')
+        rows['TFLOP/s'], rows['MFU'] = f"{numbers['tflops']:.3g}", f"{100 * numbers['mfu']:.1f}%" + (' of measured' if source.startswith('measured') else '')
+        if numbers['mfu'] > 1:
+            rows['MFU'] += ' (over 100 %: the peak is too low, a bug)'
     else:
         size = getattr(torch, s['dtype']).itemsize
         kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
@@ -391,16 +392,31 @@ def sides_asked(config):
     return asked
 
 
+def check_versus(path):
+    """ValueError unless the file at path defines what a side needs, found by reading it: it runs later, in the side's process."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            classes = {node.name for node in ast.parse(f.read()).body if isinstance(node, ast.ClassDef)}
+    except (OSError, ValueError, SyntaxError) as e:
+        raise ValueError(f"--versus: '{path}' is no Python file that can be read ({type(e).__name__}); name the model.py of another checkout") from None
+    if not {'GPT', 'GPTConfig'} <= classes:
+        raise ValueError(f"--versus: '{path}' is not a model: it has no classes GPT and GPTConfig, as nanoGPT's model.py has")
+
+
 def bench(config):
     """All that the command line asks for; ValueError for what cannot be."""
     what, positive = config['what'], ('accumulation', 'repeats', 'new_tokens', 'prompt_tokens', 'batch_size', 'gradient_accumulation_steps')
+    if config['batch_size'] == 'auto':
+        raise ValueError("batch_size='auto' is train.py's; here it is --find_batch_size=True")
     for key in positive:
         if config[key] < 1:
             raise ValueError(f'{key} must be positive, not {config[key]}')
     if config['versus'] and what == 'data':
         raise ValueError('--what=data times our loader and has no --versus')
-    if config['versus'] and not os.path.isfile(config['versus']):
-        raise ValueError(f"--versus: there is no file '{config['versus']}'; name the model.py of another checkout")
+    if config['versus']:
+        check_versus(config['versus'])
+    if config['json'] and not os.access(os.path.dirname(os.path.abspath(config['json'])), os.W_OK):
+        raise ValueError(f"--json: there is no writable folder for '{config['json']}'")
     device, dtype = pick_device(config['device'], config['dtype'])
     compiled = config['compile'] if config['compile'] != 'auto' else device.type == 'cuda' and what != 'generate'
     sides, models, peaks, temporary = [], [], {}, None
@@ -454,7 +470,7 @@ def bench(config):
         if side.info['note']:
             print(f"NOTE: {side.name}: {side.info['note']}")
     take_turns(running, what, config['warmup'], config['repeats'] if what != 'memory' else 1, config['max_seconds'])
-    table = [figures(side, model, peaks.get(side.settings['dtype'], (0, ''))[0], bandwidth) for side, model in zip(running, models)]
+    table = [figures(side, model, *peaks.get(side.settings['dtype'], (0, '')), bandwidth) for side, model in zip(running, models)]
     for side, (rows, numbers) in zip(running[1:], table[1:]):
         scale = numbers['tokens_per_sec'] * numbers['whole'] / (table[0][1]['tokens_per_sec'] * table[0][1]['whole'])  # tokens a step may differ
         ratios = [theirs / ours / scale for ours, theirs in zip(running[0].times['whole'], side.times['whole'])]

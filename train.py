@@ -585,7 +585,8 @@ startup_info = {
     'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, '
               f'{"DDP" if distributed else "one process"}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
-    'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full ({raw_model.flops_per_token(causal=True) / 1e9:.4g} causal); '
+    'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full (' + ', '.join(f'{part} {3 * n / 1e9:.4g}' for part, n in parts.items()) +
+                     f'); {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal (half of the scores); '
                      f'attention/FFN ratio {(parts["attention projections"] + parts["attention scores"]) / parts["ffn"]:.2f}',
     'memory': f"about {estimate['peak'] / 2**30:.2f} GiB a device estimated: " +
               ', '.join(f'{k} {v / 2**30:.2f}' for k, v in estimate.items() if v and k != 'peak') +
