@@ -391,25 +391,26 @@ class LinearCrossEntropy(torch.autograd.Function):
     to FlopCounterMode, and was several times slower than plain cross-entropy on a CPU.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, chunk, need_grad):
+    def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad):
         w, loss, dw = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=x.device), None
         dx = torch.empty_like(x) if need_grad else None
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             seen, t = t >= 0, t.clamp(min=0)
-            z = rows @ w.T  # (chunk, V)
-            if softcap:
-                z = softcap * torch.tanh(z.float() / softcap)
-            log_probs = F.log_softmax(z, dim=-1, dtype=torch.float32)
-            loss -= (log_probs.gather(1, t) * seen).sum()
+            logits = rows @ w.T  # (chunk, V)
+            for z, tz, sz in zip(logits.split(part), t.split(part), seen.split(part)):
+                capped = softcap * torch.tanh(z.float() / softcap) if softcap else z
+                log_probs = F.log_softmax(capped, dim=-1, dtype=torch.float32)
+                loss -= (log_probs.gather(1, tz) * sz).sum()
+                if need_grad:
+                    g = log_probs.exp_().scatter_add_(1, tz, torch.full_like(tz, -1.0, dtype=torch.float32))  # softmax - one_hot
+                    if softcap:
+                        g *= 1 - (capped / softcap).square()
+                    z.copy_(g)  # logits become their gradient, not yet divided by count: fp16's loss scale arrives only in backward
             if need_grad:
-                g = log_probs.exp_().scatter_add_(1, t, torch.full_like(t, -1.0, dtype=torch.float32))  # softmax - one_hot
-                if softcap:
-                    g *= 1 - (z / softcap).square()
-                g = g.to(dtype)  # not yet divided by count: fp16's loss scale arrives only in backward
-                dx[i:i + chunk] = (g @ w) * seen
-                part = g.T @ (rows * seen)
-                dw = part if dw is None else dw.float().add_(part)  # in float32 from the second chunk on
+                dx[i:i + chunk] = (logits @ w) * seen
+                dw_chunk = logits.T @ (rows * seen)
+                dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # in float32 from the second chunk on
         count = (targets >= 0).sum().clamp(min=1)
         ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
@@ -419,21 +420,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         grad = (grad / count).view(1, 1)  # with dimensions its float32 wins over dw's dtype
-        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None, None
+        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, softcap=0.0):
     """
-    LinearCrossEntropy.apply with what it needs to know from outside: autocast's dtype, and how many rows make a chunk of at
-    most 2^25 logits, 2^27 on a GPU. x (N, C), weight (V, C), targets (N,) -> scalar float32, nats a token.
+    LinearCrossEntropy.apply with what it needs to know from outside: autocast's dtype, how many rows make a chunk of at most 2^26
+    logits, 2^27 on a GPU, and of how many a CPU takes the float32 softmax at a time, 2^22 logits, which its cache holds.
+    x (N, C), weight (V, C), targets (N,) -> scalar float32, nats a token.
     """
-    device = x.device.type
+    device, V = x.device.type, weight.size(0)
     dtype = torch.get_autocast_dtype(device) if device != 'meta' and torch.is_autocast_enabled(device) else x.dtype
-    n_chunks = math.ceil(x.size(0) * weight.size(0) / (2 ** 27 if device == 'cuda' else 2 ** 25))
+    n_chunks = math.ceil(x.size(0) * V / (2 ** 27 if device == 'cuda' else 2 ** 26))
     chunk = max(1, math.ceil(x.size(0) / n_chunks))
+    part = max(1, 2 ** 22 // V) if device == 'cpu' else chunk
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False) if device != 'meta' else contextlib.nullcontext():
-        return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, need_grad)
+        return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad)
 
 
 class GPT(nn.Module):
