@@ -832,11 +832,11 @@ def describe(model, settings, device, dtype):
     lines = ['architecture'] + [f'  {k:<24} {v}' for k, v in vars(c).items() if v is not None]
     lines += ['parameters'] + [f'  {k:<24} {v:>16,}' for k, v in model.params_by_part().items()]
     lines += [f'  {k:<24} {v:>16,}' for k, v in (('total', n), ('trainable', trainable), ('non-embedding', model.get_num_params()))]
-    lines += [f'FLOPs a token at sequence length {c.block_size}, matmuls only, attention scores in full']
-    lines += [f'  {k + ", forward":<32} {v:>16,.0f}' for k, v in model.flops_by_part().items()]
-    for label, flops in (('forward', sum(model.flops_by_part().values())), ('training, 3 x forward', model.flops_per_token()),
-                         ('training, causal half of scores', model.flops_per_token(causal=True))):
-        lines.append(f'  {label:<32} {flops:>16,.0f}')
+    full, causal = model.flops_by_part(), model.flops_by_part(causal=True)
+    lines += [f"{f'FLOPs a token at sequence length {c.block_size}':<42} {'full':>16} {'causal':>16}  matmuls only; causal counts half of the scores"]
+    rows = [(f'{part}, forward', full[part], causal[part]) for part in full] + [('forward', sum(full.values()), sum(causal.values())),
+            ('training, 3 x forward', model.flops_per_token(), model.flops_per_token(causal=True))]
+    lines += [f'  {name:<40} {flops:>16,.0f} {half:>16,.0f}' for name, flops, half in rows]
     batch_size = settings.get('batch_size', 1)
     training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1))
     training = {k: v for k, v in training.items() if k in ('weights', 'gradients', 'moments', 'activations')}
