@@ -20,12 +20,13 @@ import json as jsonlib
 import math
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -392,6 +393,54 @@ def sides_asked(config):
     return asked
 
 
+def plan(config, settings, model, device, machine):
+    """
+    For DDP, ZeRO-1 and FSDP on each number of ranks: memory a rank, bytes that a rank sends in a step, and the step's time between all of
+    that hidden behind the computing and none of it. On paper, by the formulas of PARAMETER_FORMULAS.md, from the speed of one device here.
+    """
+    if not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', config['plan']):
+        raise ValueError(f"--plan takes numbers of ranks, as in --plan=8,64,512, not '{config['plan']}'")
+    ranks = [int(n) for n in config['plan'].split(',')]
+    if config['interconnect_gbps'] <= 0:
+        raise ValueError(f"interconnect_gbps must be positive, not {config['interconnect_gbps']}")
+    c, dtype, n_params = model.config, settings['dtype'], model.get_num_params(False)
+    in_blocks, size = sum(p.numel() for p in model.transformer.h.parameters()), getattr(torch, dtype).itemsize
+    rate, source = config['plan_tflops'] * 1e12, 'as given'
+    if not rate:
+        layers = c.n_layer
+        while layers > 1 and memory_estimate(replace(c, n_layer=layers), settings['batch_size'], dtype, device)['peak'] > 0.6 * total_memory(device):
+            layers = max(1, layers // 2)
+        side = Side('one device', settings | dict(what='train', model=asdict(replace(c, n_layer=layers)), accumulation=1))
+        side.ask('whole')
+        seconds = min(side.ask('whole')['whole'] for _ in range(3))
+        side.close()
+        with torch.device('meta'):
+            rate = GPT(replace(c, n_layer=layers)).flops_per_token() * settings['batch_size'] * c.block_size / seconds
+        source = f'measured here, with {layers} of {c.n_layer} layers' if layers < c.n_layer else 'measured here'
+    print(f"one device: {rate / 1e12:.3g} TFLOP/s ({source}); interconnect {config['interconnect_gbps']:g} Gbit/s a rank, each way\n"
+          f"{'ranks':>6} {'mode':>7} {'micro-batches':>14} {'tokens a step':>14} {'GB a rank':>10} {'GB sent':>9} {'s a step':>17} {'tokens/s':>23}")
+    rows = []
+    for n in ranks:
+        micro_batches = max(1, math.ceil(settings['config_accumulation'] / n))
+        tokens, share = micro_batches * n * settings['batch_size'] * c.block_size, (n - 1) / n
+        computing = tokens / n * model.flops_per_token() / rate
+        sent = {'ddp': 8 * n_params * share, 'zero1': 12 * n_params * share,
+                'fsdp': micro_batches * ((2 * size + 4) * in_blocks + 8 * (n_params - in_blocks)) * share}
+        for mode, volume in sent.items():
+            estimate = memory_estimate(c, settings['batch_size'], dtype, device, micro_batches, mode, n)
+            sending = volume / (config['interconnect_gbps'] * 1e9 / 8)
+            low, high = max(computing, sending), computing + sending
+            rows.append(dict(ranks=n, mode=mode, micro_batches=micro_batches, tokens=tokens, memory=estimate['peak'], sent=volume, seconds=(low, high)))
+            print(f"{n:>6} {mode:>7} {micro_batches:>14} {tokens:>14,} {estimate['peak'] / 1e9:>10.2f} {volume / 1e9:>9.2f} "
+                  f"{f'{low:,.3f}-{high:,.3f}':>17} {f'{tokens / high:,.0f}-{tokens / low:,.0f}':>23}")
+    write_json(config, machine, dict(plan=rows, device_flops=rate, source=source))
+
+
+def total_memory(device):
+    """Bytes: what a GPU has, what this machine can still give out."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else free_memory()
+
+
 def check_versus(path):
     """ValueError unless the file at path defines what a side needs, found by reading it: it runs later, in the side's process."""
     try:
@@ -460,6 +509,9 @@ def bench(config):
               f'--batch_size={batch_size} --gradient_accumulation_steps={sequences // batch_size}')
         return write_json(config, machine, dict(largest=most, batch_size=batch_size, gradient_accumulation_steps=sequences // batch_size))
 
+    if config['plan']:
+        return plan(config, sides[0][1], models[0], device, machine)
+
     bandwidth = peak_bandwidth(device) if what == 'generate' else None
     for name, settings in sides:
         if settings['dtype'] not in peaks and what != 'generate':
@@ -511,6 +563,9 @@ def main():
     prompt_tokens = 256  # of what=generate
     new_tokens = 64  # of what=generate
     find_batch_size = False  # find the largest micro-batch that fits, and the accumulation that keeps tokens an iteration
+    plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time of DDP, ZeRO-1 and FSDP on paper, from one device's speed
+    interconnect_gbps = 400.0  # of plan: gigabits a second that a rank can send
+    plan_tflops = 0.0  # of plan: TFLOP/s that one device reaches in training; 0: measured here
     profile = False  # also the ten dearest operations of a step, and a trace in trace.json, for chrome://tracing or ui.perfetto.dev
     json = ''  # write every figure to this file
     config, given = configure(__file__, os.path.join(HERE, 'train.py'))
