@@ -1053,6 +1053,50 @@ def test_bench_profiles(tmp_path):
     assert 'aten::mm' in done.stdout and json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
 
 
+FSDP_TRAFFIC = '''
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from model import GPT, GPTConfig
+dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)
+mesh = dist.init_device_mesh('cpu', (4,))
+model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, vocab_size=256, block_size=32, bias=False, normalization='rmsnorm'))
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+for block in model.transformer.h:
+    fully_shard(block, mesh=mesh, mp_policy=policy)
+fully_shard(model, mesh=mesh)
+sent = 0
+class Count(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        global sent
+        if str(func).startswith('c10d'):  # a ring sends (n - 1)/n of the whole, which is the larger of input and output
+            sent += max(t.nbytes for t in args if isinstance(t, torch.Tensor)) * 3 / 4
+        return func(*args, **(kwargs or {}))
+idx = torch.zeros(2, 32, dtype=torch.long)
+with Count():
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx, idx)[1]
+        loss.backward()
+print(sent)
+'''
+
+
+def test_planned_traffic_is_what_torch_sends(tmp_path):
+    """A gather too few: counted among 4 ranks of torch's fake process group, 3 micro-batches."""
+    sizes = '--n_layer=2 --n_head=4 --n_embd=64 --vocab_size=256 --block_size=32 --normalization=rmsnorm --dtype=bfloat16'.split()
+    out, result = bench(tmp_path, '--plan=4,64', '--plan_tflops=0.001', '--interconnect_gbps=8', '--gradient_accumulation_steps=12', *sizes)
+    counted = command('-c', FSDP_TRAFFIC)
+    assert counted.returncode == 0, counted.stderr
+    rows = {(row['ranks'], row['mode']): row for row in result['plan']}
+    n = 256 * 64 + 32 * 64 + 2 * 12 * 64 ** 2 + 5 * 64
+    assert rows[4, 'fsdp']['micro_batches'] == 3 and rows[4, 'fsdp']['sent'] == float(counted.stdout)
+    assert rows[4, 'ddp']['sent'] == 2 * 4 * n * 3 / 4 and rows[64, 'zero1']['sent'] == 3 * 4 * n * 63 / 64
+    low, high = rows[4, 'ddp']['seconds']
+    assert high - low == pytest.approx(rows[4, 'ddp']['sent'] / 1e9) and rows[4, 'ddp']['tokens'] == 12 * 4 * 32 and '64' in out
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits of data segments are Linux\'s')
 def test_the_largest_batch_size_is_found(tmp_path):
     """A search that stops at a power of two, or counts on the kernel's killer."""
