@@ -800,15 +800,20 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, paralleli
 
 
 @torch.no_grad()
-def gradient_statistics(model):
+def gradient_statistics(model, all_reduce=None):
     """
     Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
     floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
+    all_reduce: a function that sums a tensor over processes, for gradients of which each has a shard.
     """
     names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
-    norms, n = torch._foreach_norm(grads), sum(g.numel() for g in grads)
-    total, mean = torch.linalg.vector_norm(torch.stack(norms)), torch.stack([g.sum() for g in grads]).sum() / n
-    total, mean, *norms = torch.stack((total, mean, *norms)).tolist()
+    n = sum(g.numel() for g in grads)
+    grads = [g.to_local() for g in grads] if all_reduce else grads
+    norms, mean = torch.stack(torch._foreach_norm(grads)), torch.stack([g.sum() for g in grads]).sum() / n
+    if all_reduce:
+        *squares, mean = all_reduce(torch.stack((*norms.double().square(), mean)))
+        norms, mean = torch.stack(squares).sqrt().float(), mean.float()
+    total, mean, *norms = torch.stack((torch.linalg.vector_norm(norms), mean, *norms)).tolist()
     layers = {}
     for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
         layer = path[2] if path[1] == 'h' else path[0] if path[0] == 'lm_head' else path[1]

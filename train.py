@@ -102,6 +102,10 @@ cooldown_frac = 0.2  # wsd: share of lr_decay_iters, at its end, that decays lin
 # system
 seed = 1337  # of initialisation, data order and dropout
 backend = 'auto'  # torch.distributed's: nccl on GPUs, gloo on CPUs
+use_zero1 = False  # under torchrun: AdamW's moments divided among processes (ZeRO-1), 8 + 8/N bytes a parameter instead of 16
+use_fsdp = False  # under torchrun: weights, gradients and moments divided among processes (FSDP2), 16/N bytes a parameter and a gathered block
+fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, and gradients whole between micro-batches; faster, more memory
+fsdp_min_num_params = 0  # blocks with fewer parameters are gathered together with embeddings and head, for a whole step, not one by one
 device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls (autocast); weights and moments stay float32
 compile: Literal['auto', True, False] = 'auto'  # torch.compile: on GPUs, and on CPUs for runs long enough to pay for it
@@ -144,7 +148,7 @@ def check_ranges():
     """ValueError for a setting that has the right type and no meaning."""
     positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate max_iters '
                 'lr_decay_iters restart_iters restart_mult').split()
-    not_negative = ('save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
+    not_negative = ('fsdp_min_num_params save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
     for key in positive + not_negative:
         if config[key] != 'auto' and not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
             raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
@@ -156,6 +160,11 @@ def check_ranges():
             raise ValueError(f'{key} must not be empty')
     if seed >= 2 ** 63:
         raise ValueError(f'seed must be below 2^63, not {seed}')
+    if use_zero1 and use_fsdp:
+        raise ValueError('use_zero1 and use_fsdp exclude each other: FSDP divides the moments too, and weights and gradients besides')
+    if (use_zero1 or use_fsdp) and not distributed:
+        raise ValueError(f"{'use_fsdp' if use_fsdp else 'use_zero1'} divides a model among processes, and here is one: "
+                         f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}, or without it")
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
@@ -269,11 +278,105 @@ def auto_batch_size(ckpt):
     return found, gradient_accumulation_steps * without // found
 
 
+def parallelize(raw_model):
+    """
+    (model, optimizer) for the mode at hand: the model as it is; inside DDP, and with ZeRO-1 an optimizer that keeps the moments of this
+    rank's parameters only; or itself with every parameter divided by FSDP2, a block gathered when its turn comes.
+    """
+    adamw = lambda: raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+    if mode == 'fsdp':
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second to import
+        mesh = dist.init_device_mesh(device.type, (world_size,))
+        half = MixedPrecisionPolicy(param_dtype=None if dtype == 'float32' else getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in raw_model.transformer.h:  # gathered in dtype; the residual stream stays float32, as autocast has it elsewhere
+            if sum(p.numel() for p in block.parameters()) >= fsdp_min_num_params:
+                fully_shard(block, mesh=mesh, reshard_after_forward=fsdp_reshard_after_forward, mp_policy=half)
+        fully_shard(raw_model, mesh=mesh)  # the rest as one group, so that embeddings and a tied head stay one tensor
+        register_fsdp_forward_method(raw_model, 'generate')
+        return raw_model, adamw()
+    optimizer = adamw()
+    if mode == 'zero1':
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = ZeroRedundancyOptimizer([{k: group[k] for k in ('params', 'weight_decay')} for group in optimizer.param_groups],
+                                            torch.optim.AdamW, **{k: optimizer.defaults[k] for k in ('lr', 'betas', 'fused')})
+    return DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model, optimizer
+
+
+def sync_gradients(last):
+    """Whether the next backward averages gradients over ranks: with the last micro-batch, but FSDP with each, or gradients would take whole weights' memory."""
+    if mode == 'fsdp':
+        model.set_requires_gradient_sync(last or fsdp_reshard_after_forward)
+    elif distributed:
+        model.require_backward_grad_sync = last
+
+
+def release_gathered():
+    """After a forward without backward: FSDP's root gives up the weights that it keeps gathered for backward."""
+    if mode == 'fsdp':
+        raw_model.reshard()
+
+
+def global_norm():
+    """Of all gradients, on whatever ranks they are."""
+    grads = [p.grad for p in raw_model.parameters() if p.grad is not None]
+    if mode == 'fsdp':
+        return all_reduce(torch.nn.utils.get_total_norm([g.to_local() for g in grads]).double().square()).sqrt().float()
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def load_optimizer(state):
+    """
+    Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
+    those of now. Whatever the mode, the optimizer numbers its parameters as AdamW does, group after group.
+    """
+    sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
+    if sizes != expected:
+        raise ValueError(f'the optimizer in the checkpoint has groups of {sizes} tensors, this model has {expected}')
+    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group['params'])}
+    local = getattr(optimizer, 'optim', optimizer)  # ZeRO-1's holds an AdamW of this rank's parameters
+    loaded = local.state_dict()
+    for i, p in enumerate(p for group in local.param_groups for p in group['params']):
+        if number[p] in state['state']:
+            loaded['state'][i] = {k: shard_like(p, v) for k, v in state['state'][number[p]].items()}
+    local.load_state_dict(loaded)
+
+
+def shard_like(p, value):
+    """This rank's part of a tensor that every rank has whole, divided as FSDP divides p."""
+    if mode != 'fsdp' or value.shape != p.shape:  # AdamW's step count
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole_states():
+    """(model, optimizer) state dicts as one process would have them, on rank 0, whatever the mode; called on all ranks, which send their parts."""
+    gathered = {}
+
+    def whole(t):  # one at a time, and a tied one, which is there twice, once
+        if not hasattr(t, 'full_tensor'):
+            return t
+        if id(t) not in gathered:
+            full = t.full_tensor()
+            gathered[id(t)] = full.cpu() if master else None
+        return gathered[id(t)]
+    if mode == 'zero1':
+        optimizer.consolidate_state_dict()
+    optim = optimizer.state_dict() if master or mode != 'zero1' else {'state': {}}
+    if mode == 'zero1':
+        optimizer._all_state_dicts = []  # or rank 0 keeps a copy of all moments
+    if mode != 'fsdp':
+        return raw_model.state_dict(), optim
+    model_state = {name: whole(t) for name, t in raw_model.state_dict(keep_vars=True).items()}
+    return model_state, optim | {'state': {i: {k: whole(v) for k, v in state.items()} for i, state in optim['state'].items()}}
+
+
 def compile_model(X, Y):
     """Compile in place and try one forward and backward; a compiler that fails here (no C++ compiler, say) costs one warning, not the run."""
-    t0 = time.time()
+    t0, compiled = time.time(), raw_model.transformer.h if mode == 'fsdp' else [raw_model]  # FSDP's gathering between blocks cannot be compiled
     say('compiling the model (a minute or so) ...')
-    raw_model.compile()
+    for module in compiled:
+        module.compile()
     try:
         with autocast():
             raw_model(X, Y)[1].backward()
@@ -281,7 +384,10 @@ def compile_model(X, Y):
         raise
     except Exception as e:  # whatever the compiler and its tools raise
         say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
-        raw_model._compiled_call_impl = None
+        for module in compiled:
+            module._compiled_call_impl = None
+        if mode == 'fsdp':
+            raw_model.reset_iter_state()
         return False
     finally:
         raw_model.zero_grad(set_to_none=True)
@@ -318,6 +424,7 @@ def estimate_loss():
         if bytes_per_token.get(split):
             out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
     raw_model.train()
+    release_gathered()
     return out
 
 
@@ -333,6 +440,7 @@ def write_sample():
     idx = torch.full((1, 1), tokenizer.eot or 0, device=device)
     with autocast():
         ids = raw_model.generate(idx, 200, temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot, slide=max(1, block_size // 2))[0, 1:].tolist()
+    release_gathered()
     text = tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot else ids)
     say('--- sample ' + '-' * 60 + f'\n{text}\n' + '-' * 71)
     return text
@@ -341,17 +449,28 @@ def write_sample():
 def save_checkpoint(best):
     """
     Replace out_dir/ckpt.pt so that a kill at any moment leaves a whole one: write beside it, flush, read back, rename. The one
-    before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values.
+    before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values, the same from every
+    mode. Rank 0 writes what all ranks send it; if it cannot, all of them stop.
     """
+    t0, error, states = time.time(), None, whole_states()
+    if master:
+        try:
+            write_checkpoint(*states, best, t0)
+        except OSError as e:
+            error = e
+    if all_reduce(torch.tensor(int(error is not None), device=device)).item():
+        raise error or SystemExit(2)
+
+
+def write_checkpoint(model_state, optimizer_state, best, t0):
+    """What save_checkpoint says, on rank 0."""
     global ckpt_is_ours
-    if not master:
-        return
-    t0, path, previous, best_path = time.time(), *(os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'))
+    path, previous, best_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'))
     try:
-        if not all(p.isfinite().all() for p in raw_model.parameters()):
+        if not all(p.isfinite().all() for p in model_state.values()):
             raise ValueError('a weight is not finite')
         with open(path + '.tmp', 'wb') as f:
-            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+            torch.save({'model': model_state, 'optimizer': optimizer_state, 'scaler': scaler.state_dict(),
                         'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else meta.get('tokenizer'),
                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
                         'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}, f)
@@ -427,7 +546,7 @@ def log_evaluation(best):
     say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
         (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
     entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
-    if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and master:
+    if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and (master or mode == 'fsdp'):  # which gathers weights from all ranks
         entry['sample'] = write_sample()
     log('eval_steps', entry)
 
@@ -468,6 +587,7 @@ def on_signal(signum, frame):
 # ---------------------------------------------------------------------------------------------------------------------
 # set-up: processes, device, data, model
 rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
+mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
 master, last_line, stop_signal, signal_time = rank == 0, time.time(), 0, 0.0
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -478,8 +598,10 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
 with one_line_errors():
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device, dtype = pick_device(device, dtype)
+        device, gpus = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
+        if int(os.environ['LOCAL_RANK']) >= gpus:
+            raise ValueError(f"no GPU for local rank {os.environ['LOCAL_RANK']}: this machine has {gpus}; --nproc_per_node={gpus}")
+    device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)  # gloo has no mps
     if gradient_accumulation_steps % world_size:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
     if device.type == 'cpu':
@@ -518,7 +640,9 @@ with one_line_errors():
 if from_scratch:
     torch.manual_seed(seed)
     raw_model = GPT(model_config)
-raw_model.to(device).train()
+raw_model.train()
+if mode != 'fsdp':  # which moves a block at a time, and keeps a share of it
+    raw_model.to(device)
 block_size = model_config.block_size
 config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
 
@@ -530,14 +654,12 @@ if tokenizer is not None:  # padding has no text
 # optimizer
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+model, optimizer = parallelize(raw_model)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
 ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'  # not after going back to ckpt_prev.pt
 if ckpt is not None:
-    for stored, now in zip(ckpt['optimizer']['param_groups'], optimizer.param_groups):
-        stored.update({k: v for k, v in now.items() if k != 'params'})  # or the old learning rate, betas and decay come back
     with one_line_errors():
-        optimizer.load_state_dict(ckpt['optimizer'])
+        load_optimizer(ckpt['optimizer'])
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
@@ -565,7 +687,7 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, 'ddp' if distributed else 'none', world_size)
+estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
     present = memory(device)
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
@@ -583,7 +705,7 @@ startup_info = {
     'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter // block_size} sequences, '
              f'{tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
     'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, '
-              f'{"DDP" if distributed else "one process"}, compile {compile} ({why})',
+              f'{dict(none="one process", ddp="DDP", zero1="ZeRO-1", fsdp="FSDP")[mode]}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
     'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full (' + ', '.join(f'{part} {3 * n / 1e9:.4g}' for part, n in parts.items()) +
                      f'); {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal (half of the scores); '
@@ -631,7 +753,6 @@ if compile:
     with one_line_errors():
         compile = config['compile'] = compile_model(*train_loader.batch(np.arange(batch_size)))
     run_log['startup_info']['compiled'] = compile
-model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
 
@@ -674,14 +795,13 @@ while True:
         outcome = signal.Signals(stopping).name if stopping else 'finished' if iter_num >= max_iters or eval_only else 'stopped early'
         break
 
-    # forward and backward, one micro-batch after another; ranks average their gradients with the last one
+    # forward and backward, one micro-batch after another; see sync_gradients for when ranks average
     t0 = time.time()
     for m in range(accumulation):
         with one_line_errors():
             X, Y = next(batches)
         torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # for dropout, so nothing needs saving
-        if distributed:
-            model.require_backward_grad_sync = m == accumulation - 1
+        sync_gradients(m == accumulation - 1)
         with autocast():
             loss = model(X, Y)[1] / accumulation
         scaler.scale(loss).backward()
@@ -691,10 +811,10 @@ while True:
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
-        grad_stats = gradient_statistics(raw_model) | dict(iter=iter_num)  # logged with the next log line
+        grad_stats = gradient_statistics(raw_model, all_reduce if mode == 'fsdp' else None) | dict(iter=iter_num)  # logged with the next log line
         grad_norm = torch.tensor(grad_stats['norm'], device=device)
     else:
-        grad_norm = torch.nn.utils.get_total_norm(p.grad for p in raw_model.parameters() if p.grad is not None)
+        grad_norm = global_norm()
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if distributed:  # a signal that reached one rank stops them all
