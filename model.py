@@ -146,7 +146,8 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = (p if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias))  # FSDP gathers in 16 bits
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 @register(NORMALIZATION, 'layernorm_nobias')
@@ -800,19 +801,24 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, paralleli
 
 
 @torch.no_grad()
+def gradient_norms(grads, all_reduce=None):
+    """The norm of each gradient, (len(grads),) float32. all_reduce: what sums a tensor over processes, if each has a shard of every gradient."""
+    if all_reduce is None:
+        return torch.stack(torch._foreach_norm(grads))
+    return all_reduce(torch.stack(torch._foreach_norm([g.to_local() for g in grads])).double().square()).sqrt().float()
+
+
+@torch.no_grad()
 def gradient_statistics(model, all_reduce=None):
     """
     Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
     floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
-    all_reduce: a function that sums a tensor over processes, for gradients of which each has a shard.
+    all_reduce as for gradient_norms.
     """
     names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
-    n = sum(g.numel() for g in grads)
-    grads = [g.to_local() for g in grads] if all_reduce else grads
-    norms, mean = torch.stack(torch._foreach_norm(grads)), torch.stack([g.sum() for g in grads]).sum() / n
-    if all_reduce:
-        *squares, mean = all_reduce(torch.stack((*norms.double().square(), mean)))
-        norms, mean = torch.stack(squares).sqrt().float(), mean.float()
+    norms, n = gradient_norms(grads, all_reduce), sum(g.numel() for g in grads)
+    mean = torch.stack([(g.to_local() if all_reduce else g).sum() for g in grads]).sum() / n
+    mean = all_reduce(mean) if all_reduce else mean
     total, mean, *norms = torch.stack((torch.linalg.vector_norm(norms), mean, *norms)).tolist()
     layers = {}
     for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight

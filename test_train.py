@@ -585,7 +585,7 @@ def losses(out_dir):
 def assert_equal_states(a, b):
     assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
     for name, tensor in a['model'].items():
-        assert torch.equal(tensor, b['model'][name]), name
+        assert torch.equal(tensor, b['model'][name]) and not b['model'][name].requires_grad, name
     for i, state in a['optimizer']['state'].items():
         for key, value in state.items():
             assert torch.equal(value, b['optimizer']['state'][i][key]), (i, key)
@@ -739,7 +739,7 @@ def test_every_mode_trains_as_one_process(modes, mode):
     for x, y in zip(a['training_iterations'], b['training_iterations']):
         assert y['gradients']['norm'] == pytest.approx(x['gradients']['norm'], rel=1e-4)
         assert y['gradients'].get('layers') == (pytest.approx(x['gradients']['layers'], rel=1e-3) if 'layers' in x['gradients'] else None)
-        assert y['gradients'].get('std') == pytest.approx(x['gradients'].get('std'), rel=1e-3)
+        assert y['gradients'].get('std', 0) == pytest.approx(x['gradients'].get('std', 0), rel=1e-3)
     assert console.count('iter 3 ') == 1 and {'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}[mode] in console  # only rank 0 speaks
 
 
@@ -790,7 +790,7 @@ def storages(tensors):
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in local)}.values())
 def count(optimizer, *_):
     params = list(names['raw_model'].parameters())
-    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    moments = [v for state in getattr(optimizer, 'optim', optimizer).state.values() for v in state.values() if v.dim()]
     most.update(weights=storages(params), gradients=storages([p.grad for p in params]), moments=storages(moments), parameters=sum(p.numel() for p in params))
 optim.register_optimizer_step_post_hook(count)
 try:
@@ -853,7 +853,7 @@ def test_ranks_stop_together(text_set, tmp_path, mode):
     done = train_mode(mode, text_set, tmp_path / 'full', '--save_interval=2')
     assert done.returncode != 0 and done.stderr.count('could not be written') == 1 and 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
     done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1')
-    assert done.returncode != 0 and done.stdout.count('not finite') == 1 and 'Traceback' not in done.stderr.split('torch.distributed.elastic')[0]
+    assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr.split('torch/distributed/elastic')[0]
     for path in (tmp_path / 'nan').glob('*.pt'):
         assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path / 'nan', path.name)['model'].values()), path
 

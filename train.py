@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, peak_flops, pick_device)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,14 +316,6 @@ def release_gathered():
         raw_model.reshard()
 
 
-def global_norm():
-    """Of all gradients, on whatever ranks they are."""
-    grads = [p.grad for p in raw_model.parameters() if p.grad is not None]
-    if mode == 'fsdp':
-        return all_reduce(torch.nn.utils.get_total_norm([g.to_local() for g in grads]).double().square()).sqrt().float()
-    return torch.nn.utils.get_total_norm(grads)
-
-
 def load_optimizer(state):
     """
     Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
@@ -357,7 +349,7 @@ def whole_states():
         if not hasattr(t, 'full_tensor'):
             return t
         if id(t) not in gathered:
-            full = t.full_tensor()
+            full = t.detach().full_tensor()
             gathered[id(t)] = full.cpu() if master else None
         return gathered[id(t)]
     if mode == 'zero1':
@@ -759,7 +751,7 @@ if device.type == 'cuda':
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-stopping, grad_stats, recent_losses = 0, {}, collections.deque(maxlen=100)
+stopping, grad_stats, recent_losses, sum_shards = 0, {}, collections.deque(maxlen=100), all_reduce if mode == 'fsdp' else None
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -811,10 +803,10 @@ while True:
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
-        grad_stats = gradient_statistics(raw_model, all_reduce if mode == 'fsdp' else None) | dict(iter=iter_num)  # logged with the next log line
+        grad_stats = gradient_statistics(raw_model, sum_shards) | dict(iter=iter_num)  # logged with the next log line
         grad_norm = torch.tensor(grad_stats['norm'], device=device)
     else:
-        grad_norm = global_norm()
+        grad_norm = torch.linalg.vector_norm(gradient_norms([p.grad for p in raw_model.parameters() if p.grad is not None], sum_shards))
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if distributed:  # a signal that reached one rank stops them all
