@@ -779,6 +779,72 @@ def test_sampling_reads_what_fsdp_wrote(modes):
     assert texts[0].returncode == texts[1].returncode == 0 and texts[0].stdout == texts[1].stdout
 
 
+def copy_sharded(out_dir, to, name='ckpt_sharded_prev'):
+    shutil.copytree(out_dir / name, to / 'ckpt_sharded')
+    return to
+
+
+@pytest.fixture(scope='module')
+def sharded(text_set, tmp_path_factory):
+    """{mode: out_dir} of the run of `modes` with sharded checkpoints."""
+    out = {}
+    for mode in ('zero1', 'fsdp'):
+        out[mode] = tmp_path_factory.mktemp(mode) / 'out'
+        done = train_mode(mode, text_set, out[mode], '--save_interval=10', '--sharded_checkpoint=True')
+        assert done.returncode == 0 and not list(out[mode].glob('*.tmp')), done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize('mode', ['zero1', 'fsdp'])
+def test_a_sharded_checkpoint_holds_what_ckpt_pt_would(modes, sharded, tmp_path, mode):
+    """A rank's part lost, or put in another place: bit for bit, as one file."""
+    assert not list(sharded[mode].glob('*.pt')) and len(list((sharded[mode] / 'ckpt_sharded').glob('*.distcp'))) == 2
+    done = command('model.py', f'--ckpt={sharded[mode]}', f'--consolidate={tmp_path / "ckpt.pt"}')
+    assert done.returncode == 0 and 'ckpt_sharded' in done.stdout, done.stderr
+    a, b = checkpoint(modes[mode][0]), checkpoint(tmp_path)
+    assert_equal_states(a, b)
+    assert a.keys() == b.keys() and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    assert list(a['optimizer']['state']) == list(b['optimizer']['state']) and all(a[key] == b[key] for key in ('iter_num', 'best_val_loss', 'model_args'))
+    assert (tmp_path / 'ckpt.pt').stat().st_size == pytest.approx((modes[mode][0] / 'ckpt.pt').stat().st_size, rel=0.01)
+    text = [command('sample.py', f'--out_dir={d}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', '--dtype=float32').stdout for d in (sharded[mode], tmp_path)]
+    assert text[0] == text[1] != ''
+
+
+@pytest.mark.parametrize('writer, reader', [('fsdp', 'one'), ('zero1', 'fsdp'), ('fsdp', 'ddp')])
+def test_a_sharded_checkpoint_resumes_in_every_mode(text_set, modes, sharded, tmp_path, writer, reader):
+    """Parts that only as many processes as wrote them can read."""
+    out_dir = copy_sharded(sharded[writer], tmp_path)
+    done = train_mode(reader, text_set, out_dir, '--init_from=auto', *([] if reader == 'one' else ['--sharded_checkpoint=True']))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out_dir) == pytest.approx({i: loss for i, loss in losses(modes['one'][0]).items() if i >= 10}, rel=1e-5)
+    assert (out_dir / 'ckpt_sharded_prev').exists() == (reader != 'one') == (not (out_dir / 'ckpt.pt').exists())
+
+
+def test_a_damaged_or_malicious_sharded_checkpoint_is_refused(text_set, sharded, tmp_path):
+    """Its .metadata is a pickle; torch.load does not check CRCs."""
+    out_dir = copy_sharded(sharded['fsdp'], tmp_path / 'out', 'ckpt_sharded')
+    folder = out_dir / 'ckpt_sharded'
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    data = max(folder.glob('*.distcp'))
+    rewrite(data, lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:])
+    one_line(command('model.py', f'--ckpt={out_dir}').stderr, folder)
+    shutil.copytree(sharded['fsdp'] / 'ckpt_sharded_prev', out_dir / 'ckpt_sharded_prev')
+    done = train_mode('one', text_set, out_dir, '--init_from=resume', '--max_iters=11')
+    assert done.returncode == 0 and done.stdout.count('WARNING') == 1 and list(losses(out_dir)) == [10]
+    (out_dir / 'ckpt.pt').unlink()
+    Bomb.path = tmp_path / 'executed'
+    for path, change in ((data, lambda b: b[:-100]), (data, lambda b: b''), (folder / 'info.pt', lambda b: b''), (folder / '.metadata', lambda b: pickle.dumps(Bomb())),
+                         (folder / 'info.pt', lambda b: pickle.dumps(Bomb())), (data, lambda b: pickle.dumps(Bomb()))):
+        for name, content in whole.items():
+            name.write_bytes(content)
+        assert command('model.py', f'--ckpt={folder}').returncode == 0
+        rewrite(path, change)
+        refused = command('model.py', f'--ckpt={folder}')
+        assert refused.returncode == 2
+        one_line(refused.stderr, folder)
+    assert not Bomb.path.exists()
+
+
 COUNT_BYTES = """
 import json, os, sys
 import torch
@@ -846,13 +912,14 @@ def test_modes_train_in_mixed_precision(text_set, tmp_path, mode, dtype):
     assert list(losses(tmp_path).values()) == pytest.approx(list(losses(tmp_path / 'one').values()), rel=3e-3)
 
 
-@pytest.mark.parametrize('mode', ['ddp', 'zero1', 'fsdp'])
-def test_ranks_stop_together(text_set, tmp_path, mode):
+@pytest.mark.parametrize('mode, flags', [('ddp', []), ('zero1', []), ('fsdp', []), ('fsdp', ['--sharded_checkpoint=True'])])
+def test_ranks_stop_together(text_set, tmp_path, mode, flags):
     """Rank 0 fails to write, or a loss is not finite, and the other ranks wait for it for half an hour."""
     (tmp_path / 'full' / 'ckpt.pt.tmp').mkdir(parents=True)  # a file that cannot be opened, for root too
-    done = train_mode(mode, text_set, tmp_path / 'full', '--save_interval=2')
+    (tmp_path / 'full' / 'ckpt_sharded.tmp').touch()
+    done = train_mode(mode, text_set, tmp_path / 'full', '--save_interval=2', *flags)
     assert done.returncode != 0 and done.stderr.count('could not be written') == 1 and 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
-    done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1')
+    done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1', *flags)
     assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr.split('torch/distributed/elastic')[0]
     for path in (tmp_path / 'nan').glob('*.pt'):
         assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path / 'nan', path.name)['model'].values()), path
@@ -1005,7 +1072,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     (['--normalization=rmsnrm'], ['rmsnrm', 'rmsnorm']), (['--arch_preset=gpt3'], ['gpt3', 'llama']), (['--batch_size=0'], ['batch_size']),
     (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', 'block_size']),
-    (['--use_fsdp=True'], ['use_fsdp', 'torchrun']), (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),
+    (['--use_fsdp=True'], ['use_fsdp', 'torchrun']), (['--sharded_checkpoint=True'], ['sharded_checkpoint', 'torchrun']), (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),
     (['--beta2=1.5'], ['beta2']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
 def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
     """A traceback, or a folder half made, for a typing mistake."""
@@ -1021,6 +1088,14 @@ def test_accumulation_must_divide_among_processes(text_set, tmp_path):
     """Fewer tokens a step than asked for, in silence."""
     done = train(text_set, tmp_path, '--gradient_accumulation_steps=3', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})
     assert done.returncode == 2 and 'gradient_accumulation_steps=3' in done.stderr and '2 processes' in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
+    """CUDA's 'invalid device ordinal' from deep inside."""
+    done = train(text_set, tmp_path, '--device=auto', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '99'})
+    assert done.returncode == 2
+    one_line(done.stderr, 'local rank 99', f'--nproc_per_node={torch.cuda.device_count()}')
 
 
 def test_a_large_download_is_never_started_unasked(tmp_path):

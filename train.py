@@ -4,6 +4,7 @@ Train a GPT: on a laptop, on one GPU, or on many.
     python train.py config/preset_quick_test.py
     python train.py config/full_llama_124m.py --max_iters=100 --normalization=layernorm
     torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_124m.py          # one node
+    torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --use_fsdp=True
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/full_gpt2_124m.py
 
 Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case)
@@ -35,7 +36,7 @@ from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, peak_flops, pick_device)
+                   model_of, newest_checkpoint, peak_flops, pick_device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -105,6 +106,7 @@ backend = 'auto'  # torch.distributed's: nccl on GPUs, gloo on CPUs
 use_zero1 = False  # under torchrun: AdamW's moments divided among processes (ZeRO-1), 8 + 8/N bytes a parameter instead of 16
 use_fsdp = False  # under torchrun: weights, gradients and moments divided among processes (FSDP2), 16/N bytes a parameter and a gathered block
 fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, and gradients whole between micro-batches; faster, more memory
+sharded_checkpoint = False  # under torchrun: each process writes its part, into out_dir/ckpt_sharded; model.py --consolidate makes it one file
 fsdp_min_num_params = 0  # blocks with fewer parameters are gathered together with embeddings and head, for a whole step, not one by one
 device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls (autocast); weights and moments stay float32
@@ -162,9 +164,9 @@ def check_ranges():
         raise ValueError(f'seed must be below 2^63, not {seed}')
     if use_zero1 and use_fsdp:
         raise ValueError('use_zero1 and use_fsdp exclude each other: FSDP divides the moments too, and weights and gradients besides')
-    if (use_zero1 or use_fsdp) and not distributed:
-        raise ValueError(f"{'use_fsdp' if use_fsdp else 'use_zero1'} divides a model among processes, and here is one: "
-                         f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}, or without it")
+    for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
+        if config[key] and not distributed:
+            raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
@@ -209,11 +211,12 @@ def get_lr(it):
 
 def starting_point():
     """(GPTConfig, None, None) for a new model; (config, model, None) for another run's weights; (config, model, checkpoint) to resume."""
-    if init_from == 'scratch' or init_from == 'auto' and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    newest = newest_checkpoint(out_dir)
+    if init_from == 'scratch' or init_from == 'auto' and not newest:
+        if newest:
             say(f"WARNING: '{out_dir}' holds a run, whose checkpoints this one will replace; --init_from=resume continues it, --out_dir=... keeps it")
         return GPTConfig.from_settings(config, data_vocab), None, None
-    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_prev.pt')
+    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(newest or '') else 'ckpt_prev.pt')
     if not resuming and not os.path.exists(init_from):
         raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
@@ -316,6 +319,14 @@ def release_gathered():
         raw_model.reshard()
 
 
+def local_adamw():
+    """(the AdamW that has this rank's moments, its parameters, their numbers in one process's AdamW): with ZeRO-1, of some of the parameters."""
+    local = getattr(optimizer, 'optim', optimizer)
+    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group['params'])}
+    params = [p for group in local.param_groups for p in group['params']]
+    return local, params, [number[p] for p in params]
+
+
 def load_optimizer(state):
     """
     Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
@@ -324,12 +335,11 @@ def load_optimizer(state):
     sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
     if sizes != expected:
         raise ValueError(f'the optimizer in the checkpoint has groups of {sizes} tensors, this model has {expected}')
-    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group['params'])}
-    local = getattr(optimizer, 'optim', optimizer)  # ZeRO-1's holds an AdamW of this rank's parameters
+    local, params, numbers = local_adamw()
     loaded = local.state_dict()
-    for i, p in enumerate(p for group in local.param_groups for p in group['params']):
-        if number[p] in state['state']:
-            loaded['state'][i] = {k: shard_like(p, v) for k, v in state['state'][number[p]].items()}
+    for i, (p, number) in enumerate(zip(params, numbers)):
+        if number in state['state']:
+            loaded['state'][i] = {k: shard_like(p, v) for k, v in state['state'][number].items()}
     local.load_state_dict(loaded)
 
 
@@ -440,32 +450,38 @@ def write_sample():
 
 def save_checkpoint(best):
     """
-    Replace out_dir/ckpt.pt so that a kill at any moment leaves a whole one: write beside it, flush, read back, rename. The one
-    before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values, the same from every
-    mode. Rank 0 writes what all ranks send it; if it cannot, all of them stop.
+    Replace out_dir/ckpt.pt, or ckpt_sharded, so that a kill at any moment leaves a whole one. The one before stays as ckpt_prev, the best
+    as ckpt_best. Called on all ranks, which send what they have to rank 0, or write it; if one cannot, all of them stop.
     """
-    t0, error, states = time.time(), None, whole_states()
-    if master:
-        try:
-            write_checkpoint(*states, best, t0)
-        except OSError as e:
-            error = e
-    if all_reduce(torch.tensor(int(error is not None), device=device)).item():
-        raise error or SystemExit(2)
-
-
-def write_checkpoint(model_state, optimizer_state, best, t0):
-    """What save_checkpoint says, on rank 0."""
     global ckpt_is_ours
-    path, previous, best_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'))
+    t0, error, path = time.time(), None, os.path.join(out_dir, 'ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')
+    facts = {'scaler': scaler.state_dict(), 'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else
+             meta.get('tokenizer'), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
+             'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}
     try:
-        if not all(p.isfinite().all() for p in model_state.values()):
+        if sharded_checkpoint:
+            write_sharded(path, facts, best)
+        else:
+            states = dict(zip(('model', 'optimizer'), whole_states()))
+            if master:
+                write_checkpoint(path, states | facts, best)
+    except OSError as e:
+        error = e
+    if all_reduce(torch.tensor(int(error is not None), device=device)).item():
+        raise error if master and error else SystemExit(2)  # torch.distributed.checkpoint tells every rank of any rank's failure
+    ckpt_is_ours = True
+    run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
+    say(f'saved {path}' + (f' and ckpt_{"sharded_best" if sharded_checkpoint else "best.pt"}' if best else ''))
+
+
+def write_checkpoint(path, ckpt, best):
+    """A superset of nanoGPT's, in plain tensors and values, the same from every mode: written beside the old one, flushed, read back, renamed."""
+    previous, best_path = (os.path.join(out_dir, name) for name in ('ckpt_prev.pt', 'ckpt_best.pt'))
+    try:
+        if not all(p.isfinite().all() for p in ckpt['model'].values()):
             raise ValueError('a weight is not finite')
         with open(path + '.tmp', 'wb') as f:
-            torch.save({'model': model_state, 'optimizer': optimizer_state, 'scaler': scaler.state_dict(),
-                        'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else meta.get('tokenizer'),
-                        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
-                        'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}, f)
+            torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         check_crcs(path + '.tmp')
@@ -478,16 +494,57 @@ def write_checkpoint(model_state, optimizer_state, best, t0):
             for stale in [previous] + [best_path] * (not best):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(stale)
-        folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(out_dir)
     except (OSError, RuntimeError, ValueError) as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(e)}") from e
-    ckpt_is_ours = True
-    run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
-    say(f'saved {path}' + (' and ckpt_best.pt' if best else ''))
+
+
+def write_sharded(path, facts, best):
+    """
+    The same by torch.distributed.checkpoint, each rank's part in files of its own, in a folder with info.pt for what is no tensor, which
+    is written last: a folder that has it is whole.
+    """
+    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
+    weights, first = raw_model.state_dict(keep_vars=True), {}
+    names = {name: first.setdefault(id(t), name) for name, t in weights.items()}  # a tied tensor goes by its first name
+    tensors = {f'model/{name}': weights[name].detach() for name in first.values()}
+    local, _, numbers = local_adamw()
+    tensors |= {f'optimizer/{numbers[i]}/{key}': t for i, state in local.state_dict()['state'].items() for key, t in state.items()}
+    finite = all(t.to_local().isfinite().all() if mode == 'fsdp' else t.isfinite().all() for t in map(torch.Tensor.detach, weights.values()))
+    if all_reduce(torch.tensor(int(not finite), device=device)).item():
+        raise OSError(f"checkpoint '{path}' not written: a weight is not finite")
+    try:
+        if master:
+            shutil.rmtree(path + '.tmp', ignore_errors=True)
+        dist.barrier()
+        save(tensors, storage_writer=FileSystemWriter(path + '.tmp'))  # which flushes its files, and fails on all ranks alike
+        if master:
+            with open(os.path.join(path + '.tmp', 'info.pt'), 'wb') as f:
+                torch.save(facts | {'names': names, 'param_groups': torch.optim.Optimizer.state_dict(optimizer)['param_groups']}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            sync_folder(path + '.tmp')
+            previous_too = ckpt_is_ours or first_iter == 0  # what an earlier run left here is no fallback for this one
+            for stale in [path + '_prev'] * previous_too + [path] * (not ckpt_is_ours) + [path + '_best'] * best:
+                shutil.rmtree(stale, ignore_errors=True)
+            if ckpt_is_ours:
+                os.replace(path, path + '_prev')
+            os.replace(path + '.tmp', path)
+            if best:  # the same files once more, by links
+                shutil.copytree(path, path + '_best', copy_function=replace_with_link)
+            sync_folder(out_dir)
+    except (OSError, RuntimeError, CheckpointException) as e:
+        why = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(why)}") from e
+
+
+def sync_folder(path):
+    """Make renames in it last through a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def replace_with_link(path, other):
@@ -648,7 +705,7 @@ autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype !
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 model, optimizer = parallelize(raw_model)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
-ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'  # not after going back to ckpt_prev.pt
+ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
     with one_line_errors():
         load_optimizer(ckpt['optimizer'])

@@ -78,5 +78,6 @@ backend = 'auto'  # auto | nccl | gloo: of torch.distributed
 use_zero1 = False  # True, under torchrun: moments divided among processes (ZeRO-1)
 use_fsdp = False  # True, under torchrun: weights, gradients and moments divided among processes (FSDP)
 fsdp_reshard_after_forward = True  # False: faster, more memory
+sharded_checkpoint = False  # True, under torchrun: a folder ckpt_sharded, to which each process writes its part, instead of ckpt.pt
 fsdp_min_num_params = 0  # smaller blocks are gathered together with embeddings and head
 peak_tflops = 0.0  # the device's dense peak, for MFU; 0: known or measured
