@@ -3,6 +3,7 @@ The whole GPT in one file: its parts, the model, what it costs, and text out of 
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # describe: parameters, FLOPs, memory (built without memory)
     python model.py --ckpt=out                                  # inspect a checkpoint
+    python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
     python model.py --list=True                                 # every config with its counts
 
 Shapes: B batch, T sequence, C n_embd, H heads, K key/value heads, D = C/H, F feed-forward width, V vocabulary.
@@ -14,6 +15,7 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 """
 import contextlib
 import ctypes
+import io
 import math
 import os
 import pickle
@@ -146,7 +148,8 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = (p if p is None else p.to(torch.promote_types(p.dtype, x.dtype)) for p in (self.weight, self.bias))  # FSDP gathers in 16 bits
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 @register(NORMALIZATION, 'layernorm_nobias')
@@ -642,24 +645,73 @@ def first_line(error):
 
 
 def check_crcs(path):
-    """ValueError if what a checkpoint file holds does not match its own CRCs, which torch.load does not check."""
+    """ValueError if what a checkpoint file (a path, or its bytes as a file) holds does not match its own CRCs, which torch.load does not check."""
     with zipfile.ZipFile(path) as z:
         damaged = z.testzip()
     if damaged is not None:
         raise ValueError(f"'{damaged}' inside it does not match its checksum")
 
 
+class MetadataUnpickler(pickle.Unpickler):
+    """torch.distributed.checkpoint describes its files in a pickle, .metadata; this one knows the classes of tensors in there, none of which runs code."""
+    KNOWN = ({('torch.distributed.checkpoint.metadata', name) for name in (
+        'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', '_MEM_FORMAT_ENCODING')} |
+        {('torch.distributed.checkpoint.filesystem', '_StorageInfo'), ('torch', 'Size'), ('torch.serialization', '_get_layout')} |
+        {('torch', name) for name in ('float32', 'bfloat16', 'float16', 'float64', 'int64', 'bool')} |
+        {(module, name) for module in ('pathlib', 'pathlib._local') for name in ('PosixPath', 'WindowsPath')})
+
+    def find_class(self, module, name):
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f'{module}.{name}')
+        return super().find_class(module, name)
+
+
+def load_sharded(path):
+    """The dict that ckpt.pt would hold, from a folder that train.py wrote by torch.distributed.checkpoint, whatever the number of processes was."""
+    read = lambda data: (check_crcs(io.BytesIO(data)), torch.load(io.BytesIO(data), map_location='cpu', weights_only=True))[1]
+    with open(os.path.join(path, 'info.pt'), 'rb') as f:
+        ckpt = read(f.read())
+    with open(os.path.join(path, '.metadata'), 'rb') as f:
+        metadata = MetadataUnpickler(f).load()
+    tensors = {key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in metadata.state_dict_metadata.items()}
+    missing = sum(t.numel() for t in tensors.values())
+    for index, place in metadata.storage_data.items():
+        with open(os.path.join(path, os.path.basename(place.relative_path)), 'rb') as f:
+            f.seek(place.offset)
+            part = read(f.read(place.length))
+        tensors[index.fqn][tuple(slice(start, start + n) for start, n in zip(index.offset, part.shape))] = part
+        missing -= part.numel()
+    if missing:
+        raise ValueError(f'{missing} numbers are missing')
+    ckpt['model'] = {name: tensors[f'model/{stored}'] for name, stored in ckpt.pop('names').items()}  # tied tensors are stored once
+    ckpt['optimizer'] = {'state': {}, 'param_groups': ckpt.pop('param_groups')}
+    for key in sorted((key.split('/') for key in tensors if key.startswith('optimizer/')), key=lambda key: int(key[1])):
+        ckpt['optimizer']['state'].setdefault(int(key[1]), {})[key[2]] = tensors['/'.join(key)]
+    return ckpt
+
+
+def newest_checkpoint(folder):
+    """What a run saved last in its folder, ckpt.pt or ckpt_sharded; None if it has saved nothing."""
+    found = [p for p in (os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_sharded')) if os.path.exists(p)]
+    before = os.path.join(folder, 'ckpt_sharded_prev')  # alone, if a kill came between the two renames that replace a folder
+    return max(found, key=os.path.getmtime, default=before if os.path.exists(before) else None)
+
+
 def load_checkpoint(path):
     """
-    The dict in a checkpoint file, or in a folder's ckpt.pt, on the CPU. Only tensors and plain values are ever read, and
-    the file's own CRCs are checked. ValueError names the file and what is wrong with it.
+    The dict in a checkpoint, on the CPU: a file, a sharded one (a folder), or a run's folder, of which the newest. Only tensors and
+    plain values are ever read, and the files' own CRCs are checked. ValueError names the file and what is wrong with it.
     """
-    path = os.path.join(path, 'ckpt.pt') if os.path.isdir(path) else path
-    if not os.path.isfile(path):
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, '.metadata')):
+        path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
+    if not os.path.exists(path):
         raise ValueError(f"no checkpoint at '{path}'")
     try:
-        check_crcs(path)
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        if os.path.isdir(path):
+            ckpt = load_sharded(path)
+        else:
+            check_crcs(path)
+            ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model'), dict) or not isinstance(ckpt.get('model_args'), dict):
             raise ValueError("it has no 'model' and 'model_args'")
     except pickle.UnpicklingError as e:
@@ -803,15 +855,25 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, paralleli
 
 
 @torch.no_grad()
-def gradient_statistics(model):
+def gradient_norms(grads, all_reduce=None):
+    """The norm of each gradient, (len(grads),) float32. all_reduce: what sums a tensor over processes, if each has a shard of every gradient."""
+    if all_reduce is None:
+        return torch.stack(torch._foreach_norm(grads))
+    return all_reduce(torch.stack(torch._foreach_norm([g.to_local() for g in grads])).double().square()).sqrt().float()
+
+
+@torch.no_grad()
+def gradient_statistics(model, all_reduce=None):
     """
     Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
     floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
+    all_reduce as for gradient_norms.
     """
     names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
-    norms, n = torch._foreach_norm(grads), sum(g.numel() for g in grads)
-    total, mean = torch.linalg.vector_norm(torch.stack(norms)), torch.stack([g.sum() for g in grads]).sum() / n
-    total, mean, *norms = torch.stack((total, mean, *norms)).tolist()
+    norms, n = gradient_norms(grads, all_reduce), sum(g.numel() for g in grads)
+    mean = torch.stack([(g.to_local() if all_reduce else g).sum() for g in grads]).sum() / n
+    mean = all_reduce(mean) if all_reduce else mean
+    total, mean, *norms = torch.stack((torch.linalg.vector_norm(norms), mean, *norms)).tolist()
     layers = {}
     for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
         layer = path[2] if path[1] == 'h' else path[0] if path[0] == 'lm_head' else path[1]
@@ -861,6 +923,7 @@ def meta_model(settings):
 def main():
     from configurator import configure, fail
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
+    consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py writes ckpt.pt
     list = False  # print a table of every file in config/ with its counts
     config, given = configure(__file__, os.path.join(HERE, 'train.py'))
     try:
@@ -874,6 +937,13 @@ def main():
                 c = model.config
                 print(f"{name:<30} {settings['arch_preset']:<7} {c.n_layer:>6} {c.n_embd:>6} {c.n_head:>6} {c.block_size:>6} {c.vocab_size:>6} "
                       f'{model.get_num_params(False):>14,} {model.get_num_params():>14,} {model.flops_per_token() / 1e9:>12.4g}')
+        elif config['consolidate']:
+            if not config['ckpt']:
+                raise ValueError('--consolidate=FILE needs --ckpt=FOLDER, what to read')
+            saved, path = load_checkpoint(config['ckpt']), config['consolidate']
+            torch.save({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
+            os.replace(path + '.tmp', path)
+            print(f"{saved['path']} -> {path}")
         elif config['ckpt']:
             saved = load_checkpoint(config['ckpt'])
             print(describe(model_of(saved), saved.get('config') or {}, *pick_device()))
@@ -887,7 +957,7 @@ def main():
                 print(f'  {key:<24} {value!r}')
         else:
             print(describe(meta_model(config), config, *pick_device(config['device'], config['dtype'])))
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         fail(str(e))
 
 

@@ -585,7 +585,7 @@ def losses(out_dir):
 def assert_equal_states(a, b):
     assert a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys()
     for name, tensor in a['model'].items():
-        assert torch.equal(tensor, b['model'][name]), name
+        assert torch.equal(tensor, b['model'][name]) and not b['model'][name].requires_grad, name
     for i, state in a['optimizer']['state'].items():
         for key, value in state.items():
             assert torch.equal(value, b['optimizer']['state'][i][key]), (i, key)
@@ -708,15 +708,221 @@ def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum
     assert checkpoint(tmp_path)['iter_num'] == reached + 2
 
 
-def test_ddp_trains_as_one_process(text_set, finished, tmp_path):
-    """Ranks that read the same data, or losses and gradients that are not averaged over micro-steps and ranks."""
-    one, two = tmp_path / 'one', tmp_path / 'two'
-    assert train(text_set, one, '--dropout=0.0').returncode == 0
-    done = train(text_set, two, '--dropout=0.0', launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
-    assert run_logs(two)[0]['eval_steps'][1]['val']['loss'] == pytest.approx(run_logs(one)[0]['eval_steps'][1]['val']['loss'], rel=0.1)
-    assert done.stdout.count('iter 3 ') == 1  # only rank 0 speaks
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+MODES = {'one': [], 'ddp': [], 'zero1': ['--use_zero1=True'], 'fsdp': ['--use_fsdp=True']}
+
+
+def train_mode(mode, text_set, out_dir, *flags, **kwargs):
+    """Dropout 0, because it is drawn a rank and not a sequence."""
+    return train(text_set, out_dir, '--dropout=0.0', *MODES[mode], *flags, **kwargs, **({} if mode == 'one' else {'launcher': TORCHRUN}))
+
+
+@pytest.fixture(scope='module')
+def modes(text_set, tmp_path_factory):
+    """{mode: (out_dir, console)} of the same 20 iterations by one process and by two in every mode, with checkpoints at 10 and 20."""
+    out = {}
+    for mode in MODES:
+        folder = tmp_path_factory.mktemp(mode) / 'out'
+        done = train_mode(mode, text_set, folder, '--save_interval=10', '--gradient_log_interval=2')
+        assert done.returncode == 0, (mode, done.stderr[-3000:])
+        out[mode] = folder, done.stdout
+    return out
+
+
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one'])
+def test_every_mode_trains_as_one_process(modes, mode):
+    """Ranks that read the same data; losses, gradients or their norms that are not averaged over micro-steps and ranks, or are of one shard."""
+    (one, _), (two, console) = modes['one'], modes[mode]
+    assert len(losses(two)) == 20 and list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
+    (a,), (b,) = run_logs(one), run_logs(two)
+    assert b['eval_steps'][1]['val']['loss'] == pytest.approx(a['eval_steps'][1]['val']['loss'], rel=0.1)  # eval_iters are over all processes
+    for x, y in zip(a['training_iterations'], b['training_iterations']):
+        assert y['gradients']['norm'] == pytest.approx(x['gradients']['norm'], rel=1e-4)
+        assert y['gradients'].get('layers') == (pytest.approx(x['gradients']['layers'], rel=1e-3) if 'layers' in x['gradients'] else None)
+        assert y['gradients'].get('std', 0) == pytest.approx(x['gradients'].get('std', 0), rel=1e-3)
+    assert console.count('iter 3 ') == 1 and {'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}[mode] in console  # only rank 0 speaks
+
+
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one'])
+def test_a_checkpoint_does_not_tell_the_mode_that_wrote_it(modes, mode):
+    """Optimizer state keyed by name, on one rank's parameters only, or in DTensors; a tied matrix saved twice."""
+    a, b = checkpoint(modes['one'][0]), checkpoint(modes[mode][0])
+    assert list(a) == list(b) and list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    assert list(a['optimizer']['state']) == list(b['optimizer']['state'])
+    assert b['model']['lm_head.weight'].data_ptr() == b['model']['transformer.wte.weight'].data_ptr()
+    for name, tensor in a['model'].items():
+        assert type(b['model'][name]) is torch.Tensor and torch.allclose(tensor, b['model'][name], atol=1e-5), name
+    for i, state in a['optimizer']['state'].items():
+        for key, value in state.items():
+            other = b['optimizer']['state'][i][key]
+            assert type(other) is torch.Tensor and other.dtype == value.dtype and torch.allclose(value, other, rtol=1e-3, atol=1e-6), (i, key)
+    sizes = [(modes[m][0] / 'ckpt.pt').stat().st_size for m in ('one', mode)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+@pytest.mark.parametrize('writer, reader', [('one', 'fsdp'), ('fsdp', 'zero1'), ('zero1', 'ddp'), ('ddp', 'one'), ('fsdp', 'fsdp')])
+def test_every_mode_resumes_every_others_checkpoint(text_set, modes, tmp_path, writer, reader):
+    """Moments lost or given to another tensor: losses of the first steps would tell. A ring, because the checkpoints are all alike."""
+    out_dir = copy_run(modes[writer][0], tmp_path / 'out', 'ckpt_prev.pt')
+    done = train_mode(reader, text_set, out_dir, '--init_from=resume')
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = {i: loss for i, loss in losses(modes['one'][0]).items() if i >= 10}
+    assert losses(out_dir) == pytest.approx(expected, rel=1e-5)
+    if writer == reader or {writer, reader} == {'zero1', 'ddp'}:  # the same arithmetic on the same ranks
+        assert_equal_states(checkpoint(modes[writer][0]), checkpoint(out_dir))
+
+
+def test_sampling_reads_what_fsdp_wrote(modes):
+    """A checkpoint that only torchrun can read."""
+    texts = [command('sample.py', f'--out_dir={modes[mode][0]}', '--num_samples=1', '--max_new_tokens=20', '--device=cpu', '--dtype=float32', '--temperature=0')
+             for mode in ('one', 'fsdp')]
+    assert texts[0].returncode == texts[1].returncode == 0 and texts[0].stdout == texts[1].stdout
+
+
+def copy_sharded(out_dir, to, name='ckpt_sharded_prev'):
+    shutil.copytree(out_dir / name, to / 'ckpt_sharded')
+    return to
+
+
+@pytest.fixture(scope='module')
+def sharded(text_set, tmp_path_factory):
+    """{mode: out_dir} of the run of `modes` with sharded checkpoints."""
+    out = {}
+    for mode in ('zero1', 'fsdp'):
+        out[mode] = tmp_path_factory.mktemp(mode) / 'out'
+        done = train_mode(mode, text_set, out[mode], '--save_interval=10', '--sharded_checkpoint=True')
+        assert done.returncode == 0 and not list(out[mode].glob('*.tmp')), done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize('mode', ['zero1', 'fsdp'])
+def test_a_sharded_checkpoint_holds_what_ckpt_pt_would(modes, sharded, tmp_path, mode):
+    """A rank's part lost, or put in another place: bit for bit, as one file."""
+    assert not list(sharded[mode].glob('*.pt')) and len(list((sharded[mode] / 'ckpt_sharded').glob('*.distcp'))) == 2
+    done = command('model.py', f'--ckpt={sharded[mode]}', f'--consolidate={tmp_path / "ckpt.pt"}')
+    assert done.returncode == 0 and 'ckpt_sharded' in done.stdout, done.stderr
+    a, b = checkpoint(modes[mode][0]), checkpoint(tmp_path)
+    assert_equal_states(a, b)
+    assert a.keys() == b.keys() and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    assert list(a['optimizer']['state']) == list(b['optimizer']['state']) and all(a[key] == b[key] for key in ('iter_num', 'best_val_loss', 'model_args'))
+    assert (tmp_path / 'ckpt.pt').stat().st_size == pytest.approx((modes[mode][0] / 'ckpt.pt').stat().st_size, rel=0.01)
+    text = [command('sample.py', f'--out_dir={d}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', '--dtype=float32').stdout for d in (sharded[mode], tmp_path)]
+    assert text[0] == text[1] != ''
+
+
+@pytest.mark.parametrize('writer, reader', [('fsdp', 'one'), ('zero1', 'fsdp'), ('fsdp', 'ddp')])
+def test_a_sharded_checkpoint_resumes_in_every_mode(text_set, modes, sharded, tmp_path, writer, reader):
+    """Parts that only as many processes as wrote them can read."""
+    out_dir = copy_sharded(sharded[writer], tmp_path)
+    done = train_mode(reader, text_set, out_dir, '--init_from=auto', *([] if reader == 'one' else ['--sharded_checkpoint=True']))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out_dir) == pytest.approx({i: loss for i, loss in losses(modes['one'][0]).items() if i >= 10}, rel=1e-5)
+    assert (out_dir / 'ckpt_sharded_prev').exists() == (reader != 'one') == (not (out_dir / 'ckpt.pt').exists())
+
+
+def test_a_damaged_or_malicious_sharded_checkpoint_is_refused(text_set, sharded, tmp_path):
+    """Its .metadata is a pickle; torch.load does not check CRCs."""
+    out_dir = copy_sharded(sharded['fsdp'], tmp_path / 'out', 'ckpt_sharded')
+    folder = out_dir / 'ckpt_sharded'
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    data = max(folder.glob('*.distcp'))
+    rewrite(data, lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:])
+    one_line(command('model.py', f'--ckpt={out_dir}').stderr, folder)
+    shutil.copytree(sharded['fsdp'] / 'ckpt_sharded_prev', out_dir / 'ckpt_sharded_prev')
+    done = train_mode('one', text_set, out_dir, '--init_from=resume', '--max_iters=11')
+    assert done.returncode == 0 and done.stdout.count('WARNING') == 1 and list(losses(out_dir)) == [10]
+    (out_dir / 'ckpt.pt').unlink()
+    Bomb.path = tmp_path / 'executed'
+    for path, change in ((data, lambda b: b[:-100]), (data, lambda b: b''), (folder / 'info.pt', lambda b: b''), (folder / '.metadata', lambda b: pickle.dumps(Bomb())),
+                         (folder / 'info.pt', lambda b: pickle.dumps(Bomb())), (data, lambda b: pickle.dumps(Bomb()))):
+        for name, content in whole.items():
+            name.write_bytes(content)
+        assert command('model.py', f'--ckpt={folder}').returncode == 0
+        rewrite(path, change)
+        refused = command('model.py', f'--ckpt={folder}')
+        assert refused.returncode == 2
+        one_line(refused.stderr, folder)
+    assert not Bomb.path.exists()
+
+
+COUNT_BYTES = """
+import json, os, sys
+import torch
+import torch.optim.optimizer as optim
+out, script, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
+names, most = {'__name__': '__main__', '__file__': script}, {}
+def storages(tensors):
+    local = [t.to_local() if hasattr(t, 'to_local') else t for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in local)}.values())
+def count(optimizer, *_):
+    params = list(names['raw_model'].parameters())
+    moments = [v for state in getattr(optimizer, 'optim', optimizer).state.values() for v in state.values() if v.dim()]
+    most.update(weights=storages(params), gradients=storages([p.grad for p in params]), moments=storages(moments), parameters=sum(p.numel() for p in params))
+optim.register_optimizer_step_post_hook(count)
+try:
+    exec(compile(open(script).read(), script, 'exec'), names)
+finally:
+    json.dump(most, open(f"{out}/{os.environ['RANK']}.json", 'w'))
+"""
+
+
+@pytest.mark.parametrize('mode, per_parameter', [('ddp', 16), ('zero1', 8 + 8 / 2), ('fsdp', 16 / 2)])
+def test_bytes_of_model_states_a_rank_are_those_of_the_formulas(text_set, tmp_path, mode, per_parameter):
+    """Sharding that is switched on and saves nothing: every parameter, gradient and moment that each of two ranks holds after a step."""
+    (tmp_path / 'count.py').write_text(COUNT_BYTES)
+    done = command(tmp_path / 'count.py', tmp_path, ROOT / 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path / "out"}', '--max_iters=2', *MODES[mode],
+                   launcher=TORCHRUN, env={'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1)]
+    for held in ranks:  # ZeRO-1 gives whole tensors to ranks, here 1 % off the half
+        assert held['weights'] + held['gradients'] + held['moments'] == pytest.approx(per_parameter * held['parameters'], rel=0.005 if mode == 'zero1' else 1e-9)
+    assert sum(held['moments'] for held in ranks) == 8 * ranks[0]['parameters'] * (2 if mode == 'ddp' else 1)
+
+
+COMBINATIONS = {
+    'fsdp, llama, checkpointing, accumulation': ('fsdp', '--arch_preset=llama', '--activation_checkpointing=True', '--gradient_accumulation_steps=6', '--grad_clip=0.1'),
+    'fsdp, gathered until backward': ('fsdp', '--fsdp_reshard_after_forward=False', '--gradient_accumulation_steps=6', '--logit_softcap=5', '--qk_norm=True'),
+    'fsdp, blocks with the root': ('fsdp', '--fsdp_min_num_params=1000000', '--arch_preset=gpt2', '--attention_backend=chunked', '--activation_checkpointing=True'),
+    'fsdp, compile, checkpointing': ('fsdp', '--compile=True', '--activation_checkpointing=True', '--arch_preset=hybrid', '--gradient_accumulation_steps=4'),
+    'zero1, llama, checkpointing, accumulation': ('zero1', '--arch_preset=llama', '--activation_checkpointing=True', '--gradient_accumulation_steps=6', '--grad_clip=0.1'),
+    'zero1, compile': ('zero1', '--compile=True', '--gradient_accumulation_steps=4'),
+}
+
+
+@pytest.mark.parametrize('name', COMBINATIONS)
+def test_modes_compose(text_set, tmp_path, name):
+    """A combination that hangs, fails or trains something else: against one process without checkpointing and compiler."""
+    mode, *flags = COMBINATIONS[name]
+    flags += ['--max_iters=5', '--eval_interval=3', '--sample_interval=1', '--gradient_log_interval=2']
+    plain = [flag for flag in flags if 'compile' not in flag and 'checkpointing' not in flag and 'fsdp' not in flag]
+    one, two = (train_mode(m, text_set, tmp_path / m, *f) for m, f in (('one', plain), (mode, flags)))
+    assert one.returncode == two.returncode == 0, (one.stderr + two.stderr)[-3000:]
+    assert 'WARNING' not in two.stdout and ('compiled in' in two.stdout) == ('compile' in name)
+    assert losses(tmp_path / mode) == pytest.approx(losses(tmp_path / 'one'), rel=1e-5)
+    sample = lambda out_dir: run_logs(tmp_path / out_dir)[0]['eval_steps'][0]['sample']
+    assert sample(mode) == sample('one')  # of the untrained model
+
+
+@pytest.mark.parametrize('mode, dtype', [('fsdp', 'bfloat16'), ('fsdp', 'float16'), ('zero1', 'float16')])
+def test_modes_train_in_mixed_precision(text_set, tmp_path, mode, dtype):
+    """A residual stream in 16 bits, a loss scale that differs between ranks: against one process in float32."""
+    done = train_mode(mode, text_set, tmp_path, f'--dtype={dtype}', '--sample_interval=1')
+    reference = train_mode('one', text_set, tmp_path / 'one')
+    assert done.returncode == reference.returncode == 0, done.stderr[-3000:]
+    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(tmp_path / 'one').values()), rel=3e-3)
+
+
+@pytest.mark.parametrize('mode, flags', [('ddp', []), ('zero1', []), ('fsdp', []), ('fsdp', ['--sharded_checkpoint=True'])])
+def test_ranks_stop_together(text_set, tmp_path, mode, flags):
+    """Rank 0 fails to write, or a loss is not finite, and the other ranks wait for it for half an hour."""
+    (tmp_path / 'full' / 'ckpt.pt.tmp').mkdir(parents=True)  # a file that cannot be opened, for root too
+    (tmp_path / 'full' / 'ckpt_sharded.tmp').touch()
+    done = train_mode(mode, text_set, tmp_path / 'full', '--save_interval=2', *flags)
+    assert done.returncode != 0 and done.stderr.count('could not be written') == 1 and 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
+    done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1', *flags)
+    assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr.split('torch/distributed/elastic')[0]
+    for path in (tmp_path / 'nan').glob('*.pt'):
+        assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path / 'nan', path.name)['model'].values()), path
 
 
 def reference_lr(schedule, it, lr=1.0, low=0.1, warmup=4, decay=20, restart=6, mult=2, cooldown=0.25):
@@ -866,6 +1072,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     (['--normalization=rmsnrm'], ['rmsnrm', 'rmsnorm']), (['--arch_preset=gpt3'], ['gpt3', 'llama']), (['--batch_size=0'], ['batch_size']),
     (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', 'block_size']),
+    (['--use_fsdp=True'], ['use_fsdp', 'torchrun']), (['--sharded_checkpoint=True'], ['sharded_checkpoint', 'torchrun']), (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),
     (['--beta2=1.5'], ['beta2']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
 def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
     """A traceback, or a folder half made, for a typing mistake."""
@@ -881,6 +1088,14 @@ def test_accumulation_must_divide_among_processes(text_set, tmp_path):
     """Fewer tokens a step than asked for, in silence."""
     done = train(text_set, tmp_path, '--gradient_accumulation_steps=3', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '0'})
     assert done.returncode == 2 and 'gradient_accumulation_steps=3' in done.stderr and '2 processes' in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
+    """CUDA's 'invalid device ordinal' from deep inside."""
+    done = train(text_set, tmp_path, '--device=auto', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '99'})
+    assert done.returncode == 2
+    one_line(done.stderr, 'local rank 99', f'--nproc_per_node={torch.cuda.device_count()}')
 
 
 def test_a_large_download_is_never_started_unasked(tmp_path):

@@ -4,6 +4,7 @@ Train a GPT: on a laptop, on one GPU, or on many.
     python train.py config/preset_quick_test.py
     python train.py config/full_llama_124m.py --max_iters=100 --normalization=layernorm
     torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_124m.py          # one node
+    torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --use_fsdp=True
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/full_gpt2_124m.py
 
 Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case)
@@ -34,8 +35,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, peak_flops, pick_device)
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+                   model_of, newest_checkpoint, peak_flops, pick_device)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -102,6 +103,11 @@ cooldown_frac = 0.2  # wsd: share of lr_decay_iters, at its end, that decays lin
 # system
 seed = 1337  # of initialisation, data order and dropout
 backend = 'auto'  # torch.distributed's: nccl on GPUs, gloo on CPUs
+use_zero1 = False  # under torchrun: AdamW's moments divided among processes (ZeRO-1), 8 + 8/N bytes a parameter instead of 16
+use_fsdp = False  # under torchrun: weights, gradients and moments divided among processes (FSDP2), 16/N bytes a parameter and a gathered block
+fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, and gradients whole between micro-batches; faster, more memory
+sharded_checkpoint = False  # under torchrun: each process writes its part, into out_dir/ckpt_sharded; model.py --consolidate makes it one file
+fsdp_min_num_params = 0  # blocks with fewer parameters are gathered together with embeddings and head, for a whole step, not one by one
 device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matmuls (autocast); weights and moments stay float32
 compile: Literal['auto', True, False] = 'auto'  # torch.compile: on GPUs, and on CPUs for runs long enough to pay for it
@@ -144,7 +150,7 @@ def check_ranges():
     """ValueError for a setting that has the right type and no meaning."""
     positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate max_iters '
                 'lr_decay_iters restart_iters restart_mult').split()
-    not_negative = ('save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
+    not_negative = ('fsdp_min_num_params save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
     for key in positive + not_negative:
         if config[key] != 'auto' and not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
             raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
@@ -156,6 +162,11 @@ def check_ranges():
             raise ValueError(f'{key} must not be empty')
     if seed >= 2 ** 63:
         raise ValueError(f'seed must be below 2^63, not {seed}')
+    if use_zero1 and use_fsdp:
+        raise ValueError('use_zero1 and use_fsdp exclude each other: FSDP divides the moments too, and weights and gradients besides')
+    for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
+        if config[key] and not distributed:
+            raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
@@ -200,11 +211,12 @@ def get_lr(it):
 
 def starting_point():
     """(GPTConfig, None, None) for a new model; (config, model, None) for another run's weights; (config, model, checkpoint) to resume."""
-    if init_from == 'scratch' or init_from == 'auto' and not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    newest = newest_checkpoint(out_dir)
+    if init_from == 'scratch' or init_from == 'auto' and not newest:
+        if newest:
             say(f"WARNING: '{out_dir}' holds a run, whose checkpoints this one will replace; --init_from=resume continues it, --out_dir=... keeps it")
         return GPTConfig.from_settings(config, data_vocab), None, None
-    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_prev.pt')
+    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(newest or '') else 'ckpt_prev.pt')
     if not resuming and not os.path.exists(init_from):
         raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
@@ -269,11 +281,104 @@ def auto_batch_size(ckpt):
     return found, gradient_accumulation_steps * without // found
 
 
+def parallelize(raw_model):
+    """
+    (model, optimizer) for the mode at hand: the model as it is; inside DDP, and with ZeRO-1 an optimizer that keeps the moments of this
+    rank's parameters only; or itself with every parameter divided by FSDP2, a block gathered when its turn comes.
+    """
+    adamw = lambda: raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+    if mode == 'fsdp':
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second to import
+        mesh = dist.init_device_mesh(device.type, (world_size,))
+        half = MixedPrecisionPolicy(param_dtype=None if dtype == 'float32' else getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in raw_model.transformer.h:  # gathered in dtype; the residual stream stays float32, as autocast has it elsewhere
+            if sum(p.numel() for p in block.parameters()) >= fsdp_min_num_params:
+                fully_shard(block, mesh=mesh, reshard_after_forward=fsdp_reshard_after_forward, mp_policy=half)
+        fully_shard(raw_model, mesh=mesh)  # the rest as one group, so that embeddings and a tied head stay one tensor
+        register_fsdp_forward_method(raw_model, 'generate')
+        return raw_model, adamw()
+    optimizer = adamw()
+    if mode == 'zero1':
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        optimizer = ZeroRedundancyOptimizer([{k: group[k] for k in ('params', 'weight_decay')} for group in optimizer.param_groups],
+                                            torch.optim.AdamW, **{k: optimizer.defaults[k] for k in ('lr', 'betas', 'fused')})
+    return DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model, optimizer
+
+
+def sync_gradients(last):
+    """Whether the next backward averages gradients over ranks: with the last micro-batch, but FSDP with each, or gradients would take whole weights' memory."""
+    if mode == 'fsdp':
+        model.set_requires_gradient_sync(last or fsdp_reshard_after_forward)
+    elif distributed:
+        model.require_backward_grad_sync = last
+
+
+def release_gathered():
+    """After a forward without backward: FSDP's root gives up the weights that it keeps gathered for backward."""
+    if mode == 'fsdp':
+        raw_model.reshard()
+
+
+def local_adamw():
+    """(the AdamW that has this rank's moments, its parameters, their numbers in one process's AdamW): with ZeRO-1, of some of the parameters."""
+    local = getattr(optimizer, 'optim', optimizer)
+    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group['params'])}
+    params = [p for group in local.param_groups for p in group['params']]
+    return local, params, [number[p] for p in params]
+
+
+def load_optimizer(state):
+    """
+    Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
+    those of now. Whatever the mode, the optimizer numbers its parameters as AdamW does, group after group.
+    """
+    sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
+    if sizes != expected:
+        raise ValueError(f'the optimizer in the checkpoint has groups of {sizes} tensors, this model has {expected}')
+    local, params, numbers = local_adamw()
+    loaded = local.state_dict()
+    for i, (p, number) in enumerate(zip(params, numbers)):
+        if number in state['state']:
+            loaded['state'][i] = {k: shard_like(p, v) for k, v in state['state'][number].items()}
+    local.load_state_dict(loaded)
+
+
+def shard_like(p, value):
+    """This rank's part of a tensor that every rank has whole, divided as FSDP divides p."""
+    if mode != 'fsdp' or value.shape != p.shape:  # AdamW's step count
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole_states():
+    """(model, optimizer) state dicts as one process would have them, on rank 0, whatever the mode; called on all ranks, which send their parts."""
+    gathered = {}
+
+    def whole(t):  # one at a time, and a tied one, which is there twice, once
+        if not hasattr(t, 'full_tensor'):
+            return t
+        if id(t) not in gathered:
+            full = t.detach().full_tensor()
+            gathered[id(t)] = full.cpu() if master else None
+        return gathered[id(t)]
+    if mode == 'zero1':
+        optimizer.consolidate_state_dict()
+    optim = optimizer.state_dict() if master or mode != 'zero1' else {'state': {}}
+    if mode == 'zero1':
+        optimizer._all_state_dicts = []  # or rank 0 keeps a copy of all moments
+    if mode != 'fsdp':
+        return raw_model.state_dict(), optim
+    model_state = {name: whole(t) for name, t in raw_model.state_dict(keep_vars=True).items()}
+    return model_state, optim | {'state': {i: {k: whole(v) for k, v in state.items()} for i, state in optim['state'].items()}}
+
+
 def compile_model(X, Y):
     """Compile in place and try one forward and backward; a compiler that fails here (no C++ compiler, say) costs one warning, not the run."""
-    t0 = time.time()
+    t0, compiled = time.time(), raw_model.transformer.h if mode == 'fsdp' else [raw_model]  # FSDP's gathering between blocks cannot be compiled
     say('compiling the model (a minute or so) ...')
-    raw_model.compile()
+    for module in compiled:
+        module.compile()
     try:
         with autocast():
             raw_model(X, Y)[1].backward()
@@ -281,7 +386,10 @@ def compile_model(X, Y):
         raise
     except Exception as e:  # whatever the compiler and its tools raise
         say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
-        raw_model._compiled_call_impl = None
+        for module in compiled:
+            module._compiled_call_impl = None
+        if mode == 'fsdp':
+            raw_model.reset_iter_state()
         return False
     finally:
         raw_model.zero_grad(set_to_none=True)
@@ -318,6 +426,7 @@ def estimate_loss():
         if bytes_per_token.get(split):
             out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
     raw_model.train()
+    release_gathered()
     return out
 
 
@@ -333,6 +442,7 @@ def write_sample():
     idx = torch.full((1, 1), tokenizer.eot or 0, device=device)
     with autocast():
         ids = raw_model.generate(idx, 200, temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot, slide=max(1, block_size // 2))[0, 1:].tolist()
+    release_gathered()
     text = tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eot else ids)
     say('--- sample ' + '-' * 60 + f'\n{text}\n' + '-' * 71)
     return text
@@ -340,21 +450,38 @@ def write_sample():
 
 def save_checkpoint(best):
     """
-    Replace out_dir/ckpt.pt so that a kill at any moment leaves a whole one: write beside it, flush, read back, rename. The one
-    before stays as ckpt_prev.pt, the best as ckpt_best.pt. A superset of nanoGPT's, in plain tensors and values.
+    Replace out_dir/ckpt.pt, or ckpt_sharded, so that a kill at any moment leaves a whole one. The one before stays as ckpt_prev, the best
+    as ckpt_best. Called on all ranks, which send what they have to rank 0, or write it; if one cannot, all of them stop.
     """
     global ckpt_is_ours
-    if not master:
-        return
-    t0, path, previous, best_path = time.time(), *(os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'))
+    t0, error, path = time.time(), None, os.path.join(out_dir, 'ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')
+    facts = {'scaler': scaler.state_dict(), 'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else
+             meta.get('tokenizer'), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
+             'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}
     try:
-        if not all(p.isfinite().all() for p in raw_model.parameters()):
+        if sharded_checkpoint:
+            write_sharded(path, facts, best)
+        else:
+            states = dict(zip(('model', 'optimizer'), whole_states()))
+            if master:
+                write_checkpoint(path, states | facts, best)
+    except OSError as e:
+        error = e
+    if all_reduce(torch.tensor(int(error is not None), device=device)).item():
+        raise error if master and error else SystemExit(2)  # torch.distributed.checkpoint tells every rank of any rank's failure
+    ckpt_is_ours = True
+    run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
+    say(f'saved {path}' + (f' and ckpt_{"sharded_best" if sharded_checkpoint else "best.pt"}' if best else ''))
+
+
+def write_checkpoint(path, ckpt, best):
+    """A superset of nanoGPT's, in plain tensors and values, the same from every mode: written beside the old one, flushed, read back, renamed."""
+    previous, best_path = (os.path.join(out_dir, name) for name in ('ckpt_prev.pt', 'ckpt_best.pt'))
+    try:
+        if not all(p.isfinite().all() for p in ckpt['model'].values()):
             raise ValueError('a weight is not finite')
         with open(path + '.tmp', 'wb') as f:
-            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                        'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else meta.get('tokenizer'),
-                        'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
-                        'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}, f)
+            torch.save(ckpt, f)
             f.flush()
             os.fsync(f.fileno())
         check_crcs(path + '.tmp')
@@ -367,16 +494,57 @@ def save_checkpoint(best):
             for stale in [previous] + [best_path] * (not best):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(stale)
-        folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(out_dir)
     except (OSError, RuntimeError, ValueError) as e:
         with contextlib.suppress(OSError):
             os.remove(path + '.tmp')
         raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(e)}") from e
-    ckpt_is_ours = True
-    run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
-    say(f'saved {path}' + (' and ckpt_best.pt' if best else ''))
+
+
+def write_sharded(path, facts, best):
+    """
+    The same by torch.distributed.checkpoint, each rank's part in files of its own, in a folder with info.pt for what is no tensor, which
+    is written last: a folder that has it is whole.
+    """
+    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
+    weights, first = raw_model.state_dict(keep_vars=True), {}
+    names = {name: first.setdefault(id(t), name) for name, t in weights.items()}  # a tied tensor goes by its first name
+    tensors = {f'model/{name}': weights[name].detach() for name in first.values()}
+    local, _, numbers = local_adamw()
+    tensors |= {f'optimizer/{numbers[i]}/{key}': t for i, state in local.state_dict()['state'].items() for key, t in state.items()}
+    finite = all(t.to_local().isfinite().all() if mode == 'fsdp' else t.isfinite().all() for t in map(torch.Tensor.detach, weights.values()))
+    if all_reduce(torch.tensor(int(not finite), device=device)).item():
+        raise OSError(f"checkpoint '{path}' not written: a weight is not finite")
+    try:
+        if master:
+            shutil.rmtree(path + '.tmp', ignore_errors=True)
+        dist.barrier()
+        save(tensors, storage_writer=FileSystemWriter(path + '.tmp'))  # which flushes its files, and fails on all ranks alike
+        if master:
+            with open(os.path.join(path + '.tmp', 'info.pt'), 'wb') as f:
+                torch.save(facts | {'names': names, 'param_groups': torch.optim.Optimizer.state_dict(optimizer)['param_groups']}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            sync_folder(path + '.tmp')
+            previous_too = ckpt_is_ours or first_iter == 0  # what an earlier run left here is no fallback for this one
+            for stale in [path + '_prev'] * previous_too + [path] * (not ckpt_is_ours) + [path + '_best'] * best:
+                shutil.rmtree(stale, ignore_errors=True)
+            if ckpt_is_ours:
+                os.replace(path, path + '_prev')
+            os.replace(path + '.tmp', path)
+            if best:  # the same files once more, by links
+                shutil.copytree(path, path + '_best', copy_function=replace_with_link)
+            sync_folder(out_dir)
+    except (OSError, RuntimeError, CheckpointException) as e:
+        why = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(why)}") from e
+
+
+def sync_folder(path):
+    """Make renames in it last through a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def replace_with_link(path, other):
@@ -427,7 +595,7 @@ def log_evaluation(best):
     say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
         (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
     entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
-    if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and master:
+    if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and (master or mode == 'fsdp'):  # which gathers weights from all ranks
         entry['sample'] = write_sample()
     log('eval_steps', entry)
 
@@ -468,6 +636,7 @@ def on_signal(signum, frame):
 # ---------------------------------------------------------------------------------------------------------------------
 # set-up: processes, device, data, model
 rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
+mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
 master, last_line, stop_signal, signal_time = rank == 0, time.time(), 0, 0.0
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -478,8 +647,10 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
 with one_line_errors():
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device, dtype = pick_device(device, dtype)
+        device, gpus = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
+        if int(os.environ['LOCAL_RANK']) >= gpus:
+            raise ValueError(f"no GPU for local rank {os.environ['LOCAL_RANK']}: this machine has {gpus}; --nproc_per_node={gpus}")
+    device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)  # gloo has no mps
     if gradient_accumulation_steps % world_size:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
     if device.type == 'cpu':
@@ -518,7 +689,9 @@ with one_line_errors():
 if from_scratch:
     torch.manual_seed(seed)
     raw_model = GPT(model_config)
-raw_model.to(device).train()
+raw_model.train()
+if mode != 'fsdp':  # which moves a block at a time, and keeps a share of it
+    raw_model.to(device)
 block_size = model_config.block_size
 config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
 
@@ -530,14 +703,12 @@ if tokenizer is not None:  # padding has no text
 # optimizer
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+model, optimizer = parallelize(raw_model)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
-ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == 'ckpt.pt'  # not after going back to ckpt_prev.pt
+ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
-    for stored, now in zip(ckpt['optimizer']['param_groups'], optimizer.param_groups):
-        stored.update({k: v for k, v in now.items() if k != 'params'})  # or the old learning rate, betas and decay come back
     with one_line_errors():
-        optimizer.load_state_dict(ckpt['optimizer'])
+        load_optimizer(ckpt['optimizer'])
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
@@ -565,7 +736,7 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, 'ddp' if distributed else 'none', world_size)
+estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
     present = memory(device)
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
@@ -583,7 +754,7 @@ startup_info = {
     'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter // block_size} sequences, '
              f'{tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
     'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, '
-              f'{"DDP" if distributed else "one process"}, compile {compile} ({why})',
+              f'{dict(none="one process", ddp="DDP", zero1="ZeRO-1", fsdp="FSDP")[mode]}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',
     'FLOPs a token': f'{flops_token / 1e9:.4g} GFLOP to train, attention in full (' + ', '.join(f'{part} {3 * n / 1e9:.4g}' for part, n in parts.items()) +
                      f'); {raw_model.flops_per_token(causal=True) / 1e9:.4g} causal (half of the scores); '
@@ -631,14 +802,13 @@ if compile:
     with one_line_errors():
         compile = config['compile'] = compile_model(*train_loader.batch(np.arange(batch_size)))
     run_log['startup_info']['compiled'] = compile
-model = DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-stopping, grad_stats, recent_losses = 0, {}, collections.deque(maxlen=100)
+stopping, grad_stats, recent_losses, sum_shards = 0, {}, collections.deque(maxlen=100), all_reduce if mode == 'fsdp' else None
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -674,14 +844,13 @@ while True:
         outcome = signal.Signals(stopping).name if stopping else 'finished' if iter_num >= max_iters or eval_only else 'stopped early'
         break
 
-    # forward and backward, one micro-batch after another; ranks average their gradients with the last one
+    # forward and backward, one micro-batch after another; see sync_gradients for when ranks average
     t0 = time.time()
     for m in range(accumulation):
         with one_line_errors():
             X, Y = next(batches)
         torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # for dropout, so nothing needs saving
-        if distributed:
-            model.require_backward_grad_sync = m == accumulation - 1
+        sync_gradients(m == accumulation - 1)
         with autocast():
             loss = model(X, Y)[1] / accumulation
         scaler.scale(loss).backward()
@@ -691,10 +860,10 @@ while True:
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
-        grad_stats = gradient_statistics(raw_model) | dict(iter=iter_num)  # logged with the next log line
+        grad_stats = gradient_statistics(raw_model, sum_shards) | dict(iter=iter_num)  # logged with the next log line
         grad_norm = torch.tensor(grad_stats['norm'], device=device)
     else:
-        grad_norm = torch.nn.utils.get_total_norm(p.grad for p in raw_model.parameters() if p.grad is not None)
+        grad_norm = torch.linalg.vector_norm(gradient_norms([p.grad for p in raw_model.parameters() if p.grad is not None], sum_shards))
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if distributed:  # a signal that reached one rank stops them all
