@@ -638,6 +638,11 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out. Only CUDA has a type for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in str(error).lower() for s in ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed'))
+
+
 def check_crcs(path):
     """ValueError if what a checkpoint file holds does not match its own CRCs, which torch.load does not check."""
     with zipfile.ZipFile(path) as z:

@@ -406,11 +406,11 @@ def prepare(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
         try:
             runpy.run_path(str(script), run_name='__main__')
-            status, message = 0, ''
+            status = 0
         except SystemExit as e:
-            status, message = (1, e.code) if isinstance(e.code, str) else (e.code or 0, '')
+            status = e.code or 0
         printed = capsys.readouterr()
-        return status, message or printed.err or printed.out
+        return status, printed.err or printed.out
     return run
 
 
@@ -481,12 +481,11 @@ def test_prepare_errors_are_one_line(prepare, tmp_path, name, monkeypatch):
     (tmp_path / 'latin').write_bytes(b'caf\xe9')
     out = tmp_path / 'out'
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # nobody listens there, so the download fails at once
-    for flags, status, says in [(['--input=nowhere.txt'], 1, 'nowhere.txt'), ([f'--input={tmp_path}'], 1, tmp_path),
-                                ([f'--input={tmp_path}/empty'], 1, 'is empty'), ([f'--input={tmp_path}/latin'], 1, 'UTF-8'),
-                                (['--inptu=x'], 2, '--inptu'), (['x'], 2, 'x'), ([], 1, '--input=FILE')]:
-        got = prepare(name, f'--out_dir={out}', *flags)
-        assert got[0] == status
-        one_line(got[1], says, f'data/{name}/prepare.py')
+    for flags, says in [(['--input=nowhere.txt'], 'nowhere.txt'), ([f'--input={tmp_path}'], tmp_path), ([f'--input={tmp_path}/empty'], 'is empty'),
+                        ([f'--input={tmp_path}/latin'], 'UTF-8'), (['--inptu=x'], '--inptu'), (['x'], 'x'), ([], '--input=FILE')]:
+        status, printed = prepare(name, f'--out_dir={out}', *flags)
+        assert status == 2
+        one_line(printed, says, f'data/{name}/prepare.py')
         assert not out.exists()
 
 
@@ -512,9 +511,12 @@ def test_a_stopped_preparation_leaves_no_file_under_its_final_name(tmp_path, tex
     if stop == 'kill':
         assert done.returncode == -signal.SIGKILL
     else:
-        assert done.returncode == 1 and list(out.iterdir()) == []
+        assert done.returncode == 2 and list(out.iterdir()) == []
         one_line(done.stderr, 'File too large')
     assert not [path for path in out.iterdir() if path.suffix != '.tmp']
+    for folder in (out, tmp_path / 'other'):
+        assert subprocess.run([sys.executable, '-B', script, f'--input={text_file}', f'--out_dir={folder}'], capture_output=True).returncode == 0
+    assert read_meta(out) == read_meta(tmp_path / 'other') and (out / 'train.bin').read_bytes() == (tmp_path / 'other' / 'train.bin').read_bytes()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -566,8 +568,19 @@ def command(script, *flags, cwd=ROOT, env=None, launcher=(sys.executable,), text
                           capture_output=True, text=text, timeout=300)
 
 
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
 def train(text_set, out_dir, *flags, **kwargs):
     return command('train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', *flags, **kwargs)
+
+
+def start(text_set, out_dir, *flags, launcher=(sys.executable,)):
+    """A run that ends only when it is told to, at its iteration 5."""
+    process = subprocess.Popen([*launcher, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', '--max_iters=1000000', *flags], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert any(line.startswith('iter 5 ') for line in process.stdout)
+    return process
 
 
 def checkpoint(out_dir, name='ckpt.pt'):
@@ -694,12 +707,8 @@ def test_eval_loss_is_that_of_the_whole_split(text_set, finished, tmp_path):
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum, code):
     """A preempted run that loses its last iterations, or exits as if all was well."""
-    process = subprocess.Popen([sys.executable, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--max_iters=1000000'],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('iter 5 '):
-            process.send_signal(signum)
-            break
+    process = start(text_set, tmp_path)
+    process.send_signal(signum)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == code and 'saved' in rest
     reached, logged = checkpoint(tmp_path)['iter_num'], run_logs(tmp_path)[0]
@@ -712,7 +721,7 @@ def test_ddp_trains_as_one_process(text_set, finished, tmp_path):
     """Ranks that read the same data, or losses and gradients that are not averaged over micro-steps and ranks."""
     one, two = tmp_path / 'one', tmp_path / 'two'
     assert train(text_set, one, '--dropout=0.0').returncode == 0
-    done = train(text_set, two, '--dropout=0.0', launcher=(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'))
+    done = train(text_set, two, '--dropout=0.0', launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
     assert run_logs(two)[0]['eval_steps'][1]['val']['loss'] == pytest.approx(run_logs(one)[0]['eval_steps'][1]['val']['loss'], rel=0.1)
@@ -795,13 +804,8 @@ def test_a_run_that_is_not_finite_ends(text_set, tmp_path, flags):
 
 def test_a_signal_to_a_whole_torchrun_job_saves(text_set, tmp_path):
     """torchrun passes on the signal that its workers have got already: two, and they leave at once without a checkpoint."""
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *TINY, f'--dataset={text_set}',
-                                f'--out_dir={tmp_path}', '--max_iters=1000000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    for line in process.stdout:
-        if line.startswith('iter 5 '):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
+    process = start(text_set, tmp_path, launcher=TORCHRUN)
+    os.killpg(process.pid, signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and 'saved' in rest
     assert checkpoint(tmp_path)['iter_num'] == run_logs(tmp_path)[0]['summary']['iter_num'] >= 6
