@@ -14,6 +14,7 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 """
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import pickle
@@ -640,7 +641,8 @@ def first_line(error):
 
 def out_of_memory(error):
     """Whether an exception says that memory ran out. Only CUDA has a type for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in str(error).lower() for s in ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed'))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error).lower() for words in ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed', 'start new thread'))
 
 
 def check_crcs(path):
@@ -740,6 +742,15 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: 256 MiB at a time
             libc.mallopt(option, value)
+
+
+def release_freed_memory(device):
+    """Give back what torch or malloc keeps for the next tensor, when it is in the way of one of another size, or of a thread."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    elif hasattr(ctypes.CDLL(None), 'malloc_trim'):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(device):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import runpy
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -1031,11 +1033,13 @@ def test_a_cut_checkpoint_is_noticed(finished, tmp_path, keep):
 def test_nan_on_one_rank_stops_all_before_the_update(text_set, tmp_path):
     """One rank that stops while the other waits for it, or takes the step."""
     (tmp_path / 'sitecustomize.py').write_text('''
-import itertools, os
+import itertools, math, os
 if os.environ.get('RANK') == '1':
     import torch
     calls, embedding = itertools.count(), torch.nn.functional.embedding
-    torch.nn.functional.embedding = lambda *args: embedding(*args) * (float('nan') if next(calls) == 20 else 1)
+    def broken(idx, weight, **kwargs):
+        return embedding(idx, weight, **kwargs) * (math.nan if idx.device.type == 'cpu' and next(calls) == 20 else 1)
+    torch.nn.functional.embedding = broken
 ''')
     done = train(text_set, tmp_path / 'out', '--save_interval=1', launcher=TORCHRUN, env={'PYTHONPATH': str(tmp_path)})
     (stopped,) = re.findall(r'not finite at iteration (\d+): nothing saved', done.stdout)
@@ -1105,6 +1109,129 @@ def test_out_of_memory_that_cannot_be_helped_is_one_line(text_set, tmp_path):
     done = train(text_set, tmp_path / 'two', *BIG, launcher=('bash', '-c', LIMITED.format('d', 900_000), *TORCHRUN))
     assert done.returncode and '--batch_size=6 --gradient_accumulation_steps=4' in done.stderr
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two') == {}
+
+
+# the soak: python -m pytest -m soak --trials=20
+
+MODES = {  # name: (launcher, flags)
+    'one process': ((sys.executable,), ()),
+    'DDP x2': (TORCHRUN, ()),
+}
+
+
+@pytest.fixture
+def trials(request):
+    return range(request.config.getoption('--trials'))
+
+
+def children(pid):
+    """All processes under pid."""
+    found = [int(child) for path in Path(f'/proc/{pid}/task').glob('*/children') for child in path.read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds ranks in /proc')
+@pytest.mark.parametrize('mode', MODES)
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(text_set, tmp_path, trials, mode):
+    """A kill -9 that costs more than two iterations, a checkpoint that does not load, another run after it, processes that stay behind."""
+    launcher, flags = MODES[mode]
+    rng, killed, reached, writing = random.Random(1), tmp_path / 'killed', 0, 0
+    for trial in trials:
+        process = start(text_set, killed, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', *flags, launcher=launcher)
+        ranks = children(process.pid) if launcher == TORCHRUN else []
+        last, patience = 0, time.time() + rng.uniform(0, 1)
+        for line in process.stdout:
+            last = int(line.split()[1]) if line.startswith('iter ') else last
+            half_written = trial % 2 and (killed / 'ckpt.pt.tmp').exists()
+            if half_written or time.time() > patience:
+                break
+        os.kill(rng.choice(ranks) if ranks else process.pid, signal.SIGKILL)
+        rest = process.communicate(timeout=60)[0]
+        last = max([last, *map(int, re.findall('^iter ([0-9]+) .* left$', rest, re.M))])
+        writing += (killed / 'ckpt.pt.tmp').exists()
+        assert process.returncode and not [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]
+        assert last + 1 - 2 <= checkpoint(killed)['iter_num'] >= reached
+        reached = checkpoint(killed)['iter_num']
+    print(f'{mode}: killed {len(trials)} times in {reached} iterations, {writing} times with a checkpoint half written')
+    for out_dir in (killed, tmp_path / 'whole'):
+        done = train(text_set, out_dir, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', f'--max_iters={reached + 3}', *flags, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(killed))
+    assert losses(killed) == losses(tmp_path / 'whole') and len(losses(killed)) == reached + 3
+
+
+@pytest.mark.soak
+def test_damage_anywhere_in_a_checkpoint_is_noticed_or_harmless(text_set, finished, tmp_path, trials):
+    """Flipped bits and cuts that go into training: the run falls back to the checkpoint before and ends the same."""
+    rng, data, out_dir, noticed = random.Random(1), (finished[0] / 'ckpt.pt').read_bytes(), copy_run(finished[0], tmp_path / 'out'), 0
+    expected = checkpoint(finished[0])
+    for trial in trials:
+        for _ in range(50):  # the file alone
+            damaged = bytearray(data)
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            damaged = damaged[:rng.choice([len(data), len(data), rng.randrange(len(data))])]
+            (out_dir / 'ckpt.pt').write_bytes(damaged)
+            try:
+                assert_equal_states(expected, load_checkpoint(out_dir))
+            except ValueError:
+                noticed += 1
+        (out_dir / 'ckpt_prev.pt').write_bytes((finished[0] / 'ckpt_prev.pt').read_bytes())
+        done = train(text_set, out_dir, '--init_from=auto')  # a run with the last of them
+        assert done.returncode == 0, done.stderr
+        assert_equal_states(expected, checkpoint(out_dir))
+    print(f'{noticed} of {50 * len(trials)} damages noticed, the others harmless')
+
+
+@pytest.fixture(scope='module')
+def whole(text_set, tmp_path_factory):
+    """whole(mode): the folder of an uninterrupted run of 30 iterations, with a checkpoint at 10 as ckpt_10.pt."""
+    folders = {}
+
+    def run(mode):
+        if mode not in folders:
+            launcher, flags = MODES[mode]
+            out_dir = folders[mode] = tmp_path_factory.mktemp('whole') / 'out'
+            for max_iters in (10, 30):
+                done = train(text_set, out_dir, *flags, '--init_from=auto', '--dropout=0', f'--max_iters={max_iters}', launcher=launcher)
+                assert done.returncode == 0, done.stderr
+                (out_dir / f'ckpt_{max_iters}.pt').write_bytes((out_dir / 'ckpt.pt').read_bytes())
+        return folders[mode]
+    return run
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('second', MODES)
+@pytest.mark.parametrize('first', MODES)
+def test_a_run_goes_on_in_any_mode(text_set, whole, tmp_path, first, second):
+    """Moments or data lost on the way from one parallelism to another."""
+    launcher, flags = MODES[second]
+    out_dir = copy_run(whole(first), tmp_path / 'out', 'ckpt_10.pt')
+    done = train(text_set, out_dir, *flags, '--init_from=resume', '--dropout=0', '--max_iters=30', launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    expected = {it: loss for it, loss in losses(whole('one process')).items() if it >= 10}
+    assert len(expected) == 20 and losses(out_dir) == pytest.approx(expected, rel=1e-5)
+    if first == second:
+        assert_equal_states(checkpoint(whole(first)), checkpoint(out_dir))
+        assert losses(out_dir) == {it: loss for it, loss in losses(whole(first)).items() if it >= 10}
+    assert command('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu').returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one process'])
+def test_clean_runs_of_two_processes_all_exit_0(text_set, tmp_path, trials, mode):
+    """A rank that leaves while another still talks to it, now and then."""
+    launcher, flags = MODES[mode]
+    codes = [train(text_set, tmp_path / str(trial), *flags, '--max_iters=2', launcher=launcher).returncode for trial in trials]
+    assert codes == [0] * len(trials)
+
+
+@pytest.mark.soak
+def test_an_unreachable_wandb_delays_the_start_and_no_more(text_set, finished, tmp_path):
+    """A run that waits for a server, or is another run without it."""
+    done = train(text_set, tmp_path, '--wandb_log=True', env={'WANDB_BASE_URL': 'http://127.0.0.1:9', 'WANDB_API_KEY': 'x' * 40, 'WANDB_MODE': 'online'})
+    assert done.returncode == 0 and 'WARNING: going on without wandb' in done.stdout, done.stdout
+    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path))
 
 
 # bench.py

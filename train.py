@@ -13,7 +13,6 @@ import atexit
 import collections
 import contextlib
 import fcntl
-import gc
 import glob
 import itertools
 import json
@@ -38,7 +37,7 @@ from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, out_of_memory, peak_flops, pick_device)
+                   model_of, out_of_memory, peak_flops, pick_device, release_freed_memory)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -332,11 +331,9 @@ def fit_memory(step):
         batches.close()
         _, batch_size, gradient_accumulation_steps = less_memory()
         accumulation, batches = gradient_accumulation_steps, micro_batches()
-        gc.collect()
+        release_freed_memory(device)
         if compile:
             torch.compiler.reset()  # or it compiles for batches of any size, which is slower
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
         changed = dict(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
         config.update(changed)
         run_log.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
