@@ -15,6 +15,7 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 """
 import contextlib
 import ctypes
+import gc
 import io
 import math
 import os
@@ -644,6 +645,12 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out. Only CUDA has a type for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error).lower() for words in ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed', 'start new thread'))
+
+
 def check_crcs(path):
     """ValueError if what a checkpoint file (a path, or its bytes as a file) holds does not match its own CRCs, which torch.load does not check."""
     with zipfile.ZipFile(path) as z:
@@ -790,6 +797,15 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: 256 MiB at a time
             libc.mallopt(option, value)
+
+
+def release_freed_memory(device):
+    """Give back what torch or malloc keeps for the next tensor, when it is in the way of one of another size, or of a thread."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    elif hasattr(ctypes.CDLL(None), 'malloc_trim'):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(device):

@@ -45,7 +45,9 @@ def find_tokenizer(ckpt):
     if ckpt.get('tokenizer'):
         return get_tokenizer(ckpt['tokenizer'])
     dataset = (ckpt.get('config') or {}).get('dataset')
-    if isinstance(dataset, str) and dataset not in ('', '.', '..') and os.path.basename(dataset) == dataset:  # a checkpoint is no guide to other folders
+    if dataset is not None:
+        if not isinstance(dataset, str) or dataset in ('', '.', '..') or os.path.basename(dataset) != dataset:  # a checkpoint is no guide to other folders
+            raise ValueError(f"checkpoint '{ckpt['path']}' names no tokenizer, and its data set, {dataset!r:.100}, is no name of a folder in data/: refused")
         meta = read_meta(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset))
         if 'tokenizer' in meta:
             return get_tokenizer(meta['tokenizer'])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import runpy
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 from data.loader import Loader, permute, read_meta, write_dataset
 from data.source import download
 from data.tokenizer import TOKENIZERS, get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 T = 8  # block_size of the loader tests
@@ -406,11 +408,11 @@ def prepare(monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [str(script), *map(str, flags)])
         try:
             runpy.run_path(str(script), run_name='__main__')
-            status, message = 0, ''
+            status = 0
         except SystemExit as e:
-            status, message = (1, e.code) if isinstance(e.code, str) else (e.code or 0, '')
+            status = e.code or 0
         printed = capsys.readouterr()
-        return status, message or printed.err or printed.out
+        return status, printed.err or printed.out
     return run
 
 
@@ -481,12 +483,11 @@ def test_prepare_errors_are_one_line(prepare, tmp_path, name, monkeypatch):
     (tmp_path / 'latin').write_bytes(b'caf\xe9')
     out = tmp_path / 'out'
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # nobody listens there, so the download fails at once
-    for flags, status, says in [(['--input=nowhere.txt'], 1, 'nowhere.txt'), ([f'--input={tmp_path}'], 1, tmp_path),
-                                ([f'--input={tmp_path}/empty'], 1, 'is empty'), ([f'--input={tmp_path}/latin'], 1, 'UTF-8'),
-                                (['--inptu=x'], 2, '--inptu'), (['x'], 2, 'x'), ([], 1, '--input=FILE')]:
-        got = prepare(name, f'--out_dir={out}', *flags)
-        assert got[0] == status
-        one_line(got[1], says, f'data/{name}/prepare.py')
+    for flags, says in [(['--input=nowhere.txt'], 'nowhere.txt'), ([f'--input={tmp_path}'], tmp_path), ([f'--input={tmp_path}/empty'], 'is empty'),
+                        ([f'--input={tmp_path}/latin'], 'UTF-8'), (['--inptu=x'], '--inptu'), (['x'], 'x'), ([], '--input=FILE')]:
+        status, printed = prepare(name, f'--out_dir={out}', *flags)
+        assert status == 2
+        one_line(printed, says, f'data/{name}/prepare.py')
         assert not out.exists()
 
 
@@ -512,9 +513,12 @@ def test_a_stopped_preparation_leaves_no_file_under_its_final_name(tmp_path, tex
     if stop == 'kill':
         assert done.returncode == -signal.SIGKILL
     else:
-        assert done.returncode == 1 and list(out.iterdir()) == []
+        assert done.returncode == 2 and list(out.iterdir()) == []
         one_line(done.stderr, 'File too large')
     assert not [path for path in out.iterdir() if path.suffix != '.tmp']
+    for folder in (out, tmp_path / 'other'):
+        assert subprocess.run([sys.executable, '-B', script, f'--input={text_file}', f'--out_dir={folder}'], capture_output=True).returncode == 0
+    assert read_meta(out) == read_meta(tmp_path / 'other') and (out / 'train.bin').read_bytes() == (tmp_path / 'other' / 'train.bin').read_bytes()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -566,8 +570,19 @@ def command(script, *flags, cwd=ROOT, env=None, launcher=(sys.executable,), text
                           capture_output=True, text=text, timeout=300)
 
 
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
 def train(text_set, out_dir, *flags, **kwargs):
     return command('train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', *flags, **kwargs)
+
+
+def start(text_set, out_dir, *flags, launcher=(sys.executable,)):
+    """A run that ends only when it is told to, at the first of its iterations that ends in 5."""
+    process = subprocess.Popen([*launcher, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', '--max_iters=1000000', *flags], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert any(re.match(r'iter \d*5 ', line) for line in process.stdout)
+    return process
 
 
 def checkpoint(out_dir, name='ckpt.pt'):
@@ -694,12 +709,8 @@ def test_eval_loss_is_that_of_the_whole_split(text_set, finished, tmp_path):
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum, code):
     """A preempted run that loses its last iterations, or exits as if all was well."""
-    process = subprocess.Popen([sys.executable, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--max_iters=1000000'],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('iter 5 '):
-            process.send_signal(signum)
-            break
+    process = start(text_set, tmp_path)
+    process.send_signal(signum)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == code and 'saved' in rest
     reached, logged = checkpoint(tmp_path)['iter_num'], run_logs(tmp_path)[0]
@@ -708,7 +719,6 @@ def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum
     assert checkpoint(tmp_path)['iter_num'] == reached + 2
 
 
-TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 MODES = {'one': [], 'ddp': [], 'zero1': ['--use_zero1=True'], 'fsdp': ['--use_fsdp=True']}
 
 
@@ -1001,13 +1011,8 @@ def test_a_run_that_is_not_finite_ends(text_set, tmp_path, flags):
 
 def test_a_signal_to_a_whole_torchrun_job_saves(text_set, tmp_path):
     """torchrun passes on the signal that its workers have got already: two, and they leave at once without a checkpoint."""
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *TINY, f'--dataset={text_set}',
-                                f'--out_dir={tmp_path}', '--max_iters=1000000'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    for line in process.stdout:
-        if line.startswith('iter 5 '):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
+    process = start(text_set, tmp_path, launcher=TORCHRUN)
+    os.killpg(process.pid, signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and 'saved' in rest
     assert checkpoint(tmp_path)['iter_num'] == run_logs(tmp_path)[0]['summary']['iter_num'] >= 6
@@ -1073,7 +1078,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', 'block_size']),
     (['--use_fsdp=True'], ['use_fsdp', 'torchrun']), (['--sharded_checkpoint=True'], ['sharded_checkpoint', 'torchrun']), (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),
-    (['--beta2=1.5'], ['beta2']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
+    (['--beta2=1.5'], ['beta2']), (['--compile', 'False'], ['--compile=False']), (['--max_iters=0'], ['max_iters']), (['--max_iters=1.5'], ['max_iters', 'int']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
 def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
     """A traceback, or a folder half made, for a typing mistake."""
     done = train(text_set, tmp_path / 'out', *flags) if len(flags) else None
@@ -1159,6 +1164,286 @@ def test_sampling_mistakes_are_one_line(finished, flags, words):
     done = command('sample.py', f'--out_dir={finished[0]}', *flags)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()[-1:]) == 1 and 'Traceback' not in done.stderr
     assert all(word in done.stderr for word in words)
+
+
+# what a run must survive, each from outside; further down the same with many trials
+
+def refused(done, *words):
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stdout + done.stderr
+    one_line(done.stderr, *words)
+
+
+def contents(out_dir):
+    return {path.name: path.read_bytes() for path in Path(out_dir).glob('*.pt*')}
+
+
+def test_a_second_run_in_one_out_dir_is_refused(text_set, finished, tmp_path):
+    """Two runs that replace each other's checkpoints; a lock that outlives a kill."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    process = start(text_set, out_dir, '--init_from=resume', '--eval_interval=1000000')
+    before = contents(out_dir)
+    refused(train(text_set, out_dir, '--init_from=auto'), str(out_dir), f'process {process.pid} on ', '--out_dir')
+    refused(train(text_set, out_dir, '--overwrite=True'), f'process {process.pid} on ')
+    done = train(text_set, out_dir, '--init_from=auto', launcher=TORCHRUN)  # what rank 0 has met ends all ranks
+    assert done.returncode and f'process {process.pid} on ' in done.stderr and len(re.findall('^train.py: ', done.stderr, re.M)) == 1
+    assert contents(out_dir) == before
+    process.kill()
+    process.communicate()
+    assert train(text_set, out_dir, '--init_from=auto', '--max_iters=21').returncode == 0 and checkpoint(out_dir)['iter_num'] == 21
+
+
+def test_a_used_out_dir_is_replaced_only_when_asked(text_set, finished, tmp_path):
+    """A new run that overwrites a week of training, because --init_from=resume was forgotten."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    (out_dir / 'ckpt_prev.pt').write_bytes((finished[0] / 'ckpt_prev.pt').read_bytes())
+    before = contents(out_dir)
+    for flags in ((), (f'--init_from={finished[0]}',)):
+        refused(train(text_set, out_dir, *flags), str(out_dir), 'ckpt.pt', '--init_from=resume', '--init_from=auto', '--out_dir', '--overwrite=True')
+    assert train(text_set, out_dir, '--eval_only=True').returncode == 0 and contents(out_dir) == before
+    (out_dir / 'ckpt.pt').unlink()
+    done = train(text_set, out_dir, '--init_from=auto')  # goes on from the one before it
+    assert done.returncode == 0 and done.stdout.count('WARNING') == 1
+    assert_equal_states(checkpoint(finished[0]), checkpoint(out_dir))
+    done = train(text_set, out_dir, '--overwrite=True', '--max_iters=2')
+    assert done.returncode == 0 and 'WARNING: overwrite' in done.stdout
+    assert checkpoint(out_dir)['iter_num'] == 2 and set(contents(out_dir)) == {'ckpt.pt', 'ckpt_best.pt'}
+    assert train(text_set, tmp_path / 'new', '--init_from=auto', '--max_iters=1').returncode == 0 and checkpoint(tmp_path / 'new')['iter_num'] == 1
+
+
+LIMITED = 'ulimit -{} {}; exec "$0" "$@"'
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(text_set, finished, tmp_path):
+    """Exit status 0 without the final checkpoint; half a file over the last good one."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    before = contents(out_dir)
+    done = train(text_set, out_dir, '--init_from=resume', '--max_iters=21', launcher=('bash', '-c', LIMITED.format('f', 100), sys.executable))
+    refused(done, out_dir / 'ckpt.pt', 'untouched')
+    assert contents(out_dir) == before and [e['iter'] for e in run_logs(out_dir)[0]['training_iterations']] == [20]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which('setpriv'), reason='root writes everywhere')
+def test_a_read_only_out_dir_is_refused(text_set, finished, tmp_path):
+    """A run that finds out at its first checkpoint."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    launcher = ('setpriv', '--bounding-set=-dac_override', sys.executable) if os.geteuid() == 0 else (sys.executable,)
+    out_dir.chmod(0o555)
+    refused(train(text_set, out_dir, '--init_from=auto', '--max_iters=21', launcher=launcher), str(out_dir), 'writable')
+    refused(train(text_set, out_dir / 'new', launcher=launcher), str(out_dir / 'new'))
+    out_dir.chmod(0o755)
+    assert os.listdir(out_dir) == ['ckpt.pt']
+
+
+@pytest.mark.parametrize('keep', [lambda n: 0, lambda n: n // 10, lambda n: n // 2, lambda n: n - 1])
+def test_a_cut_checkpoint_is_noticed(finished, tmp_path, keep):
+    """A copy that ran out of disk."""
+    data = (finished[0] / 'ckpt.pt').read_bytes()
+    (tmp_path / 'ckpt.pt').write_bytes(data[:keep(len(data))])
+    with pytest.raises(ValueError) as e:
+        load_checkpoint(tmp_path)
+    one_line(e.value, tmp_path / 'ckpt.pt')
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(text_set, tmp_path):
+    """One rank that stops while the other waits for it, or takes the step."""
+    (tmp_path / 'sitecustomize.py').write_text('''
+import itertools, math, os
+if os.environ.get('RANK') == '1':
+    import torch
+    calls, embedding = itertools.count(), torch.nn.functional.embedding
+    def broken(idx, *args, **kwargs):
+        out = embedding(idx, *args, **kwargs)
+        return out * math.nan if idx.device.type == 'cpu' and next(calls) == 20 else out
+    torch.nn.functional.embedding = broken
+''')
+    done = train(text_set, tmp_path / 'out', '--save_interval=1', launcher=TORCHRUN, env={'PYTHONPATH': str(tmp_path)})
+    (stopped,) = re.findall(r'not finite at iteration (\d+): nothing saved', done.stdout)
+    assert done.returncode and 0 < int(stopped) < 20 and checkpoint(tmp_path / 'out')['iter_num'] == int(stopped)
+    for path in (tmp_path / 'out').glob('*.pt'):
+        assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path / 'out', path.name)['model'].values()), path
+
+
+def test_checkpoints_cannot_run_code_or_point_elsewhere(text_set, finished, tmp_path):
+    """torch.load runs what a pickle names; a data set of '../..' has a meta.pkl of somebody else's."""
+    Bomb.path = tmp_path / 'executed'
+    for data in (pickle.dumps(Bomb()), None):
+        out_dir = copy_run(finished[0], tmp_path / ('raw' if data else 'zip'))
+        if data:
+            (out_dir / 'ckpt.pt').write_bytes(data)
+        else:
+            torch.save(checkpoint(finished[0]) | {'config': Bomb()}, out_dir / 'ckpt.pt')
+        refused(command('sample.py', f'--out_dir={out_dir}'), out_dir / 'ckpt.pt')
+        refused(train(text_set, out_dir, '--init_from=auto', '--max_iters=21'), out_dir / 'ckpt.pt')
+    assert not Bomb.path.exists()
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Bomb()))
+    nanogpt = {k: v for k, v in checkpoint(finished[0]).items() if k != 'tokenizer'}
+    for dataset in (str(tmp_path), f'../../{tmp_path}', '..', 7):
+        torch.save(nanogpt | {'config': {'dataset': dataset}}, tmp_path / 'ckpt.pt')
+        done = command('sample.py', f'--out_dir={tmp_path}')
+        refused(done, tmp_path / 'ckpt.pt', 'data set', repr(dataset))
+        assert done.stdout == '' and not Bomb.path.exists()
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_an_id_past_the_vocabulary_ends_the_run(tmp_path, split):
+    """On a GPU a failed assertion in a kernel, with checkpoints of whatever was trained before it."""
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 5, 'itos': dict(enumerate('abcde'))}))
+    for name in ('train', 'val'):
+        (np.arange(200) % (6 if name == split else 5)).astype('<u2').tofile(tmp_path / f'{name}.bin')
+    refused(train(tmp_path, tmp_path / 'out', '--dropout=0'), tmp_path / f'{split}.bin', 'id 5 at token ', 'vocab_size 5')
+    assert contents(tmp_path / 'out') == {}
+
+
+BIG = '--block_size=512 --n_head=8 --attention_backend=manual --batch_size=12 --gradient_accumulation_steps=2 --max_iters=3 --dropout=0 --eval_iters=1'.split()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits of data segments are Linux\'s')
+def test_out_of_memory_shrinks_the_micro_batch_and_not_the_step(text_set, tmp_path):
+    """A run that ends for want of memory that it can do without; fewer tokens a step, or other ones, in silence."""
+    limited = ('bash', '-c', LIMITED.format('d', 900_000), sys.executable)
+    done = train(text_set, tmp_path / 'limited', *BIG, launcher=limited)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shrunk, accumulated = map(int, re.findall(r'out of memory at iteration 0: .* batch_size=(\d+) and gradient_accumulation_steps=(\d+)', done.stdout)[-1])
+    assert shrunk in (6, 3, 1) and shrunk * accumulated == 12 * 2
+    assert run_logs(tmp_path / 'limited')[0]['out_of_memory'][-1] == dict(iter=0, batch_size=shrunk, gradient_accumulation_steps=accumulated)
+    flags = f'--batch_size={shrunk}', f'--gradient_accumulation_steps={accumulated}', f'--eval_iters={12 // shrunk}'
+    assert train(text_set, tmp_path / 'small', *BIG, *flags).returncode == 0
+    assert_equal_states(checkpoint(tmp_path / 'small'), checkpoint(tmp_path / 'limited'))
+    assert train(text_set, tmp_path / 'free', *BIG).returncode == 0
+    assert list(losses(tmp_path / 'limited').values()) == pytest.approx(list(losses(tmp_path / 'free').values()), rel=1e-5)
+    evals = [[e['val']['loss'] for e in run_logs(tmp_path / name)[0]['eval_steps']] for name in ('limited', 'free')]
+    assert evals[0] == pytest.approx(evals[1], rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits of data segments are Linux\'s')
+def test_out_of_memory_that_cannot_be_helped_is_one_line(text_set, tmp_path):
+    """A traceback of the allocator's; several ranks that wait for the one that has gone."""
+    flags = '--block_size=2048', '--batch_size=1', '--gradient_accumulation_steps=2'
+    refused(train(text_set, tmp_path / 'one', *BIG, *flags, launcher=('bash', '-c', LIMITED.format('d', 600_000), sys.executable)),
+            'out of memory', '--activation_checkpointing=True', '--block_size')
+    done = train(text_set, tmp_path / 'two', *BIG, launcher=('bash', '-c', LIMITED.format('d', 900_000), *TORCHRUN))
+    assert done.returncode and '--batch_size=6 --gradient_accumulation_steps=4' in done.stderr
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'two') == {}
+
+
+# the soak: python -m pytest -m soak --trials=20
+
+MODES = {  # name: (launcher, flags)
+    'one process': ((sys.executable,), ()),
+    'DDP x2': (TORCHRUN, ()),
+}
+
+
+@pytest.fixture
+def trials(request):
+    return range(request.config.getoption('--trials'))
+
+
+def children(pid):
+    """All processes under pid."""
+    found = [int(child) for path in Path(f'/proc/{pid}/task').glob('*/children') for child in path.read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds ranks in /proc')
+@pytest.mark.parametrize('mode', MODES)
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(text_set, tmp_path, trials, mode):
+    """A kill -9 that costs more than two iterations, a checkpoint that does not load, another run after it, processes that stay behind."""
+    launcher, flags = MODES[mode]
+    rng, killed, reached, writing = random.Random(1), tmp_path / 'killed', 0, 0
+    for trial in trials:
+        process = start(text_set, killed, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', *flags, launcher=launcher)
+        ranks = children(process.pid) if launcher == TORCHRUN else []
+        until = time.time() + rng.uniform(0, 1)
+        while not (trial % 2 and (killed / 'ckpt.pt.tmp').exists()) and time.time() < until + 10 * (trial % 2):
+            pass
+        os.kill(rng.choice(ranks) if ranks else process.pid, signal.SIGKILL)
+        printed = process.communicate(timeout=60)[0]
+        last = max(map(int, re.findall('^iter ([0-9]+) .* left$', printed, re.M)), default=0)
+        writing += (killed / 'ckpt.pt.tmp').exists()
+        assert process.returncode and not [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]
+        assert last + 1 - 2 <= checkpoint(killed)['iter_num'] >= reached
+        reached = checkpoint(killed)['iter_num']
+    print(f'{mode}: killed {len(trials)} times in {reached} iterations, {writing} times with a checkpoint half written')
+    for out_dir in (killed, tmp_path / 'whole'):
+        done = train(text_set, out_dir, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', f'--max_iters={reached + 3}', *flags, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(killed))
+    assert losses(killed) == losses(tmp_path / 'whole') and len(losses(killed)) == reached + 3
+
+
+@pytest.mark.soak
+def test_damage_anywhere_in_a_checkpoint_is_noticed_or_harmless(text_set, finished, tmp_path, trials):
+    """Flipped bits and cuts that go into training: the run falls back to the checkpoint before and ends the same."""
+    rng, data, out_dir, noticed = random.Random(1), (finished[0] / 'ckpt.pt').read_bytes(), copy_run(finished[0], tmp_path / 'out'), 0
+    expected = checkpoint(finished[0])
+    for trial in trials:
+        for _ in range(50):  # the file alone
+            damaged = bytearray(data)
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            damaged = damaged[:rng.choice([len(data), len(data), rng.randrange(len(data))])]
+            (out_dir / 'ckpt.pt').write_bytes(damaged)
+            try:
+                assert_equal_states(expected, load_checkpoint(out_dir))
+            except ValueError:
+                noticed += 1
+        (out_dir / 'ckpt_prev.pt').write_bytes((finished[0] / 'ckpt_prev.pt').read_bytes())
+        done = train(text_set, out_dir, '--init_from=auto')  # a run with the last of them
+        assert done.returncode == 0, done.stderr
+        assert_equal_states(expected, checkpoint(out_dir))
+    print(f'{noticed} of {50 * len(trials)} damages noticed, the others harmless')
+
+
+@pytest.fixture(scope='module')
+def whole(text_set, tmp_path_factory):
+    """whole(mode): the folder of an uninterrupted run of 30 iterations, with a checkpoint at 10 as ckpt_10.pt."""
+    folders = {}
+
+    def run(mode):
+        if mode not in folders:
+            launcher, flags = MODES[mode]
+            out_dir = folders[mode] = tmp_path_factory.mktemp('whole') / 'out'
+            for max_iters in (10, 30):
+                done = train(text_set, out_dir, *flags, '--init_from=auto', '--dropout=0', f'--max_iters={max_iters}', launcher=launcher)
+                assert done.returncode == 0, done.stderr
+                (out_dir / f'ckpt_{max_iters}.pt').write_bytes((out_dir / 'ckpt.pt').read_bytes())
+        return folders[mode]
+    return run
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('second', MODES)
+@pytest.mark.parametrize('first', MODES)
+def test_a_run_goes_on_in_any_mode(text_set, whole, tmp_path, first, second):
+    """Moments or data lost on the way from one parallelism to another."""
+    launcher, flags = MODES[second]
+    out_dir = copy_run(whole(first), tmp_path / 'out', 'ckpt_10.pt')
+    done = train(text_set, out_dir, *flags, '--init_from=resume', '--dropout=0', '--max_iters=30', launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    expected = {it: loss for it, loss in losses(whole('one process')).items() if it >= 10}
+    assert len(expected) == 20 and losses(out_dir) == pytest.approx(expected, rel=1e-5)
+    if first == second:
+        assert_equal_states(checkpoint(whole(first)), checkpoint(out_dir))
+        assert losses(out_dir) == {it: loss for it, loss in losses(whole(first)).items() if it >= 10}
+    assert command('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu').returncode == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one process'])
+def test_clean_runs_of_two_processes_all_exit_0(text_set, tmp_path, trials, mode):
+    """A rank that leaves while another still talks to it, now and then."""
+    launcher, flags = MODES[mode]
+    codes = [train(text_set, tmp_path / str(trial), *flags, '--max_iters=2', launcher=launcher).returncode for trial in trials]
+    assert codes == [0] * len(trials)
+
+
+@pytest.mark.soak
+def test_an_unreachable_wandb_delays_the_start_and_no_more(text_set, finished, tmp_path):
+    """A run that waits for a server, or is another run without it."""
+    done = train(text_set, tmp_path, '--wandb_log=True', env={'WANDB_BASE_URL': 'http://127.0.0.1:9', 'WANDB_API_KEY': 'x' * 40, 'WANDB_MODE': 'online'})
+    assert done.returncode == 0 and 'WARNING: going on without wandb' in done.stdout, done.stdout
+    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path))
 
 
 # bench.py

@@ -13,6 +13,7 @@ and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init
 import atexit
 import collections
 import contextlib
+import fcntl
 import glob
 import itertools
 import json
@@ -20,6 +21,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,7 @@ from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, newest_checkpoint, peak_flops, pick_device)
+                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -49,6 +51,7 @@ eval_only = False  # evaluate once and leave
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint) or another run's out_dir (its weights, to fine-tune)
+overwrite = False  # a new run may replace the checkpoints of an earlier one in out_dir
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval = 10  # iterations between gradient statistics in the run log: norm a layer, mean, std; 0: only the global norm
@@ -119,13 +122,16 @@ globals().update(config)
 
 @contextlib.contextmanager
 def one_line_errors():
-    """For what depends on a person's files and flags: a ValueError or OSError becomes one line and exit status 2."""
+    """For what depends on a person's files, flags and memory: a ValueError, OSError or lack of memory becomes one line and exit status 2."""
     try:
         yield
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, (RuntimeError, MemoryError)) and not out_of_memory(e):
+            raise
+        message = str(e) if isinstance(e, (ValueError, OSError)) else f'out of memory; to need less: {less_memory()[0]} ({first_line(e)[:200]})'
         if rank:  # what only one rank has met is not seen by rank 0
-            print(f'train.py: rank {rank}: {first_line(e)}', file=sys.stderr, flush=True)
-        fail(str(e))
+            print(f'train.py: rank {rank}: {first_line(message)}', file=sys.stderr, flush=True)
+        fail(message)
 
 
 def say(text):
@@ -209,14 +215,44 @@ def get_lr(it):
     return min_lr + coeff * (learning_rate - min_lr)
 
 
+def lock_out_dir():
+    """
+    Hold out_dir/lock, once there is an out_dir, for as long as this process lives: the kernel gives it back, also after kill -9. Rank 0
+    takes it; if another run has it, all ranks leave.
+    """
+    global lock
+    refusal = ''
+    if os.path.isdir(out_dir) and not os.access(out_dir, os.W_OK):
+        raise ValueError(f"out_dir '{out_dir}' is not writable")
+    if master and lock is None and os.path.isdir(out_dir):
+        lock = open(os.path.join(out_dir, 'lock'), 'a+', encoding='utf-8')
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+            lock.flush()
+        except BlockingIOError:
+            lock.seek(0)
+            refusal = f"out_dir '{out_dir}' is in use by another run, {lock.read() or 'just starting'}; --out_dir=... gives this one another"
+        except OSError as e:
+            say(f"WARNING: '{lock.name}' cannot be locked here, so a second run in this out_dir would not be noticed: {first_line(e)}")
+    if all_reduce(torch.tensor(bool(refusal), dtype=torch.int32, device=device), dist.ReduceOp.MAX).item():
+        fail(refusal)
+
+
 def starting_point():
     """(GPTConfig, None, None) for a new model; (config, model, None) for another run's weights; (config, model, checkpoint) to resume."""
     newest = newest_checkpoint(out_dir)
-    if init_from == 'scratch' or init_from == 'auto' and not newest:
-        if newest:
-            say(f"WARNING: '{out_dir}' holds a run, whose checkpoints this one will replace; --init_from=resume continues it, --out_dir=... keeps it")
+    used = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt_sharded', 'ckpt_sharded_prev') if os.path.exists(os.path.join(out_dir, name))]
+    resuming = init_from == 'resume' or init_from == 'auto' and bool(used)
+    previous = os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(newest or '') else 'ckpt_prev.pt')
+    if used and not resuming and not eval_only:
+        if not overwrite:
+            raise ValueError(f"out_dir '{out_dir}' holds a run ({', '.join(used)}): --init_from=resume or --init_from=auto continues it, another --out_dir "
+                             'keeps it, --overwrite=True replaces it')
+        say(f"WARNING: overwrite=True: this run will replace the checkpoints in '{out_dir}'")
+    if not resuming and init_from in ('scratch', 'auto'):
         return GPTConfig.from_settings(config, data_vocab), None, None
-    resuming, previous = init_from in ('resume', 'auto'), os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(newest or '') else 'ckpt_prev.pt')
     if not resuming and not os.path.exists(init_from):
         raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
@@ -373,18 +409,77 @@ def whole_states():
     return model_state, optim | {'state': {i: {k: whole(v) for k, v in state.items()} for i, state in optim['state'].items()}}
 
 
-def compile_model(X, Y):
+def less_memory():
+    """(flags, batch_size, gradient_accumulation_steps) of the next smaller micro-batch that keeps the tokens of an iteration, if there is one."""
+    if batch_size in (1, 'auto'):
+        return '--activation_checkpointing=True, a smaller --block_size or a smaller model', None, None
+    parts = next(n for n in range(2, batch_size + 1) if batch_size % n == 0)
+    smaller, more = batch_size // parts, gradient_accumulation_steps * parts
+    return f'--batch_size={smaller} --gradient_accumulation_steps={more}, which are as many tokens an iteration', smaller, more
+
+
+def fit_memory(step):
+    """
+    What step() returns; where one process runs out of memory, after doing it again in smaller micro-batches, and more of them, which read
+    the same windows. Several processes would have to agree on that first: they end, with the flags to use.
+    """
+    global batch_size, gradient_accumulation_steps, accumulation, batches
+    while True:
+        with one_line_errors():
+            try:
+                return step()
+            except (RuntimeError, MemoryError) as e:
+                if distributed or batch_size == 1 or not out_of_memory(e):
+                    raise
+        # only here, where the error is gone, is the memory that its frames held free
+        raw_model.zero_grad(set_to_none=True)
+        batches.close()
+        _, batch_size, gradient_accumulation_steps = less_memory()
+        accumulation, batches = gradient_accumulation_steps, micro_batches()
+        release_freed_memory(device)
+        if compile:
+            torch.compiler.reset()  # or it compiles for batches of any size, which is slower
+        changed = dict(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+        config.update(changed)
+        run_log.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
+        say(f'out of memory at iteration {iter_num}: once more, and from here on, with batch_size={batch_size} and gradient_accumulation_steps='
+            f'{gradient_accumulation_steps}, the same {tokens_per_iter:,} tokens an iteration')
+
+
+def micro_batches():
+    """The micro-batches of this rank, from iteration iter_num to the end of time. Which windows an iteration reads does not depend on their size."""
+    return train_loader.stream(np.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size
+                               for it in itertools.count(iter_num) for m in range(accumulation))
+
+
+def forward_backward():
+    """The gradients of iteration iter_num, one micro-batch after another; ranks average them with the last one. Returns this rank's mean loss."""
+    total = torch.zeros((), device=device)
+    for m in range(accumulation):
+        X, Y = next(batches)
+        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # for dropout, so nothing needs saving
+        sync_gradients(m == accumulation - 1)
+        with autocast():
+            loss = model(X, Y)[1] / accumulation
+        scaler.scale(loss).backward()
+        total += loss.detach()
+        show_progress(f'iteration {iter_num}: micro-batch {m + 1}/{accumulation}')
+    return total
+
+
+def compile_model():
     """Compile in place and try one forward and backward; a compiler that fails here (no C++ compiler, say) costs one warning, not the run."""
     t0, compiled = time.time(), raw_model.transformer.h if mode == 'fsdp' else [raw_model]  # FSDP's gathering between blocks cannot be compiled
+    X, Y = train_loader.batch(np.arange(batch_size))
     say('compiling the model (a minute or so) ...')
     for module in compiled:
         module.compile()
     try:
         with autocast():
             raw_model(X, Y)[1].backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:  # whatever the compiler and its tools raise
+        if out_of_memory(e):
+            raise
         say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
         for module in compiled:
             module._compiled_call_impl = None
@@ -407,7 +502,7 @@ def estimate_loss():
     raw_model.eval()
     out = {}
     for split, loader in eval_loaders.items():
-        n = min(eval_iters * batch_size, loader.n_windows)
+        n = min(eval_windows, loader.n_windows)
         steps = math.ceil(n / (batch_size * world_size))
         indices = [np.arange(batch_size) + (i * world_size + rank) * batch_size for i in range(steps)]
         total, n_bytes = torch.zeros((), device=device), 0
@@ -485,6 +580,7 @@ def write_checkpoint(path, ckpt, best):
             f.flush()
             os.fsync(f.fileno())
         check_crcs(path + '.tmp')
+        write_log()  # first, so that a kill leaves no iteration that neither the log nor a resumed run has
         if ckpt_is_ours:
             replace_with_link(path, previous)
         os.replace(path + '.tmp', path)
@@ -637,7 +733,7 @@ def on_signal(signum, frame):
 # set-up: processes, device, data, model
 rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
 mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
-master, last_line, stop_signal, signal_time = rank == 0, time.time(), 0, 0.0
+master, last_line, stop_signal, signal_time, lock = rank == 0, time.time(), 0, 0.0, None
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
 data_dir = os.path.join(HERE, 'data', dataset)
@@ -663,6 +759,7 @@ with one_line_errors():
         dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo',
                                 device_id=device if device.type == 'cuda' else None)
     prepare_data()
+    lock_out_dir()
     meta = read_meta(data_dir)
     try:  # a data set without meta.json is nanoGPT's, in GPT-2's tokens
         tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
@@ -684,8 +781,7 @@ with one_line_errors():
             dist.destroy_process_group()
         raise SystemExit(0)
     os.makedirs(out_dir, exist_ok=True)
-    if not os.access(out_dir, os.W_OK):
-        raise ValueError(f"out_dir '{out_dir}' is not writable")
+    lock_out_dir()
 if from_scratch:
     torch.manual_seed(seed)
     raw_model = GPT(model_config)
@@ -725,7 +821,8 @@ peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_fl
 if distributed:  # ranks must come to the same conclusions
     peak = all_reduce(torch.tensor(peak, dtype=torch.float64, device=device)).item() / world_size
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
-eval_tokens = sum(min(eval_iters * batch_size, loader.n_windows) * block_size for loader in eval_loaders.values())
+eval_windows = eval_iters * batch_size  # of each split, also if micro-batches have to shrink
+eval_tokens = sum(min(eval_windows, loader.n_windows) * block_size for loader in eval_loaders.values())
 evals = (max_iters - iter_num) // eval_interval + 1
 expected = ((max_iters - iter_num) * tokens_per_iter + evals * eval_tokens / 3) / tokens_at_half_peak  # seconds; an evaluation is forward only
 why = 'as asked' if 'compile' in given else 'as before' if compile != 'auto' else 'default on a GPU' if device.type == 'cuda' else \
@@ -795,12 +892,9 @@ if wandb_log and master:
         say(f"WARNING: going on without wandb: {first_line(e)}" + (' (pip install wandb)' if isinstance(e, ImportError) else ''))
         wandb = None
 
-batch_indices = (np.arange(batch_size) + (it * gradient_accumulation_steps + m * world_size + rank) * batch_size
-                 for it in itertools.count(iter_num) for m in range(accumulation))
-batches = train_loader.stream(batch_indices)
+batches = micro_batches()
 if compile:
-    with one_line_errors():
-        compile = config['compile'] = compile_model(*train_loader.batch(np.arange(batch_size)))
+    compile = config['compile'] = fit_memory(compile_model)
     run_log['startup_info']['compiled'] = compile
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
@@ -820,7 +914,7 @@ while True:
     best, save = False, stopping or save_interval and iter_num % save_interval == 0
     if (iter_num % eval_interval == 0 or finished) and not stopping:
         t0 = time.time()
-        last_losses = estimate_loss()
+        last_losses = fit_memory(estimate_loss)
         val_loss = last_losses['val']['loss']
         if not math.isfinite(val_loss):
             say(f'val loss is not finite at iteration {iter_num}: nothing saved; {STEADIER}')
@@ -844,18 +938,9 @@ while True:
         outcome = signal.Signals(stopping).name if stopping else 'finished' if iter_num >= max_iters or eval_only else 'stopped early'
         break
 
-    # forward and backward, one micro-batch after another; see sync_gradients for when ranks average
+    # forward and backward, in micro-batches
     t0 = time.time()
-    for m in range(accumulation):
-        with one_line_errors():
-            X, Y = next(batches)
-        torch.manual_seed(((seed * 1_000_003 + iter_num) * 1_000_003 + m * world_size + rank) % 2**63)  # for dropout, so nothing needs saving
-        sync_gradients(m == accumulation - 1)
-        with autocast():
-            loss = model(X, Y)[1] / accumulation
-        scaler.scale(loss).backward()
-        loss_sum += loss.detach()
-        show_progress(f'iteration {iter_num}: micro-batch {m + 1}/{accumulation}')
+    loss_sum += fit_memory(forward_backward)
 
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
@@ -870,7 +955,8 @@ while True:
         stopping = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX).item()
     finite = scaler.is_enabled() or math.isfinite(grad_norm.item())
     if finite:
-        scaler.step(optimizer)  # with fp16 it skips a step whose gradients are not finite, and lowers its scale
+        with one_line_errors():
+            scaler.step(optimizer)  # with fp16 it skips a step whose gradients are not finite, and lowers its scale
         scaler.update()
     if not finite or scaler.is_enabled() and scaler.get_scale() < 1:  # 17 skips in a row, from 2^16
         say(f'loss or gradient is not finite at iteration {iter_num}: nothing saved; {STEADIER}')

@@ -65,6 +65,7 @@ always_save_checkpoint = True  # False: only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 init_from = 'scratch'  # scratch | resume | auto (resume if there is something to resume) | another run's out_dir, to fine-tune it
+overwrite = False  # True: a new run may replace the checkpoints of an earlier one in out_dir
 wandb_log = False  # True | False
 wandb_project = 'plaingpt'
 wandb_run_name = 'custom'

@@ -1,5 +1,6 @@
 # The first minute, on a laptop's CPU: 820,352 parameters, bytes of the Python standard library
 out_dir = 'out-quick-test'
+overwrite = True  # a run of a minute, to be run again and again: each replaces the one before
 dataset = 'pystdlib'  # read from this Python, nothing to download
 device = 'auto'
 dtype = 'auto'  # bfloat16 where the hardware has units for it

@@ -1,7 +1,6 @@
 """What the prepare.py scripts share: flags, the text to prepare, and errors of one line."""
 import argparse
 import http.client
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -17,7 +16,7 @@ def run(prepare, script, doc, takes_input=True):
     """Call prepare(out_dir) or prepare(out_dir, input) from the command line of a prepare.py.
 
     script and doc are its __file__ and __doc__; out_dir is a Path, the script's folder by default; input is a path or
-    None. A ValueError or OSError ends it with one line on stderr and status 1, a wrong flag with status 2."""
+    None. A ValueError, an OSError and a wrong flag end it with one line on stderr and status 2."""
     script = Path(script).resolve()
     parser = _Parser(prog='/'.join(script.parts[-3:]), description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,7 +26,7 @@ def run(prepare, script, doc, takes_input=True):
     try:
         prepare(**vars(parser.parse_args()))
     except (OSError, ValueError) as e:
-        sys.exit(f'{parser.prog}: {e}')
+        parser.exit(2, f'{parser.prog}: {e}\n')
 
 
 def read_text(path):
