@@ -719,12 +719,13 @@ def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum
     assert checkpoint(tmp_path)['iter_num'] == reached + 2
 
 
-MODES = {'one': [], 'ddp': [], 'zero1': ['--use_zero1=True'], 'fsdp': ['--use_fsdp=True']}
+MODES = {'one': ((sys.executable,), []), 'ddp': (TORCHRUN, []), 'zero1': (TORCHRUN, ['--use_zero1=True']), 'fsdp': (TORCHRUN, ['--use_fsdp=True'])}  # launcher, flags
 
 
 def train_mode(mode, text_set, out_dir, *flags, **kwargs):
     """Dropout 0, because it is drawn a rank and not a sequence."""
-    return train(text_set, out_dir, '--dropout=0.0', *MODES[mode], *flags, **kwargs, **({} if mode == 'one' else {'launcher': TORCHRUN}))
+    launcher, more = MODES[mode]
+    return train(text_set, out_dir, '--dropout=0.0', *more, *flags, launcher=launcher, **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -880,7 +881,7 @@ finally:
 def test_bytes_of_model_states_a_rank_are_those_of_the_formulas(text_set, tmp_path, mode, per_parameter):
     """Sharding that is switched on and saves nothing: every parameter, gradient and moment that each of two ranks holds after a step."""
     (tmp_path / 'count.py').write_text(COUNT_BYTES)
-    done = command(tmp_path / 'count.py', tmp_path, ROOT / 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path / "out"}', '--max_iters=2', *MODES[mode],
+    done = command(tmp_path / 'count.py', tmp_path, ROOT / 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path / "out"}', '--max_iters=2', *MODES[mode][1],
                    launcher=TORCHRUN, env={'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1)]
@@ -1328,12 +1329,6 @@ def test_out_of_memory_that_cannot_be_helped_is_one_line(text_set, tmp_path):
 
 # the soak: python -m pytest -m soak --trials=20
 
-MODES = {  # name: (launcher, flags)
-    'one process': ((sys.executable,), ()),
-    'DDP x2': (TORCHRUN, ()),
-}
-
-
 @pytest.fixture
 def trials(request):
     return range(request.config.getoption('--trials'))
@@ -1421,7 +1416,7 @@ def test_a_run_goes_on_in_any_mode(text_set, whole, tmp_path, first, second):
     out_dir = copy_run(whole(first), tmp_path / 'out', 'ckpt_10.pt')
     done = train(text_set, out_dir, *flags, '--init_from=resume', '--dropout=0', '--max_iters=30', launcher=launcher)
     assert done.returncode == 0, done.stderr
-    expected = {it: loss for it, loss in losses(whole('one process')).items() if it >= 10}
+    expected = {it: loss for it, loss in losses(whole('one')).items() if it >= 10}
     assert len(expected) == 20 and losses(out_dir) == pytest.approx(expected, rel=1e-5)
     if first == second:
         assert_equal_states(checkpoint(whole(first)), checkpoint(out_dir))
@@ -1430,7 +1425,7 @@ def test_a_run_goes_on_in_any_mode(text_set, whole, tmp_path, first, second):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one process'])
+@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one'])
 def test_clean_runs_of_two_processes_all_exit_0(text_set, tmp_path, trials, mode):
     """A rank that leaves while another still talks to it, now and then."""
     launcher, flags = MODES[mode]
