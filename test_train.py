@@ -869,11 +869,10 @@ def count(optimizer, *_):
     params = list(names['raw_model'].parameters())
     moments = [v for state in getattr(optimizer, 'optim', optimizer).state.values() for v in state.values() if v.dim()]
     most.update(weights=storages(params), gradients=storages([p.grad for p in params]), moments=storages(moments), parameters=sum(p.numel() for p in params))
+    with open(f"{out}/{os.environ['RANK']}.json", 'w') as f:
+        json.dump(most, f)
 optim.register_optimizer_step_post_hook(count)
-try:
-    exec(compile(open(script).read(), script, 'exec'), names)
-finally:
-    json.dump(most, open(f"{out}/{os.environ['RANK']}.json", 'w'))
+exec(compile(open(script).read(), script, 'exec'), names)
 """
 
 

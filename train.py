@@ -729,6 +729,16 @@ def on_signal(signum, frame):
         os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
 
 
+def leave(code):
+    """Exit, with ranks together."""
+    if distributed:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)  # an orderly exit takes down Python under gloo's threads, where a few in a hundred abort
+    raise SystemExit(code)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # set-up: processes, device, data, model
 rank, world_size, distributed = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), 'RANK' in os.environ
@@ -777,9 +787,7 @@ with one_line_errors():
     eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and not eval_only:
         say(f"{ckpt['path']} is at iteration {ckpt['iter_num']} of max_iters={max_iters}: nothing to do")
-        if distributed:
-            dist.destroy_process_group()
-        raise SystemExit(0)
+        leave(0)
     os.makedirs(out_dir, exist_ok=True)
     lock_out_dir()
 if from_scratch:
@@ -990,7 +998,5 @@ say(f'{outcome} after {iter_num - first_iter} iterations in {duration(time.time(
     (f'; its text: python sample.py --out_dir={out_dir}' if run_log['checkpoints'] else ''))
 if wandb is not None:
     wandb.finish()
-if distributed:
-    dist.barrier()
-    dist.destroy_process_group()
-raise SystemExit(128 + stopping if stopping else 1 if outcome == 'not finite' else 0)
+write_log()
+leave(128 + stopping if stopping else 1 if outcome == 'not finite' else 0)
