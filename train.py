@@ -7,8 +7,8 @@ Train a GPT: on a laptop, on one GPU, or on many.
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --use_fsdp=True
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/full_gpt2_124m.py
 
-Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case)
-and run_YYYYMMDD_HHMMSS.json (everything measured). The same command with --init_from=resume goes on where a run stopped.
+Writes out_dir/ckpt.pt (what resume and sample.py read), ckpt_best.pt (lowest val loss), ckpt_prev.pt (the one before, in case), lock (while it runs)
+and run_YYYYMMDD_HHMMSS.json (everything measured). With --init_from=auto the same command starts a run and goes on where it stopped.
 """
 import atexit
 import collections
