@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,7 +35,7 @@ import torch
 
 from configurator import configure, fail
 from data.loader import Loader, write_dataset
-from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, peak_flops, pick_device
+from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, out_of_memory, peak_flops, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GIB = 2 ** 30
@@ -61,6 +62,7 @@ def build(s):
     if device.type == 'cpu' and hasattr(module, 'keep_freed_memory'):  # nanoGPT's side keeps the malloc that nanoGPT has
         module.keep_freed_memory()
     if device.type == 'cuda':
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     torch.manual_seed(s['seed'])
     known = {f.name for f in fields(module.GPTConfig)}
@@ -161,11 +163,16 @@ def data_side(model, s):
     return fed
 
 
-def limit_memory(gigabytes):
-    """Let this process fail where it would reach beyond what the machine has free, instead of drawing in the kernel's killer. Linux only."""
-    if sys.platform == 'linux':
+def leave_room(device):
+    """
+    Let this process run out of memory at nine tenths of what there is, shared with the node's other ranks on a CPU: as an error of its own
+    instead of drawing in the kernel's killer. On CPUs other than Linux's nothing limits it.
+    """
+    if device.type == 'cuda':
+        torch.cuda.set_per_process_memory_fraction(0.9, device)
+    elif sys.platform == 'linux':
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limits = [int(gigabytes * 1e9)] + [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        limits = [int(0.9 * free_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))] + [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
@@ -185,8 +192,8 @@ SIDES = dict(train=train_side, forward=forward_side, generate=generate_side, dat
 def serve(pipe, s, t_spawn):
     """The process of one side: set up, say what it is, then take a step whenever asked. Whatever goes wrong is sent, not raised."""
     try:
-        if s.get('memory_limit_gb') and s['device'] == 'cpu':
-            limit_memory(s['memory_limit_gb'])
+        if s['what'] == 'fits':
+            leave_room(torch.device(s['device']))
         base = memory(torch.device(s['device']))
         model, note = build(s)
         n_params, step = sum(p.numel() for p in model.parameters()), SIDES[s['what']](model, s)
@@ -202,12 +209,11 @@ def serve(pipe, s, t_spawn):
             else:
                 result = step(request == 'parts')
                 pipe.send(result | dict(memory=memory(torch.device(s['device'])), base=base))
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         pass
     except (Exception, SystemExit) as e:
-        out_of_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'alloc' in str(e)
         what = f"'{s['versus']}' cannot be timed: {type(e).__name__}: " if s['versus'] else ''
-        pipe.send(dict(error=what + first_line(e), out_of_memory=out_of_memory))
+        pipe.send(dict(error=what + first_line(e), out_of_memory=out_of_memory(e)))
 
 
 class Side:
@@ -217,7 +223,9 @@ class Side:
         context = multiprocessing.get_context('spawn')  # a fresh interpreter, as a new run is
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=serve, args=(there, settings, time.time()), daemon=True)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         self.process.start()
+        signal.signal(signal.SIGINT, interrupt)
         there.close()
         self.info = self.answer()
 
@@ -225,8 +233,11 @@ class Side:
         try:
             reply = self.pipe.recv()
         except EOFError:
-            reply = dict(error='its process was killed, likely for want of memory', out_of_memory=True)
+            self.process.join()
+            code = self.process.exitcode
+            reply = dict(error=f'its process ended with status {code}', out_of_memory=code == -signal.SIGKILL)  # the kernel's way when memory runs out
         if isinstance(reply, dict) and 'error' in reply:
+            self.process.join()  # its memory is free when it is gone
             error = ValueError(f"{self.name}: {reply['error']}")
             error.out_of_memory = reply['out_of_memory']
             raise error
@@ -260,7 +271,9 @@ def peak_bandwidth(device):
 
 
 def free_memory():
-    """Bytes that this machine can still give out: what the kernel says, or what the container's limit leaves of it."""
+    """Bytes that this machine can still give out: what the kernel says, or what the container's limit leaves of it. All memory, where neither says."""
+    if not os.path.exists('/proc/meminfo'):
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     with open('/proc/meminfo') as f:
         free = next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
     with contextlib.suppress(OSError, ValueError):
@@ -274,7 +287,7 @@ def find_batch_size(settings, limit):
     def fits(batch_size):
         t0, error = time.time(), None
         try:
-            side = Side('trial', settings | dict(what='fits', batch_size=batch_size, memory_limit_gb=0.9 * free_memory() / 1e9))
+            side = Side('trial', settings | dict(what='fits', batch_size=batch_size))
             side.ask('whole')
             used = max(side.memory.values()) / GIB
             side.close()
@@ -334,18 +347,23 @@ def figures(side, model, peak, source, bandwidth):
     rows = {'parameters': f"{side.info['parameters']:,}", 'dtype, compile': f"{s['dtype']}, {s['compile']}"}
     numbers = dict(median, parameters=side.info['parameters'], tokens_per_sec=rate, peak_bytes=max(side.memory.values()), first_step=side.first,
                    setup=side.info['setup'], compile=max(0.0, side.first - median['whole']) if s['compile'] else 0.0)
-    if s['what'] != 'generate':
+    rows['batch'] = f"{s['prompt_tokens']} tokens of prompt" if s['what'] == 'generate' else f"{s['batch_size']} x {c.block_size} tokens" + \
+        (f" x {s['accumulation']}" if training and s['accumulation'] > 1 else '')
+    counted = s['what'] != 'generate' and not side.info['note']  # FLOPs are those of our model, so of the same model only
+    if side.info['note']:
+        numbers['note'] = side.info['note']
+    if counted:
         numbers |= dict(flops_per_token=flops, tflops=flops * rate / 1e12, mfu=flops * rate / peak, peak_tflops=peak / 1e12)
         rows['FLOPs a token'] = f'{flops / 1e9:.4g} G'
     for part in ('forward', 'backward', 'optimizer', 'prefill', 'reading', 'waiting', 'whole'):
         if part in median:
             rows[{'whole': 'whole step' if s['what'] != 'generate' else f"{s['new_tokens']} tokens"}.get(part, part)] = spread(side.times[part])
     rows['tokens/s'] = spread([tokens / seconds for seconds in side.times['whole']], '', 1)
-    if s['what'] != 'generate':
+    if counted:
         rows['TFLOP/s'], rows['MFU'] = f"{numbers['tflops']:.3g}", f"{100 * numbers['mfu']:.1f}%" + (' of measured' if source.startswith('measured') else '')
         if numbers['mfu'] > 1:
             rows['MFU'] += ' (over 100 %: the peak is too low, a bug)'
-    else:
+    if s['what'] == 'generate' and not side.info['note']:
         size = getattr(torch, s['dtype']).itemsize
         kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
         read = size * (sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + kv)  # all matrices, and the cache half way
@@ -384,12 +402,18 @@ def sides_asked(config):
         return [('ours', config)]
     flags = [arg for arg in sys.argv[1:] if arg.startswith('--')]
     files, asked = [arg for arg in sys.argv[1:] if not arg.startswith('--')], []
-    for name in config['archs'].split(','):
-        if name not in PRESETS and not os.path.isfile(name):
+    names = config['archs'].split(',')
+    if len({os.path.basename(name) for name in names}) < len(names):
+        raise ValueError(f"--archs={config['archs']} names one of them twice")
+    for name in names:
+        if name in PRESETS:
+            parts = [] if name == config['arch_preset'] else [f'--{key}=None' for key in (*PRESETS[name], 'd_ff')]  # a file's parts are not this arch's
+            argv = [*files, *parts, *flags, f'--arch_preset={name}']
+        elif os.path.isfile(name):
+            argv = [name, *flags]
+        else:
             raise ValueError(f"unknown arch '{name}' in --archs: neither a preset ({', '.join(PRESETS)}) nor a config file")
-        argv = [name] if name not in PRESETS else files if name == config['arch_preset'] else \
-            [*files, f'--arch_preset={name}', *(f'--{key}=None' for key in (*PRESETS[name], 'd_ff'))]  # parts that the files name are not this arch's
-        asked.append((os.path.basename(name), configure(__file__, os.path.join(HERE, 'train.py'), argv=argv + flags)[0]))
+        asked.append((os.path.basename(name), configure(__file__, os.path.join(HERE, 'train.py'), argv=argv)[0]))
     return asked
 
 
@@ -454,29 +478,34 @@ def check_versus(path):
 
 def bench(config):
     """All that the command line asks for; ValueError for what cannot be."""
-    what, positive = config['what'], ('accumulation', 'repeats', 'new_tokens', 'prompt_tokens', 'batch_size', 'gradient_accumulation_steps')
-    if config['batch_size'] == 'auto':
-        raise ValueError("batch_size='auto' is train.py's; here it is --find_batch_size=True")
-    for key in positive:
-        if config[key] < 1:
-            raise ValueError(f'{key} must be positive, not {config[key]}')
+    what, asked = config['what'], sides_asked(config)
+    for key, least in dict(accumulation=1, repeats=1, warmup=0, new_tokens=2, prompt_tokens=1, batch_size=1, gradient_accumulation_steps=1, peak_tflops=0).items():
+        for name, settings in asked:
+            if settings[key] == 'auto':
+                raise ValueError("batch_size='auto' is train.py's; here it is --find_batch_size=True")
+            if settings[key] < least:
+                raise ValueError(f'{key} must be at least {least}, not {settings[key]}')
+    if (config['find_batch_size'] or config['plan']) and (config['archs'] or config['versus']):
+        raise ValueError('--find_batch_size and --plan are of one config: without --archs and --versus')
     if config['versus'] and what == 'data':
         raise ValueError('--what=data times our loader and has no --versus')
     if config['versus']:
         check_versus(config['versus'])
-    if config['json'] and not os.access(os.path.dirname(os.path.abspath(config['json'])), os.W_OK):
+    if config['json'] and (os.path.isdir(config['json']) or not os.access(os.path.dirname(os.path.abspath(config['json'])), os.W_OK)):
         raise ValueError(f"--json: there is no writable folder for '{config['json']}'")
     device, dtype = pick_device(config['device'], config['dtype'])
-    compiled = config['compile'] if config['compile'] != 'auto' else device.type == 'cuda' and what != 'generate'
-    sides, models, peaks, temporary = [], [], {}, None
-    for name, asked in sides_asked(config):
+    compiled = what != 'generate' and (config['compile'] if config['compile'] != 'auto' else device.type == 'cuda')  # generation is never compiled
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    sides, models, peaks, random_data = [], [], {}, tempfile.TemporaryDirectory()
+    for name, asked in asked:
         model = meta_model(asked)
+        model.config.unpadded_vocab_size = None  # both sides draw from the whole vocabulary
         if what == 'generate' and config['prompt_tokens'] + config['new_tokens'] > model.config.block_size:
             raise ValueError(f'prompt_tokens + new_tokens = {config["prompt_tokens"] + config["new_tokens"]} is beyond block_size={model.config.block_size}')
         data_dir = os.path.join(HERE, 'data', asked['dataset'])
         if what == 'data' and not os.path.exists(os.path.join(data_dir, 'train.bin')):
-            temporary = tempfile.TemporaryDirectory()
-            data_dir = os.path.join(temporary.name, 'random')
+            data_dir = os.path.join(random_data.name, name)
             print(f"data set '{asked['dataset']}' is not prepared: 10 million random ids in its place")
             write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},
                           dict(vocab_size=model.config.vocab_size, tokenizer={'name': 'gpt2'}))
@@ -494,8 +523,7 @@ def bench(config):
         models.append(models[0])
     machine = dict(device=str(device), name=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads',
                    torch=str(torch.__version__), python=sys.version.split()[0])
-    print(f"{machine['device']} ({machine['name']}), torch {machine['torch']}, what={what}, {config['batch_size']} sequences x {models[0].config.block_size} tokens"
-          + (f" x {config['accumulation']} accumulation" if what != 'forward' else ''))
+    print(f"{machine['device']} ({machine['name']}), torch {machine['torch']}, what={what}")
 
     if config['find_batch_size']:
         settings, sequences = sides[0][1], config['batch_size'] * config['gradient_accumulation_steps']
@@ -505,7 +533,7 @@ def bench(config):
         if not most:
             raise ValueError('not even a micro-batch of one sequence fits; try --activation_checkpointing=True, a smaller model or block_size')
         batch_size = max(b for b in range(1, most + 1) if sequences % b == 0)
-        print(f'largest that fits: {most}; with {sequences} sequences an iteration as before: '
+        print(f"largest that fits: {most}{', all of an iteration' if most == sequences else ''}; with {sequences} sequences an iteration as before: "
               f'--batch_size={batch_size} --gradient_accumulation_steps={sequences // batch_size}')
         return write_json(config, machine, dict(largest=most, batch_size=batch_size, gradient_accumulation_steps=sequences // batch_size))
 

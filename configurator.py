@@ -98,7 +98,7 @@ def show_help(script, block, own):
         print(title if names else '', end='\n' if names else '')
         for name in (n for n in block if n in names):
             line, (default, kind, comment) = f'  --{name}={block[name][0]}', block[name]
-            print(f'{line:<42} {comment or describe(kind)}')
+            print(f'{line:<42} {comment or describe(kind)}' + (f' ({describe(kind)})' if comment and choices(kind) else ''))
 
 
 def configure(script, *also, argv=None):

@@ -817,12 +817,12 @@ def memory(device):
         return dict(allocated=torch.cuda.memory_allocated(device), peak=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.memory_reserved(device))
     if device.type == 'mps':  # its pool does not shrink within a run unless asked to, so reserved is the nearest there is to a peak
         return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     try:
-        with open('/proc/self/statm') as f:
-            return dict(resident=int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE'), peak=peak)
-    except OSError:  # macOS has no /proc
-        return dict(peak=peak)
+        with open('/proc/self/status') as f:
+            sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in f if line.startswith(('VmRSS', 'VmHWM'))}
+        return dict(resident=sizes['VmRSS:'], peak=sizes['VmHWM:'])  # getrusage's peak would be at least that of the process that started this one
+    except OSError:
+        return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -916,6 +916,9 @@ def describe(model, settings, device, dtype):
             ('training, 3 x forward', model.flops_per_token(), model.flops_per_token(causal=True))]
     lines += [f'  {name:<40} {flops:>16,.0f} {half:>16,.0f}' for name, flops, half in rows]
     batch_size = settings.get('batch_size', 1)
+    batch_size = 1 if batch_size == 'auto' else batch_size
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be positive, not {batch_size}')
     training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1))
     training = {k: v for k, v in training.items() if k in ('weights', 'gradients', 'moments', 'activations')}
     for title, sizes in ((f'memory to train, AdamW, {dtype} on {device}, batch_size {batch_size}, one process, estimated', training),

@@ -302,16 +302,22 @@ def auto_batch_size(ckpt):
     without = configure(__file__, argv=[])[0]['batch_size'] if without == 'auto' else without  # 'auto' in a config file
     found = 0
     if master:
-        say("batch_size='auto': looking for the largest micro-batch that fits ...")
+        say(f"batch_size='auto': looking for the largest micro-batch that fits, for the {gradient_accumulation_steps * without} sequences an iteration of "
+            f'batch_size {without} x gradient_accumulation_steps {gradient_accumulation_steps} ...')
         model = {k: v for k, v in asdict(model_config).items() if k in config}
         flags = model | dict(dataset=dataset, device=device, dtype=dtype, batch_size=without, gradient_accumulation_steps=gradient_accumulation_steps // world_size)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'found.json')
-            subprocess.run([sys.executable, os.path.join(HERE, 'bench.py'), '--find_batch_size=True', f'--json={path}', *(f'--{k}={v}' for k, v in flags.items())])
+            search = subprocess.Popen([sys.executable, os.path.join(HERE, 'bench.py'), '--find_batch_size=True', f'--json={path}', *(f'--{k}={v}' for k, v in flags.items())])
+            while search.poll() is None and not stop_signal:
+                time.sleep(0.1)
+            search.terminate()
             if os.path.exists(path):
                 with open(path, encoding='utf-8') as f:
                     found = json.load(f)['batch_size']
     found = all_reduce(torch.tensor(found, device=device), dist.ReduceOp.MAX).item()
+    if stop_signal:
+        raise SystemExit(128 + stop_signal)
     if not found:
         raise ValueError("batch_size='auto' found none, see above; give --batch_size a number")
     return found, gradient_accumulation_steps * without // found
@@ -781,6 +787,9 @@ with one_line_errors():
     from_scratch = raw_model is None
     if batch_size == 'auto':
         batch_size, gradient_accumulation_steps = auto_batch_size(ckpt)
+        if gradient_accumulation_steps % world_size:
+            raise ValueError(f"batch_size='auto' takes the checkpoint's gradient_accumulation_steps={gradient_accumulation_steps}, which must be a multiple of "
+                             f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
     loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
     train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
@@ -841,7 +850,11 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
+try:
+    estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
+except Exception as e:  # of a part that tensors without data do not go through, say: no reason not to train
+    say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
+    estimate = dict(weights=0, moments=0, peak=0)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
     present = memory(device)
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
@@ -953,7 +966,8 @@ while True:
     # step, unless something is not finite: averaged gradients are the same on every rank, so all ranks stop together
     scaler.unscale_(optimizer)
     if gradient_log_interval and iter_num % gradient_log_interval == 0:
-        grad_stats = gradient_statistics(raw_model, sum_shards) | dict(iter=iter_num)  # logged with the next log line
+        grad_stats = gradient_statistics(raw_model, sum_shards)
+        grad_stats |= dict(iter=iter_num, norm_at_iter=grad_stats['norm'])  # logged with the next log line, whose own norm may be a later one
         grad_norm = torch.tensor(grad_stats['norm'], device=device)
     else:
         grad_norm = torch.linalg.vector_norm(gradient_norms([p.grad for p in raw_model.parameters() if p.grad is not None], sum_shards))
