@@ -91,14 +91,14 @@ def nearest(name, names):
 
 
 def show_help(script, block, own):
-    doc = ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or ''
-    print(doc, end='\n\n')
-    print(f'usage: python {os.path.basename(script)} [override_file.py ...] [--key=value ...]\n')
+    lines = [ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '', '',
+             f'usage: python {os.path.basename(script)} [override_file.py ...] [--key=value ...]', '']
     for title, names in (('keys of this script:', own), ('keys of train.py, which override files may set:', block.keys() - own.keys())):
-        print(title if names else '', end='\n' if names else '')
+        lines += [title] if names else []
         for name in (n for n in block if n in names):
-            line, (default, kind, comment) = f'  --{name}={block[name][0]}', block[name]
-            print(f'{line:<42} {comment or describe(kind)}' + (f' ({describe(kind)})' if comment and choices(kind) else ''))
+            default, kind, comment = block[name]
+            lines += [f"{f'  --{name}={default}':<42} {comment or describe(kind)}" + (f' ({describe(kind)})' if comment and choices(kind) else '')]
+    print('\n'.join(lines))  # at once: its reader may be `head`, which leaves early
 
 
 def configure(script, *also, argv=None):

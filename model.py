@@ -800,12 +800,14 @@ def keep_freed_memory():
 
 
 def release_freed_memory(device):
-    """Give back what torch or malloc keeps for the next tensor, when it is in the way of one of another size, or of a thread."""
+    """After an out-of-memory error: give back what torch or malloc keeps for tensors of other sizes, and have malloc keep no more large ones."""
     gc.collect()
+    libc = ctypes.CDLL(None)
     if device.type == 'cuda':
         torch.cuda.empty_cache()
-    elif hasattr(ctypes.CDLL(None), 'malloc_trim'):
-        ctypes.CDLL(None).malloc_trim(0)
+    elif hasattr(libc, 'malloc_trim'):
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX, its default
+        libc.malloc_trim(0)
 
 
 def memory(device):

@@ -1445,7 +1445,7 @@ def test_help_lists_every_key_with_default_and_comment(script):
                 if key.startswith('_'):
                     assert key not in result.stdout
                 else:
-                    assert re.search(rf'--{key}={re.escape(default)} +{re.escape(comment)}\n', result.stdout), key
+                    assert re.search(rf'--{key}={re.escape(default)} +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
         assert 'A script with settings.' in result.stdout
 
 
@@ -1470,7 +1470,7 @@ def test_train_help_lists_every_key_of_its_block():
     keys = re.findall(r'^([a-z]\w*)(?:: .+?)? = .+?  # (.+)$', block, flags=re.M)
     assert len(keys) == len(re.findall(r'^[a-z]\w*(?:: .+?)? = ', block, flags=re.M)) > 50, 'a setting without a comment'
     for key, comment in keys:
-        assert re.search(rf'--{key}=.* +{re.escape(comment)}\n', result.stdout), key
+        assert re.search(rf'--{key}=.* +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
 
 
 def test_model_describes_a_config_without_holding_it():

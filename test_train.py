@@ -1303,12 +1303,11 @@ def test_out_of_memory_shrinks_the_micro_batch_and_not_the_step(text_set, tmp_pa
     limited = ('bash', '-c', LIMITED.format('d', 900_000), sys.executable)
     done = train(text_set, tmp_path / 'limited', *BIG, launcher=limited)
     assert done.returncode == 0, done.stdout + done.stderr
-    shrunk, accumulated = map(int, re.findall(r'out of memory at iteration 0: .* batch_size=(\d+) and gradient_accumulation_steps=(\d+)', done.stdout)[-1])
-    assert shrunk in (6, 3, 1) and shrunk * accumulated == 12 * 2
-    assert run_logs(tmp_path / 'limited')[0]['out_of_memory'][-1] == dict(iter=0, batch_size=shrunk, gradient_accumulation_steps=accumulated)
-    flags = f'--batch_size={shrunk}', f'--gradient_accumulation_steps={accumulated}', f'--eval_iters={12 // shrunk}'
-    assert train(text_set, tmp_path / 'small', *BIG, *flags).returncode == 0
-    assert_equal_states(checkpoint(tmp_path / 'small'), checkpoint(tmp_path / 'limited'))
+    said = re.findall(r'out of memory at iteration (\d+): .* batch_size=(\d+) and gradient_accumulation_steps=(\d+)', done.stdout)
+    noted = [(e['iter'], e['batch_size'], e['gradient_accumulation_steps']) for e in run_logs(tmp_path / 'limited')[0]['out_of_memory']]
+    assert noted == [tuple(map(int, event)) for event in said] and noted[0] == (0, 6, 4)  # later ones depend on the allocator
+    assert all(size * accumulated == 12 * 2 for _, size, accumulated in noted)
+    assert checkpoint(tmp_path / 'limited')['config']['batch_size'] == noted[-1][1]
     assert train(text_set, tmp_path / 'free', *BIG).returncode == 0
     assert list(losses(tmp_path / 'limited').values()) == pytest.approx(list(losses(tmp_path / 'free').values()), rel=1e-5)
     evals = [[e['val']['loss'] for e in run_logs(tmp_path / name)[0]['eval_steps']] for name in ('limited', 'free')]
