@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -1429,6 +1430,34 @@ def test_clean_runs_of_two_processes_all_exit_0(text_set, tmp_path, trials, mode
     launcher, flags = MODES[mode]
     codes = [train(text_set, tmp_path / str(trial), *flags, '--max_iters=2', launcher=launcher).returncode for trial in trials]
     assert codes == [0] * len(trials)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds ranks in /proc')
+def test_a_node_that_is_killed_and_started_again_goes_on(text_set, tmp_path):
+    """Two agents as on two nodes: one that dies with its worker, and the other, or its replacement, waits for ever."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        endpoint = f'127.0.0.1:{free.getsockname()[1]}'
+    agent = (*TORCHRUN[:3], '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}', '--rdzv_id=a')
+    flags = f'--dataset={text_set}', f'--out_dir={tmp_path}', '--max_iters=3000', '--eval_interval=1000000', '--save_interval=20', '--init_from=auto'
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+
+    def join():
+        return subprocess.Popen([*agent, 'train.py', *TINY, *flags], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    stays = join()
+    time.sleep(5)  # it holds the store
+    dies = join()
+    while not (tmp_path / 'ckpt.pt').exists():
+        assert stays.poll() is None and dies.poll() is None
+        time.sleep(0.1)
+    for pid in (dies.pid, *children(dies.pid)):
+        os.kill(pid, signal.SIGKILL)
+    reached = checkpoint(tmp_path)['iter_num']
+    comes = join()
+    printed = [process.communicate(timeout=200)[0] for process in (stays, comes)]
+    assert stays.returncode == comes.returncode == 0, printed
+    last = run_logs(tmp_path)[-1]
+    assert checkpoint(tmp_path)['iter_num'] == 3000 and last['training_iterations'][0]['iter'] >= reached and last['summary']['outcome'] == 'finished'
 
 
 @pytest.mark.soak

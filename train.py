@@ -735,6 +735,13 @@ def on_signal(signum, frame):
         os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
 
 
+def lost_process(kind, error, trace):
+    """sys.excepthook of a rank: the loss of another one is a line, since what ended that one says why."""
+    if not issubclass(kind, dist.DistError) and 'gloo' not in str(error):
+        return sys.__excepthook__(kind, error, trace)
+    print(f'train.py: rank {rank}: another process of this run has ended or does not answer ({first_line(error)[:200]})', file=sys.stderr, flush=True)
+
+
 def leave(code):
     """Exit, with ranks together."""
     if distributed:
@@ -774,6 +781,7 @@ with one_line_errors():
     if distributed:
         dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo',
                                 device_id=device if device.type == 'cuda' else None)
+        sys.excepthook = lost_process
     prepare_data()
     lock_out_dir()
     meta = read_meta(data_dir)
