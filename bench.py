@@ -427,6 +427,8 @@ def plan(config, settings, model, device, machine):
     ranks = [int(n) for n in config['plan'].split(',')]
     if config['interconnect_gbps'] <= 0:
         raise ValueError(f"interconnect_gbps must be positive, not {config['interconnect_gbps']}")
+    if config['plan_tflops'] < 0:
+        raise ValueError(f"plan_tflops must be positive, or 0 to measure it, not {config['plan_tflops']}")
     c, dtype, n_params = model.config, settings['dtype'], model.get_num_params(False)
     in_blocks, size = sum(p.numel() for p in model.transformer.h.parameters()), getattr(torch, dtype).itemsize
     rate, source = config['plan_tflops'] * 1e12, 'as given'

@@ -851,10 +851,11 @@ class LiveBytes(TorchDispatchMode):
 
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1):
     """
-    {'weights', 'gradients', 'moments', 'buckets', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
+    {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
     batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run on
     tensors without data, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
-    temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054); fsdp's gathered block comes on top.
+    temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
+    embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import, and only this needs it
     with FakeTensorMode(), torch.device(device), LiveBytes() as live:
@@ -866,8 +867,11 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, paralleli
                 loss = model(idx, idx)[1]
             loss.backward()
     shard = 1 / world_size
-    shares = {'none': (1, 1, 2, 0), 'ddp': (1, 1, 2, 1), 'zero1': (1, 1, 2 * shard, 1), 'fsdp': (shard, shard, 2 * shard, 0)}[parallelism]
-    sizes = dict(zip(('weights', 'gradients', 'moments', 'buckets'), (round(states * share) for share in shares)))
+    shares = {'none': (1, 1, 2), 'ddp': (1, 1, 2), 'zero1': (1, 1, 2 * shard), 'fsdp': (shard, shard, 2 * shard)}[parallelism]
+    sizes = dict(zip(('weights', 'gradients', 'moments'), (round(states * share) for share in shares)), gathered=0)
+    if parallelism == 'fsdp':
+        in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
+        sizes['gathered'] = 12 * (model.get_num_params(False) - in_blocks) + (3 * getattr(torch, dtype).itemsize + 4) * in_blocks // config.n_layer
     sizes['activations'] = live.peak - 2 * states
     return sizes | {'peak': sum(sizes.values())}
 

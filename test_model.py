@@ -395,7 +395,7 @@ def test_memory_estimate_shares_out_states_by_parallelism():
     for parallelism, per_parameter in (('none', 16), ('ddp', 16), ('zero1', 8 + 8 / 4), ('fsdp', 16 / 4)):
         e = memory_estimate(config, B, 'float32', device, 1, parallelism, 4)
         assert e['weights'] + e['gradients'] + e['moments'] == per_parameter * n
-        assert e['peak'] == sum(v for k, v in e.items() if k != 'peak') and (e['buckets'] > 0) == (parallelism in ('ddp', 'zero1'))
+        assert e['peak'] == sum(v for k, v in e.items() if k != 'peak') and (e['gathered'] > 0) == (parallelism == 'fsdp')
     once, twice, thrice = (memory_estimate(config, 32, 'float32', device, accumulation)['activations'] for accumulation in (1, 2, 3))
     assert once < twice == thrice
 

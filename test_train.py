@@ -708,8 +708,9 @@ def test_eval_loss_is_that_of_the_whole_split(text_set, finished, tmp_path):
 
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum, code):
+def test_a_signal_saves_and_the_run_goes_on(text_set, tmp_path, signum, code):
     """A preempted run that loses its last iterations, or exits as if all was well."""
+    tmp_path, whole = tmp_path / 'out', tmp_path / 'whole'
     process = start(text_set, tmp_path)
     process.send_signal(signum)
     rest = process.communicate(timeout=60)[0]
@@ -717,7 +718,69 @@ def test_a_signal_saves_and_the_run_goes_on(text_set, finished, tmp_path, signum
     reached, logged = checkpoint(tmp_path)['iter_num'], run_logs(tmp_path)[0]
     assert reached >= 6 and logged['summary']['iter_num'] == reached and len(logged['training_iterations']) == reached
     assert train(text_set, tmp_path, '--init_from=resume', f'--max_iters={reached + 2}').returncode == 0
+    assert train(text_set, whole, f'--max_iters={reached + 2}').returncode == 0
     assert checkpoint(tmp_path)['iter_num'] == reached + 2
+    assert_equal_states(checkpoint(whole), checkpoint(tmp_path))
+
+
+def test_a_terminal_that_closes_does_not_cost_the_run(text_set, tmp_path):
+    """SIGHUP, and from then on every print fails."""
+    ours, its = os.openpty()
+    process = subprocess.Popen([sys.executable, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--max_iters=1000000'], cwd=ROOT,
+                               stdout=its, stderr=its, start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    os.close(its)
+    printed = b''
+    while b'iter 5 ' not in printed:
+        printed += os.read(ours, 1000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129 and checkpoint(tmp_path)['iter_num'] >= 6
+
+
+@pytest.mark.parametrize('mode', ['one', 'ddp'])
+def test_a_signal_in_an_evaluation_is_obeyed_and_the_evaluation_made_up_for(tmp_path, mode):
+    """torchrun kills ranks that go on for 30 s; a final evaluation that never comes."""
+    launcher, flags = MODES[mode]
+    flags = '--init_from=auto', '--max_iters=15', '--eval_interval=15', *flags
+    process = subprocess.Popen([*launcher, 'train.py', *TINY, '--dataset=pystdlib', f'--out_dir={tmp_path}', *flags, '--eval_iters=2', '--max_iters=10'], cwd=ROOT)
+    assert process.wait(100) == 0 and checkpoint(tmp_path)['iter_num'] == 10
+    process = subprocess.Popen([*launcher, 'train.py', *TINY, '--dataset=pystdlib', f'--out_dir={tmp_path}', *flags, '--eval_iters=100000'], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith('iter 14 ') for line in process.stdout)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=28)
+    assert process.returncode and checkpoint(tmp_path)['iter_num'] == 15 and checkpoint(tmp_path)['last_eval_iter'] == 10
+    for expected in ('step 15: ', 'nothing to do'):
+        done = command('train.py', *TINY, '--dataset=pystdlib', f'--out_dir={tmp_path}', *flags, '--eval_iters=2', launcher=launcher)
+        assert done.returncode == 0 and expected in done.stdout and checkpoint(tmp_path)['last_eval_iter'] == 15
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds ranks in /proc')
+def test_ranks_save_and_end_when_torchrun_is_killed(text_set, tmp_path):
+    """Ranks that train on without it, and hold the out_dir."""
+    process = start(text_set, tmp_path, launcher=TORCHRUN)
+    ranks = children(process.pid)
+    process.kill()
+    process.wait()
+    until = time.time() + 60
+    while (left := [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]) and time.time() < until:
+        time.sleep(0.1)
+    assert ranks and not left and checkpoint(tmp_path)['iter_num'] >= 6
+
+
+def test_ranks_that_see_different_checkpoints_end(text_set, finished, tmp_path):
+    """Two nodes with an out_dir each train on from two places, and average the gradients."""
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = str(free.getsockname()[1])
+    out_dirs = copy_run(finished[0], tmp_path / '0'), tmp_path / '1'
+    processes = [subprocess.Popen([sys.executable, 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', '--init_from=auto'], cwd=ROOT,
+                                  env=os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank, out_dir in enumerate(out_dirs)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    one_line(errors[0], 'iteration 20', out_dirs[0], 'share')
+    one_line(errors[1], 'rank 1', out_dirs[1], 'share')
 
 
 MODES = {'one': ((sys.executable,), []), 'ddp': (TORCHRUN, []), 'zero1': (TORCHRUN, ['--use_zero1=True']), 'fsdp': (TORCHRUN, ['--use_fsdp=True'])}  # launcher, flags
@@ -1079,10 +1142,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     (['--max_iters=-5'], ['max_iters']), (['--init_from=resume'], ['no checkpoint']), (['--init_from=nowhere'], ['nowhere', 'resume']),
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']), (['--vocab_size=100'], ['vocab_size', '256']), (['--block_size=99999'], ['train.bin', 'block_size']),
     (['--use_fsdp=True'], ['use_fsdp', 'torchrun']), (['--sharded_checkpoint=True'], ['sharded_checkpoint', 'torchrun']), (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),
-    (['--beta2=1.5'], ['beta2']), (['--compile', 'False'], ['--compile=False']), (['--max_iters=0'], ['max_iters']), (['--max_iters=1.5'], ['max_iters', 'int']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
+    (['--backend=foo'], ['backend', 'gloo']), (['--beta2=1.5'], ['beta2']), (['--compile', 'False'], ['--compile=False']), (['--max_iters=0'], ['max_iters']), (['--max_iters=1.5'], ['max_iters', 'int']), (['--max_itres=5'], ['max_itres', 'max_iters']), (['--dropout=1.0'], ['dropout'])])
 def test_a_wrong_setting_is_one_line_and_nothing_is_written(text_set, tmp_path, flags, words):
     """A traceback, or a folder half made, for a typing mistake."""
-    done = train(text_set, tmp_path / 'out', *flags) if len(flags) else None
+    done = train(text_set, tmp_path / 'out', *flags)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / 'out').exists()
@@ -1163,8 +1226,8 @@ def test_interactive_answers_prompt_after_prompt(finished):
 def test_sampling_mistakes_are_one_line(finished, flags, words):
     """A traceback for a typing mistake."""
     done = command('sample.py', f'--out_dir={finished[0]}', *flags)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()[-1:]) == 1 and 'Traceback' not in done.stderr
-    assert all(word in done.stderr for word in words)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    one_line(done.stderr.splitlines()[-1], 'sample.py: ', *words)  # what was loaded may stand before it
 
 
 # what a run must survive, each from outside; further down the same with many trials
@@ -1560,7 +1623,7 @@ def test_bench_times_another_checkout(tmp_path):
     (['--archs=gpt2,gpt7'], ['gpt7', 'hybrid']), (['--versus=nowhere.py'], ['nowhere.py']), (['--versus=configurator.py'], ['configurator.py', 'GPT']),
     (['--versus=README.md'], ['README.md']), (['--what=sing'], ['what', 'generate']), (['--what=generate', '--block_size=100'], ['block_size', '320']),
     (['--batch_size=0'], ['batch_size']), (['--batch_size=auto'], ['find_batch_size']), (['--what=data', '--versus=model.py'], ['versus']),
-    (['--json=nowhere/at/all.json'], ['nowhere']), (['--n_head=5'], ['n_head'])])
+    (['--plan=8', '--plan_tflops=-3'], ['plan_tflops']), (['--json=nowhere/at/all.json'], ['nowhere']), (['--n_head=5'], ['n_head'])])
 def test_a_wrong_use_of_bench_is_one_line(flags, words):
     """A traceback from another process."""
     done = command('bench.py', '--dataset=pystdlib', '--device=cpu', '--n_layer=1', '--n_embd=64', '--n_head=4', '--peak_tflops=1', *flags)
@@ -1617,6 +1680,44 @@ def test_planned_traffic_is_what_torch_sends(tmp_path):
     assert rows[4, 'ddp']['sent'] == 2 * 4 * n * 3 / 4 and rows[64, 'zero1']['sent'] == 3 * 4 * n * 63 / 64
     low, high = rows[4, 'ddp']['seconds']
     assert high - low == pytest.approx(rows[4, 'ddp']['sent'] / 1e9) and rows[4, 'ddp']['tokens'] == 12 * 4 * 32 and '64' in out
+
+
+FSDP_MEMORY = """
+import ctypes, gc, os
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from model import GPT, GPTConfig, memory_estimate
+dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=64)
+mesh = dist.init_device_mesh('cpu', (64,))
+config = GPTConfig(n_layer=2, n_head=8, n_embd=512, vocab_size=50304, block_size=32, bias=False, weight_tying=False, position_encoding='rope')
+model = GPT(config)
+for block in model.transformer.h:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+read = lambda: {line.split()[0]: int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(('VmRSS', 'VmHWM'))}
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+open('/proc/self/clear_refs', 'w').write('5')  # the peak counts from here
+before, idx = read()['VmRSS:'], torch.zeros(1, 32, dtype=torch.long)
+for _ in range(2):
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+estimate = memory_estimate(config, 1, 'float32', torch.device('cpu'), 1, 'fsdp', 64)
+print(read()['VmHWM:'] - before, estimate['peak'] - estimate['weights'], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_of_fsdp_counts_what_is_gathered():
+    """A plan for 64 ranks that forgets the embeddings: on torch's fake process group the rest is next to nothing. malloc's holes make it rough."""
+    done = command('-c', FSDP_MEMORY)
+    assert done.returncode == 0, done.stderr
+    measured, estimated = map(int, done.stdout.split())
+    assert estimated == pytest.approx(measured, rel=0.5)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='limits of data segments are Linux\'s')

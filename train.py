@@ -13,6 +13,7 @@ and run_YYYYMMDD_HHMMSS.json (everything measured). With --init_from=auto the sa
 import atexit
 import collections
 import contextlib
+import ctypes
 import fcntl
 import glob
 import itertools
@@ -105,7 +106,7 @@ restart_mult = 2  # sgdr: each cycle is this many times as long as the one befor
 cooldown_frac = 0.2  # wsd: share of lr_decay_iters, at its end, that decays linearly to min_lr
 # system
 seed = 1337  # of initialisation, data order and dropout
-backend = 'auto'  # torch.distributed's: nccl on GPUs, gloo on CPUs
+backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # torch.distributed's; auto: nccl on GPUs, gloo on CPUs
 use_zero1 = False  # under torchrun: AdamW's moments divided among processes (ZeRO-1), 8 + 8/N bytes a parameter instead of 16
 use_fsdp = False  # under torchrun: weights, gradients and moments divided among processes (FSDP2), 16/N bytes a parameter and a gathered block
 fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, and gradients whole between micro-batches; faster, more memory
@@ -129,14 +130,17 @@ def one_line_errors():
         if isinstance(e, (RuntimeError, MemoryError)) and not out_of_memory(e):
             raise
         message = str(e) if isinstance(e, (ValueError, OSError)) else f'out of memory; to need less: {less_memory()[0]} ({first_line(e)[:200]})'
-        if rank:  # what only one rank has met is not seen by rank 0
+        if rank and (dist.is_initialized() or os.environ.get('LOCAL_RANK') == '0'):  # what rank 0 has not met; before, all processes of a node meet the same
             print(f'train.py: rank {rank}: {first_line(message)}', file=sys.stderr, flush=True)
         fail(message)
 
 
 def say(text):
     if master:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:  # the terminal is gone, and the run goes on without it
+            sys.stdout = open(os.devnull, 'w')
 
 
 def show_progress(text):
@@ -173,6 +177,10 @@ def check_ranges():
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not distributed:
             raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
+    for key, useless in dict(fsdp_reshard_after_forward=not use_fsdp, fsdp_min_num_params=not use_fsdp, backend=not distributed,
+                             overwrite=overwrite and init_from in ('resume', 'auto')).items():
+        if useless and given.get(key) == 'on the command line':
+            say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --use_fsdp=True' if distributed else 'in one process'))
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
@@ -344,7 +352,7 @@ def parallelize(raw_model):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         optimizer = ZeroRedundancyOptimizer([{k: group[k] for k in ('params', 'weight_decay')} for group in optimizer.param_groups],
                                             torch.optim.AdamW, **{k: optimizer.defaults[k] for k in ('lr', 'betas', 'fused')})
-    return DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None) if distributed else raw_model, optimizer
+    return DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True) if distributed else raw_model, optimizer
 
 
 def sync_gradients(last):
@@ -504,6 +512,7 @@ def estimate_loss():
     {split: {loss, perplexity, bits_per_byte}} over the first eval_iters * batch_size windows of each split, in an order that
     depends on nothing but block_size, so that two runs are compared on the same text; all, if there are fewer. Ranks share the
     work. Loss in nats a token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell.
+    None if a signal came.
     """
     raw_model.eval()
     out = {}
@@ -514,6 +523,8 @@ def estimate_loss():
         total, n_bytes = torch.zeros((), device=device), 0
         with autocast():  # outside the loop, so that weights are cast once
             for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
+                if told_to_stop():
+                    return None
                 rows = (indices[i] < n).sum().item()
                 Y[rows:] = -1  # the last batch may reach beyond n; ignored targets keep its shape, for the compiler
                 total += raw_model(X, Y)[1] * rows
@@ -732,7 +743,13 @@ def on_signal(signum, frame):
         return
     stop_signal, signal_time = signum, time.time()
     if master:
-        os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(1, f'{signal.Signals(signum).name}: finishing this iteration and saving; once more to leave at once\n'.encode())  # print is not reentrant
+
+
+def told_to_stop():
+    """The signal that any of the processes has got, on all of them alike; 0: none."""
+    return all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX).item()
 
 
 def lost_process(kind, error, trace):
@@ -766,9 +783,9 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
 with one_line_errors():
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device, gpus = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
-        if int(os.environ['LOCAL_RANK']) >= gpus:
-            raise ValueError(f"no GPU for local rank {os.environ['LOCAL_RANK']}: this machine has {gpus}; --nproc_per_node={gpus}")
+        device, gpus, processes = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count(), int(os.environ['LOCAL_WORLD_SIZE'])
+        if processes > gpus:
+            raise ValueError(f'{processes} processes on this machine, which has {gpus} GPUs; --nproc_per_node={gpus}')
     device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)  # gloo has no mps
     if gradient_accumulation_steps % world_size:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
@@ -779,9 +796,13 @@ with one_line_errors():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32, as nanoGPT does
     if distributed:
+        if backend == 'nccl' and device.type != 'cuda':
+            raise ValueError(f'backend=nccl needs a GPU for each process, and this is {device.type}; --backend=gloo')
         dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo',
                                 device_id=device if device.type == 'cuda' else None)
         sys.excepthook = lost_process
+        if sys.platform == 'linux':
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: when torchrun itself is killed, save and end
     prepare_data()
     lock_out_dir()
     meta = read_meta(data_dir)
@@ -789,10 +810,16 @@ with one_line_errors():
         tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
     except (ValueError, ImportError) as e:
         tokenizer = None
-        say(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}')
+        if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # it may be missing on this node only
+            print(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}', flush=True)
+    if all_reduce(torch.tensor(int(tokenizer is None), device=device), dist.ReduceOp.MAX).item():  # ranks evaluate and sample together
+        tokenizer = None
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
     from_scratch = raw_model is None
+    place = torch.tensor(-1 if ckpt is None else ckpt['iter_num'], device=device)
+    if all_reduce(place.clone(), dist.ReduceOp.MIN) != all_reduce(place.clone(), dist.ReduceOp.MAX):
+        raise ValueError(f"processes found different checkpoints, this one that of iteration {place.item()}: out_dir '{out_dir}' must be a folder that all nodes share")
     if batch_size == 'auto':
         batch_size, gradient_accumulation_steps = auto_batch_size(ckpt)
         if gradient_accumulation_steps % world_size:
@@ -802,7 +829,7 @@ with one_line_errors():
     loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
     train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
     eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
-    if ckpt is not None and ckpt['iter_num'] >= max_iters and not eval_only:
+    if ckpt is not None and ckpt['iter_num'] >= max_iters and ckpt.get('last_eval_iter', ckpt['iter_num']) == ckpt['iter_num'] and not eval_only:
         say(f"{ckpt['path']} is at iteration {ckpt['iter_num']} of max_iters={max_iters}: nothing to do")
         leave(0)
     os.makedirs(out_dir, exist_ok=True)
@@ -943,24 +970,27 @@ while True:
     best, save = False, stopping or save_interval and iter_num % save_interval == 0
     if (iter_num % eval_interval == 0 or finished) and not stopping:
         t0 = time.time()
-        last_losses = fit_memory(estimate_loss)
-        val_loss = last_losses['val']['loss']
-        if not math.isfinite(val_loss):
+        evaluated = fit_memory(estimate_loss)
+        if evaluated is None:
+            stopping = save = told_to_stop()
+        elif not math.isfinite(evaluated['val']['loss']):
             say(f'val loss is not finite at iteration {iter_num}: nothing saved; {STEADIER}')
             outcome, last_losses = 'not finite', {}
             break
-        best = val_loss < best_val_loss
-        if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
-            best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
-        save = save or best or always_save_checkpoint
-        eval_seconds = time.time() - t0
-        log_evaluation(best)
-        if patience and stale_evals >= patience:
-            say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
-            finished = True
+        else:
+            last_losses, val_loss = evaluated, evaluated['val']['loss']
+            best = val_loss < best_val_loss
+            if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
+                best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
+            save = save or best or always_save_checkpoint
+            eval_seconds = time.time() - t0
+            log_evaluation(best)
+            if patience and stale_evals >= patience:
+                say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
+                finished = True
 
     # save, and leave when there is nothing more to do
-    if save and (iter_num > first_iter or best and not from_scratch) and not eval_only:
+    if save and (iter_num > first_iter or (best or finished) and not from_scratch) and not eval_only:
         with one_line_errors():
             save_checkpoint(best)
     if finished or stopping:
@@ -982,7 +1012,7 @@ while True:
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if distributed:  # a signal that reached one rank stops them all
-        stopping = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX).item()
+        stopping = told_to_stop()
     finite = scaler.is_enabled() or math.isfinite(grad_norm.item())
     if finite:
         with one_line_errors():
