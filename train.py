@@ -812,7 +812,8 @@ with one_line_errors():
         tokenizer = None
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # it may be missing on this node only
             print(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}', flush=True)
-    if all_reduce(torch.tensor(int(tokenizer is None), device=device), dist.ReduceOp.MAX).item():  # ranks evaluate and sample together
+    if all_reduce(torch.tensor(int(tokenizer is None), device=device), dist.ReduceOp.MAX).item() and tokenizer:  # ranks evaluate and sample together
+        say('WARNING: a process is without the tokenizer of this data set, so there are no samples and bits per byte')
         tokenizer = None
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
