@@ -16,7 +16,9 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 import contextlib
 import ctypes
 import gc
+import importlib
 import io
+import json
 import math
 import os
 import pickle
@@ -72,6 +74,9 @@ PRESETS = {
 PRESETS['team'] = PRESETS['llama']
 
 
+ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+
 @dataclass
 class GPTConfig:
     """What a model is. The defaults are those of nanoGPT's GPTConfig, so that its checkpoints mean the same here."""
@@ -97,6 +102,8 @@ class GPTConfig:
     logit_softcap: float = 0.0
     attention_chunk_size: int = 256
     activation_checkpointing: bool = False
+    qkv_bias: bool = False           # biases of queries, keys and values without the others: Qwen2
+    rope_scaling: dict = None        # LLaMA 3's stretched RoPE, a dict with the keys of ROPE_SCALING
     unpadded_vocab_size: int = None  # ids the tokenizer has, None: all; the padding beyond is never sampled
 
     def __post_init__(self):
@@ -114,7 +121,7 @@ class GPTConfig:
         if self.position_encoding == 'rope' and self.n_embd // self.n_head % 2:
             raise ValueError(f'rope needs an even head size, not n_embd / n_head = {self.n_embd // self.n_head}')
         for key, good in (('dropout', 0 <= self.dropout < 1), ('norm_eps', self.norm_eps > 0), ('rope_theta', self.rope_theta > 0),
-                          ('logit_softcap', self.logit_softcap >= 0),
+                          ('logit_softcap', self.logit_softcap >= 0), ('rope_scaling', self.rope_scaling is None or set(self.rope_scaling) == set(ROPE_SCALING)),
                           ('unpadded_vocab_size', self.unpadded_vocab_size is None or 0 < self.unpadded_vocab_size <= self.vocab_size)):
             if not good:
                 raise ValueError(f'{key}={getattr(self, key)!r} is out of range')
@@ -206,10 +213,14 @@ class RoPE(nn.Module):
     """https://arxiv.org/abs/2104.09864 in the half-rotation layout of Hugging Face's LLaMA: dimension i turns with i + D/2."""
     def __init__(self, config):
         super().__init__()
-        self.dim, self.theta = config.n_embd // config.n_head, config.rope_theta
+        self.dim, self.theta, self.scaling = config.n_embd // config.n_head, config.rope_theta, config.rope_scaling
 
     def forward(self, x, pos):
         freq = self.theta ** (torch.arange(0, self.dim, 2, device=x.device).float() / -self.dim)  # (D/2,)
+        if self.scaling:  # LLaMA 3.1: what turns less than low_freq_factor times in the original context is slowed down, more than high_freq_factor kept
+            factor, low, high, original = (self.scaling[key] for key in ROPE_SCALING)
+            keep = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            freq = freq * (keep + (1 - keep) / factor)
         angle = pos.float()[:, None] * freq  # (T, D/2), float32: bfloat16 cannot tell position 256 from 257
         cos, sin = angle.cos(), angle.sin()
 
@@ -343,7 +354,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.n_head, self.n_kv_head = config, config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias or config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         norm = NORMALIZATION[config.normalization]
         self.q_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
@@ -560,6 +571,27 @@ class GPT(nn.Module):
         """The model in a checkpoint, ours or nanoGPT's, on the CPU, in eval mode. path: a file, or a folder that has ckpt.pt. Errors as load_checkpoint."""
         return model_of(load_checkpoint(path))
 
+    @classmethod
+    def from_pretrained(cls, name, dtype=torch.float32, **overrides):
+        """
+        The model in a folder that Hugging Face's save_pretrained wrote, or of a hub id such as gpt2, on the CPU, in eval mode: GPT-2, LLaMA, Mistral,
+        Qwen2 or Qwen3. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what it cannot hold.
+        """
+        block_size = overrides.pop('block_size', None)
+        ckpt = load_pretrained(name, block_size)
+        ckpt['model_args'] |= overrides
+        model = model_of(ckpt).to(dtype)
+        if block_size is not None:
+            model.crop_block_size(block_size)
+        return model
+
+    def save_pretrained(self, folder, ckpt=None):
+        """
+        Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its tokenizer. folder
+        must be new or empty. ValueError names the parts that Hugging Face has no class for.
+        """
+        write_pretrained(self, folder, ckpt or {})
+
     def new_cache(self, batch_size, max_length):
         """An empty KV cache for forward(cache=...), a KVCache a layer."""
         c, w = self.config, self.transformer.h[0].attn.c_attn.weight
@@ -746,6 +778,143 @@ def model_of(ckpt):
     if model.config.weight_tying:
         model.transformer.wte.weight = model.lm_head.weight
     return model.requires_grad_(True).eval()
+
+
+# Hugging Face's names. GPT-2's are ours; of LLaMA's family, one or several that lie above each other in one of ours.
+LLAMA_NAMES = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head'], 'ln_1': ['input_layernorm'],
+               'ln_2': ['post_attention_layernorm'], 'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+               'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'],
+               'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
+CONV1D = tuple(f'{name}.weight' for name in ('c_attn', 'c_proj', 'c_fc'))  # GPT-2's matrices are (in, out) there
+HF_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
+                  'leaky_relu': 'leaky_relu', 'relu2': 'relu_squared'}
+
+
+def optional(module, purpose):
+    """A library that only this purpose needs. ValueError says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ValueError(f"{purpose} needs {module}: pip install {module.split('.')[0]} ({first_line(e)})") from e
+
+
+def pretrained_folder(name):
+    """The folder of a Hugging Face model: name, if it is one, or else that of the hub's id, downloaded once. ValueError if there is neither."""
+    if os.path.isdir(name):
+        return name
+    try:
+        return optional('huggingface_hub', f"'{name}' is no folder, and to look for it on Hugging Face's hub").snapshot_download(
+            name, allow_patterns=['*.json', '*.safetensors'], ignore_patterns=['*/*'])
+    except Exception as e:  # the hub's library has many, from a wrong name to no network
+        if isinstance(e, ValueError) and isinstance(e.__cause__, ImportError):
+            raise
+        raise ValueError(f"'{name}' is no folder, and from Hugging Face's hub it could not be had: {type(e).__name__}: {first_line(e)[:200]}") from e
+
+
+def read_tensors(folder):
+    """{name: tensor} of a folder's safetensors, one file or several; pickled ones are read as far as they hold nothing but tensors."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
+        try:
+            if os.path.exists(index):
+                with open(index, encoding='utf-8') as f:
+                    files = sorted({os.path.join(folder, os.path.basename(file)) for file in json.load(f)['weight_map'].values()})
+            else:
+                files = [path] * os.path.exists(path)
+            tensors = {}
+            for path in files:
+                tensors |= torch.load(path, map_location='cpu', weights_only=True) if name.endswith('.bin') else \
+                    optional('safetensors.torch', 'to read safetensors').load_file(path)
+        except ValueError:
+            raise
+        except Exception as e:  # safetensors, pickle, zip and json each have their own
+            raise ValueError(f"'{path}' cannot be read: {first_line(e)}") from e
+        if tensors:
+            return tensors
+    raise ValueError(f"no model.safetensors and no pytorch_model.bin in '{folder}'")
+
+
+def config_from_hf(hf):
+    """The keys of GPTConfig that a config.json (a dict) stands for. ValueError names the first key that it has and we have no part for."""
+    def size(key):
+        if type(hf.get(key)) is not int:
+            raise ValueError(f'{key}={hf.get(key)!r} in config.json is no size')
+        return hf[key]
+    kind = hf.get('model_type')
+    held = {'model_type': ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3'), 'quantization_config': (None,)}
+    if kind == 'gpt2':
+        held |= {'activation_function': HF_ACTIVATIONS, 'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
+    elif kind in held['model_type']:
+        rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+        rope_type, biased = rope.get('rope_type', rope.get('type', 'default')), hf.get('attention_bias', False)
+        held |= {'hidden_act': HF_ACTIVATIONS, 'head_dim': (None, size('hidden_size') / size('num_attention_heads')), 'partial_rotary_factor': (None, 1.0),
+                 'attention_bias': (hf.get('mlp_bias', False) if kind == 'llama' else False,), 'mlp_bias': (biased,)}
+        if rope_type not in ('default', 'llama3') or not rope.get('partial_rotary_factor', 1.0) == 1.0:
+            held['rope_parameters' if 'rope_parameters' in hf else 'rope_scaling'] = ('default', 'llama3')
+    for key, values in held.items():
+        if key in hf and hf[key] not in values or key == 'model_type' and kind not in values:
+            raise ValueError(f"{key}={hf.get(key)!r} in config.json: there is no such part here, only {', '.join(map(str, values))}")
+    if kind == 'gpt2':
+        return PRESETS['gpt2'] | dict(
+            block_size=size('n_positions'), vocab_size=size('vocab_size'), n_layer=size('n_layer'), n_head=size('n_head'), n_embd=size('n_embd'), d_ff=hf.get('n_inner'),
+            norm_eps=hf.get('layer_norm_epsilon', 1e-5), activation=HF_ACTIVATIONS[hf.get('activation_function', 'gelu_new')], weight_tying=hf.get('tie_word_embeddings', True))
+    window = hf.get('sliding_window', 4096 if kind == 'mistral' else None) if hf.get('use_sliding_window', kind == 'mistral') else None
+    scaling = {key: rope[key] for key in ROPE_SCALING} if rope_type == 'llama3' else None
+    return PRESETS['llama'] | dict(
+        block_size=min(size('max_position_embeddings'), window or math.inf), vocab_size=size('vocab_size'), n_layer=size('num_hidden_layers'),  # within a window attention is full
+        n_head=size('num_attention_heads'), n_kv_head=hf.get('num_key_value_heads'), n_embd=size('hidden_size'), d_ff=size('intermediate_size'),
+        norm_eps=hf.get('rms_norm_eps', 1e-6), activation=HF_ACTIVATIONS[hf.get('hidden_act', 'silu')], weight_tying=hf.get('tie_word_embeddings', False),
+        bias=biased, qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3', rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))), rope_scaling=scaling)
+
+
+def names_in_hf(name, kind):
+    """The tensors in a Hugging Face checkpoint that lie, one above the other, in our tensor `name`."""
+    if kind == 'gpt2':
+        return [name]
+    module, _, what = name.rpartition('.')
+    ours = next(ours for ours in LLAMA_NAMES if module.endswith(ours))
+    return [f"{module.removesuffix(ours).replace('transformer.h', 'model.layers')}{theirs}.{what}" for theirs in LLAMA_NAMES[ours]]
+
+
+def load_pretrained(name, block_size=None):
+    """
+    A checkpoint dict as load_checkpoint's, of the Hugging Face model in a folder or of a hub id, in the files' own dtypes. block_size: what it is wanted for, if
+    that is known by now. ValueError says what is missing, left over or not held here.
+    """
+    folder = pretrained_folder(name)
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+            hf = json.load(f)
+        settings = config_from_hf(hf)
+        kind, longest = hf['model_type'], settings['block_size']
+        if (block_size or 0) > longest < hf.get('max_position_embeddings', 0):
+            raise ValueError(f'block_size={block_size} is beyond sliding_window={longest}, and attention here is full')
+        with torch.device('meta'):
+            wanted = GPT(GPTConfig(**settings)).state_dict()
+        theirs = read_tensors(folder)
+        if kind == 'gpt2':  # the hub's own files lack the prefix, and old ones hold causal masks
+            theirs = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v for k, v in theirs.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+        theirs = {k: v for k, v in theirs.items() if not k.endswith('.rotary_emb.inv_freq') and not (k == 'lm_head.weight' and settings['weight_tying'])}
+        state = {}
+        for ours in [n for n in wanted if n != 'lm_head.weight' or not settings['weight_tying']]:
+            parts = [theirs.pop(n) for n in names_in_hf(ours, kind)]
+            state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].T.contiguous() if kind == 'gpt2' and ours.endswith(CONV1D) else parts[0]
+            if state[ours].shape != wanted[ours].shape:
+                raise ValueError(f'{names_in_hf(ours, kind)[0]} gives {tuple(state[ours].shape)} where config.json says {tuple(wanted[ours].shape)}')
+        if theirs:
+            raise ValueError(f"there is no place here for its tensors {', '.join(sorted(theirs)[:3])}" + ', ...' * (len(theirs) > 3))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as e:
+        raise ValueError(f"'{folder}' is not a model we can hold: " + (f'it has no {e}' if isinstance(e, KeyError) else first_line(e))) from e
+    if settings['weight_tying']:
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    return dict(model=state, model_args=settings, path=folder, tokenizer=None)
+
+
+def load_weights(name, block_size=None):
+    """The checkpoint dict that init_from names: another run's folder or file, or what load_pretrained takes."""
+    is_pretrained = os.path.exists(os.path.join(name, 'config.json')) if os.path.exists(name) else \
+        re.fullmatch(r'(distil)?gpt2|gpt2-(medium|large|xl)|[\w.-]+/[\w.-]+', name) and not name.endswith('.pt')
+    return load_pretrained(name, block_size) if is_pretrained else load_checkpoint(name)
 
 
 def pick_device(device='auto', dtype='auto'):
