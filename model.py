@@ -4,6 +4,7 @@ The whole GPT in one file: its parts, the model, what it costs, and text out of 
     python model.py config/full_llama_1.36b.py --n_layer=24     # describe: parameters, FLOPs, memory (built without memory)
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
+    python model.py --ckpt=out --export=hf_dir                  # for Hugging Face's transformers; --export=model.onnx for ONNX
     python model.py --list=True                                 # every config with its counts
 
 Shapes: B batch, T sequence, C n_embd, H heads, K key/value heads, D = C/H, F feed-forward width, V vocabulary.
@@ -16,6 +17,7 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 import contextlib
 import ctypes
 import gc
+import glob
 import importlib
 import io
 import json
@@ -24,6 +26,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import sys
 import time
 import weakref
@@ -907,13 +910,150 @@ def load_pretrained(name, block_size=None):
         raise ValueError(f"'{folder}' is not a model we can hold: " + (f'it has no {e}' if isinstance(e, KeyError) else first_line(e))) from e
     if settings['weight_tying']:
         state['lm_head.weight'] = state['transformer.wte.weight']
-    return dict(model=state, model_args=settings, path=folder, tokenizer=None)
+    return dict(model=state, model_args=settings, path=folder, tokenizer=pretrained_tokenizer(folder))
+
+
+def pretrained_tokenizer(folder):
+    """The spec of the tokenizer in a Hugging Face folder, by its own name where it is GPT-2's; None if there is no tokenizer.json."""
+    path, settings = os.path.join(folder, 'tokenizer.json'), os.path.join(folder, 'tokenizer_config.json')
+    if not os.path.exists(path):
+        return None
+    from data.tokenizer import get_tokenizer
+    with open(path, encoding='utf-8') as f:
+        spec = dict(name='huggingface', json=f.read(), eot=None)
+    if os.path.exists(settings):
+        with open(settings, encoding='utf-8') as f:
+            eot = json.load(f).get('eos_token')
+        spec['eot'] = eot['content'] if isinstance(eot, dict) else eot
+    tokenizer = get_tokenizer(spec)
+    gpt2 = tokenizer.vocab_size == 50257 and tokenizer.table == get_tokenizer('gpt2').table
+    return {'name': 'gpt2'} if gpt2 else spec
+
+
+def config_to_hf(model):
+    """The config.json (a dict) that says what a model is. ValueError names the parts that Hugging Face has no class for."""
+    c = model.config
+    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
+    either = dict(activation=names, norm_position=['pre'], logit_softcap=[0.0])
+    held = {'gpt2': either | dict(normalization=['layernorm', 'layernorm_nobias'], position_encoding=['learned_absolute'], ffn_type=['standard'],
+                                  n_kv_head=[None, c.n_head], qk_norm=[False]),
+            'llama': either | dict(normalization=['rmsnorm'], position_encoding=['rope'], ffn_type=['swiglu'])}
+    if c.qk_norm and (c.bias or c.qkv_bias):
+        held['llama']['qk_norm'] = [False]  # Qwen3 has it, without the biases
+    misfits = {kind: [f'{key}={getattr(c, key)}' for key, values in parts.items() if getattr(c, key) not in values] for kind, parts in held.items()}
+    kind = min(misfits, key=lambda kind: len(misfits[kind]))
+    if misfits[kind]:
+        raise ValueError(f"Hugging Face has no class for this mix: {', '.join(misfits[kind])} {'is' if len(misfits[kind]) == 1 else 'are'} not in its nearest, "
+                         f"{'GPT-2' if kind == 'gpt2' else 'LLaMA (Qwen3 with qk_norm and no biases)'}")
+    d_ff, both = model.transformer.h[0].mlp.c_proj.in_features, dict(vocab_size=c.vocab_size, tie_word_embeddings=c.weight_tying)
+    if kind == 'gpt2':
+        return both | dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                           n_inner=d_ff, activation_function=names[c.activation], layer_norm_epsilon=c.norm_eps,
+                           **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout))
+    kind = 'qwen3' if c.qk_norm else 'qwen2' if c.qkv_bias and not c.bias else 'llama'
+    scaling = None if c.rope_scaling is None else c.rope_scaling | {'rope_type': 'llama3'}
+    return both | dict(model_type=kind, architectures=[f'{kind.capitalize()}ForCausalLM'], max_position_embeddings=c.block_size, hidden_size=c.n_embd, intermediate_size=d_ff,
+                       num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.n_embd // c.n_head,
+                       hidden_act=names[c.activation], rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=scaling, attention_bias=c.bias, mlp_bias=c.bias)
+
+
+def tensors_for_hf(model, kind):
+    """{name: tensor} as the class of that model_type has them."""
+    c, state, out = model.config, model.state_dict(), {}
+    D, K = c.n_embd // c.n_head, c.n_kv_head or c.n_head
+    if kind == 'gpt2':  # which has a bias wherever it can
+        state |= {k.replace('.weight', '.bias'): torch.zeros_like(w[..., 0] if w.dim() == 2 else w) for k, w in state.items()
+                  if not k.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) and k.replace('.weight', '.bias') not in state}
+    for ours, t in state.items():
+        names = names_in_hf(ours, kind)
+        rows = {1: [len(t)], 2: [len(t) // 2] * 2, 3: [c.n_head * D, K * D, K * D]}[len(names)]
+        if not (ours == 'lm_head.weight' and c.weight_tying):
+            out |= {n: (part.T if kind == 'gpt2' and ours.endswith(CONV1D) else part).contiguous() for n, part in zip(names, t.split(rows))}
+    return out
+
+
+def model_card(model, ckpt, hf):
+    """README.md of an exported model, from its checkpoint and the newest log of the run that wrote it; what they do not say is left out."""
+    c, trained = model.config, ckpt.get('config') or {}
+    logs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json')))
+    hardware = None
+    if logs and trained:
+        with open(logs[-1], encoding='utf-8') as f:
+            hardware = json.load(f).get('startup_info', {}).get('device')
+    rows = {'architecture': f"{hf['architectures'][0]}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.n_kv_head or c.n_head} key/value heads, "
+                            f"{', '.join(str(getattr(c, kind)) for kind in REGISTRY if kind != 'attention_backend')}, {'biases' if c.bias else 'no biases'}",
+            'parameters': f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}',
+            'context': f'{c.block_size} tokens', 'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''),
+            'data set': trained.get('dataset')}
+    if {'batch_size', 'gradient_accumulation_steps', 'block_size'} <= trained.keys() and ckpt.get('iter_num') is not None:
+        per_iter = trained['batch_size'] * trained['gradient_accumulation_steps'] * trained['block_size']
+        rows['tokens seen'] = f"{ckpt['iter_num'] * per_iter:,}: {ckpt['iter_num']:,} iterations of {per_iter:,}"
+        if trained.get('init_from') not in ('scratch', 'resume', 'auto'):
+            rows['tokens seen'] += f", starting from the weights of {trained['init_from']}"
+    for split, losses in (ckpt.get('losses') or {}).items():
+        rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token" + (f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else '') + \
+            f", mean over at most {trained['eval_iters'] * trained['batch_size']:,} fixed windows of {c.block_size} tokens"
+    rows |= {'hardware': hardware, 'software': f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"}
+    return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', f"# A GPT{' trained on ' + rows['data set'] if rows['data set'] else ''}", '',
+                      '| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items() if value), '',
+                      '## Limits', '', f'A plain language model: it continues text, of which it sees the last {c.block_size} tokens. Nothing about it has been '
+                      'measured beyond the losses above, and what its training text says wrong, it says, too.', ''])
+
+
+def write_pretrained(model, folder, ckpt):
+    """GPT.save_pretrained: into a folder beside it, which is renamed when it is whole."""
+    hf, save_file, temporary = config_to_hf(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder) + '.tmp'
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise ValueError(f"'{folder}' is there already: another name, or remove it first")
+    from data.tokenizer import find_tokenizer, to_hugging_face
+    tokenizer = find_tokenizer(ckpt) if ckpt else None
+    eot, known = getattr(tokenizer, 'eot', None), model.config.unpadded_vocab_size or model.config.vocab_size
+    texts = {'config.json': hf | dict(dtype=str(model.lm_head.weight.dtype)[6:], bos_token_id=eot, eos_token_id=eot),
+             'generation_config.json': dict(bos_token_id=eot, eos_token_id=eot) | ({'suppress_tokens': [*range(known, model.config.vocab_size)]} if known < model.config.vocab_size else {})}
+    if tokenizer:
+        texts['tokenizer.json'] = json.loads(to_hugging_face(tokenizer).to_str())
+        texts['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False) | (
+            {} if eot is None else dict(eos_token=tokenizer.table[eot].decode()))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        save_file(tensors_for_hf(model, hf['model_type']), os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
+        for name, content in texts.items():
+            with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
+                json.dump(content, f, indent=None if name == 'tokenizer.json' else 2, ensure_ascii=False)
+        with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(model_card(model, ckpt, hf))
+        os.replace(temporary, folder)
+    except Exception as e:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"'{folder}' could not be written: {first_line(e)}") from e
+
+
+def write_onnx(model, path):
+    """The model as an ONNX file, weights included: ids (batch, length) int64 -> logits (batch, length, V) float32, any batch and any length up to block_size."""
+    optional('onnxscript', 'to write ONNX')
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, all_logits=True)[0]
+    shape = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.onnx.export(Logits().eval(), (torch.zeros(2, min(model.config.block_size, 8), dtype=torch.long),), dynamo=True, verbose=False,
+                                    input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
+    program.save(path + '.tmp')
+    os.replace(path + '.tmp', path)
 
 
 def load_weights(name, block_size=None):
     """The checkpoint dict that init_from names: another run's folder or file, or what load_pretrained takes."""
     is_pretrained = os.path.exists(os.path.join(name, 'config.json')) if os.path.exists(name) else \
         re.fullmatch(r'(distil)?gpt2|gpt2-(medium|large|xl)|[\w.-]+/[\w.-]+', name) and not name.endswith('.pt')
+    if not is_pretrained and not os.path.exists(name):
+        raise ValueError(f"init_from='{name}' is not 'resume', and neither a run, a Hugging Face folder nor a hub id such as gpt2")
     return load_pretrained(name, block_size) if is_pretrained else load_checkpoint(name)
 
 
@@ -1114,6 +1254,7 @@ def main():
     from configurator import configure, fail
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
     consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py writes ckpt.pt
+    export = ''  # write the checkpoint for others: a folder for Hugging Face's transformers, or a file that ends in .onnx
     list = False  # print a table of every file in config/ with its counts
     config, given = configure(__file__, os.path.join(HERE, 'train.py'))
     try:
@@ -1134,8 +1275,18 @@ def main():
             torch.save({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
             os.replace(path + '.tmp', path)
             print(f"{saved['path']} -> {path}")
+        elif config['export']:
+            if not config['ckpt']:
+                raise ValueError('--export=FOLDER needs --ckpt=FOLDER, what to read')
+            saved, path = load_weights(config['ckpt']), config['export']
+            model = model_of(saved)
+            if path.endswith('.onnx'):
+                write_onnx(model, path)
+            else:
+                model.to(torch.float32 if config['dtype'] == 'auto' else getattr(torch, config['dtype'])).save_pretrained(path, saved)
+            print(f"{saved['path']} -> {path}")
         elif config['ckpt']:
-            saved = load_checkpoint(config['ckpt'])
+            saved = load_weights(config['ckpt'])
             print(describe(model_of(saved), saved.get('config') or {}, *pick_device()))
             print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
             for split, values in (saved.get('losses') or {}).items():

@@ -5,6 +5,7 @@ Text out of a trained model, as it comes.
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --out_dir=out --interactive=True
+    python sample.py --init_from=gpt2
 """
 import codecs
 import itertools
@@ -15,13 +16,12 @@ from typing import Literal
 import torch
 
 from configurator import configure, fail
-from data.loader import read_meta
-from data.tokenizer import get_tokenizer
-from model import load_checkpoint, model_of, pick_device
+from data.tokenizer import find_tokenizer
+from model import load_checkpoint, load_weights, model_of, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
-init_from = 'resume'  # from out_dir; there is no other source yet
+init_from = 'resume'  # from out_dir; or another run's out_dir, a folder that Hugging Face's save_pretrained wrote, or a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> means that token; empty: from the end-of-text token
 num_samples = 10  # samples, drawn together in one batch
 max_new_tokens = 500  # tokens a sample
@@ -38,21 +38,6 @@ compile = False  # nanoGPT's key; generation has a KV cache instead and is not c
 config, given = configure(__file__)
 globals().update(config)
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_tokenizer(ckpt):
-    """The tokenizer that a checkpoint names; for nanoGPT's, which name none, the one of its data set, else GPT-2's."""
-    if ckpt.get('tokenizer'):
-        return get_tokenizer(ckpt['tokenizer'])
-    dataset = (ckpt.get('config') or {}).get('dataset')
-    if dataset is not None:
-        if not isinstance(dataset, str) or dataset in ('', '.', '..') or os.path.basename(dataset) != dataset:  # a checkpoint is no guide to other folders
-            raise ValueError(f"checkpoint '{ckpt['path']}' names no tokenizer, and its data set, {dataset!r:.100}, is no name of a folder in data/: refused")
-        meta = read_meta(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset))
-        if 'tokenizer' in meta:
-            return get_tokenizer(meta['tokenizer'])
-    print('the checkpoint names no tokenizer, so this assumes GPT-2\'s', file=sys.stderr)
-    return get_tokenizer('gpt2')
 
 
 def generate(prompt):
@@ -83,12 +68,10 @@ def generate(prompt):
 
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 try:
-    if init_from != 'resume':
-        raise ValueError(f"init_from='{init_from}': only 'resume', a run of train.py in out_dir, can be sampled")
     if num_samples < 1:
         raise ValueError(f'num_samples must be positive, not {num_samples}')
     device, dtype = pick_device(device, dtype)
-    ckpt = load_checkpoint(out_dir)
+    ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
     tokenizer = find_tokenizer(ckpt)
     model = model_of(ckpt)
     known = min(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's checkpoints do not say how much of the vocabulary is padding

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, load_weights, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ eval_iters = 200  # batches an evaluation reads of each split, over all processe
 eval_only = False  # evaluate once and leave
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint) or another run's out_dir (its weights, to fine-tune)
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint); to fine-tune, another run's out_dir, a Hugging Face folder or id such as gpt2
 overwrite = False  # a new run may replace the checkpoints of an earlier one in out_dir
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
@@ -253,10 +253,8 @@ def starting_point():
         say(f"WARNING: overwrite=True: this run will replace the checkpoints in '{out_dir}'")
     if not resuming and init_from in ('scratch', 'auto'):
         return GPTConfig.from_settings(config, data_vocab), None, None
-    if not resuming and not os.path.exists(init_from):
-        raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
-        ckpt = load_checkpoint(out_dir if resuming else init_from)
+        ckpt = load_checkpoint(out_dir) if resuming else load_weights(init_from, block_size if 'block_size' in given else None)
     except ValueError as e:
         if not resuming or not os.path.exists(previous):
             raise
@@ -270,14 +268,15 @@ def starting_point():
         asked = PRESETS[arch_preset] | asked
     free = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
     ckpt['model_args'].update({k: v for k, v in asked.items() if k in free}, dropout=dropout)  # as in nanoGPT, dropout is never the checkpoint's
-    model = model_of(ckpt)
+    model = model_of(ckpt).float()
     stored = asdict(model.config)
     stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
     stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
     for key, value in asked.items():
         if key not in free and value != stored[key] and not (key == 'block_size' and not resuming):
             raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored[key]}")
-    if asked.get('block_size', model.config.block_size) != model.config.block_size:
+    shorter = 'iter_num' not in ckpt and block_size < model.config.block_size  # a pretrained one may have a context that no step here could hold, as in nanoGPT
+    if shorter or asked.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
     if (data_vocab or 0) > model.config.vocab_size:
         raise ValueError(f"data set '{dataset}' has {data_vocab} ids, the checkpoint '{ckpt['path']}' knows {model.config.vocab_size}")
