@@ -17,16 +17,12 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 import contextlib
 import ctypes
 import gc
-import glob
-import importlib
 import io
-import json
 import math
 import os
 import pickle
 import re
 import resource
-import shutil
 import sys
 import time
 import weakref
@@ -580,20 +576,16 @@ class GPT(nn.Module):
         The model in a folder that Hugging Face's save_pretrained wrote, or of a hub id such as gpt2, on the CPU, in eval mode: GPT-2, LLaMA, Mistral,
         Qwen2 or Qwen3. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what it cannot hold.
         """
-        block_size = overrides.pop('block_size', None)
-        ckpt = load_pretrained(name, block_size)
-        ckpt['model_args'] |= overrides
-        model = model_of(ckpt).to(dtype)
-        if block_size is not None:
-            model.crop_block_size(block_size)
-        return model
+        from bridge import from_pretrained
+        return from_pretrained(name, dtype, overrides)
 
     def save_pretrained(self, folder, ckpt=None):
         """
         Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its tokenizer. folder
         must be new or empty. ValueError names the parts that Hugging Face has no class for.
         """
-        write_pretrained(self, folder, ckpt or {})
+        from bridge import save_pretrained
+        save_pretrained(self, folder, ckpt)
 
     def new_cache(self, batch_size, max_length):
         """An empty KV cache for forward(cache=...), a KVCache a layer."""
@@ -781,280 +773,6 @@ def model_of(ckpt):
     if model.config.weight_tying:
         model.transformer.wte.weight = model.lm_head.weight
     return model.requires_grad_(True).eval()
-
-
-# Hugging Face's names. GPT-2's are ours; of LLaMA's family, one or several that lie above each other in one of ours.
-LLAMA_NAMES = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head'], 'ln_1': ['input_layernorm'],
-               'ln_2': ['post_attention_layernorm'], 'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
-               'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'],
-               'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
-CONV1D = tuple(f'{name}.weight' for name in ('c_attn', 'c_proj', 'c_fc'))  # GPT-2's matrices are (in, out) there
-HF_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
-                  'leaky_relu': 'leaky_relu', 'relu2': 'relu_squared'}
-
-
-def optional(module, purpose):
-    """A library that only this purpose needs. ValueError says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ValueError(f"{purpose} needs {module}: pip install {module.split('.')[0]} ({first_line(e)})") from e
-
-
-def pretrained_folder(name):
-    """The folder of a Hugging Face model: name, if it is one, or else that of the hub's id, downloaded once. ValueError if there is neither."""
-    if os.path.isdir(name):
-        return name
-    try:
-        return optional('huggingface_hub', f"'{name}' is no folder, and to look for it on Hugging Face's hub").snapshot_download(
-            name, allow_patterns=['*.json', '*.safetensors'], ignore_patterns=['*/*'])
-    except Exception as e:  # the hub's library has many, from a wrong name to no network
-        if isinstance(e, ValueError) and isinstance(e.__cause__, ImportError):
-            raise
-        raise ValueError(f"'{name}' is no folder, and from Hugging Face's hub it could not be had: {type(e).__name__}: {first_line(e)[:200]}") from e
-
-
-def read_tensors(folder):
-    """{name: tensor} of a folder's safetensors, one file or several; pickled ones are read as far as they hold nothing but tensors."""
-    for name in ('model.safetensors', 'pytorch_model.bin'):
-        path, index = os.path.join(folder, name), os.path.join(folder, name + '.index.json')
-        try:
-            if os.path.exists(index):
-                with open(index, encoding='utf-8') as f:
-                    files = sorted({os.path.join(folder, os.path.basename(file)) for file in json.load(f)['weight_map'].values()})
-            else:
-                files = [path] * os.path.exists(path)
-            tensors = {}
-            for path in files:
-                tensors |= torch.load(path, map_location='cpu', weights_only=True) if name.endswith('.bin') else \
-                    optional('safetensors.torch', 'to read safetensors').load_file(path)
-        except ValueError:
-            raise
-        except Exception as e:  # safetensors, pickle, zip and json each have their own
-            raise ValueError(f"'{path}' cannot be read: {first_line(e)}") from e
-        if tensors:
-            return tensors
-    raise ValueError(f"no model.safetensors and no pytorch_model.bin in '{folder}'")
-
-
-def config_from_hf(hf):
-    """The keys of GPTConfig that a config.json (a dict) stands for. ValueError names the first key that it has and we have no part for."""
-    def size(key):
-        if type(hf.get(key)) is not int:
-            raise ValueError(f'{key}={hf.get(key)!r} in config.json is no size')
-        return hf[key]
-    kind = hf.get('model_type')
-    held = {'model_type': ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3'), 'quantization_config': (None,)}
-    if kind == 'gpt2':
-        held |= {'activation_function': HF_ACTIVATIONS, 'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
-    elif kind in held['model_type']:
-        rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-        rope_type, biased = rope.get('rope_type', rope.get('type', 'default')), hf.get('attention_bias', False)
-        held |= {'hidden_act': HF_ACTIVATIONS, 'head_dim': (None, size('hidden_size') / size('num_attention_heads')), 'partial_rotary_factor': (None, 1.0),
-                 'attention_bias': (hf.get('mlp_bias', False) if kind == 'llama' else False,), 'mlp_bias': (biased,)}
-        if rope_type not in ('default', 'llama3') or not rope.get('partial_rotary_factor', 1.0) == 1.0:
-            held['rope_parameters' if 'rope_parameters' in hf else 'rope_scaling'] = ('default', 'llama3')
-    for key, values in held.items():
-        if key in hf and hf[key] not in values or key == 'model_type' and kind not in values:
-            raise ValueError(f"{key}={hf.get(key)!r} in config.json: there is no such part here, only {', '.join(map(str, values))}")
-    if kind == 'gpt2':
-        return PRESETS['gpt2'] | dict(
-            block_size=size('n_positions'), vocab_size=size('vocab_size'), n_layer=size('n_layer'), n_head=size('n_head'), n_embd=size('n_embd'), d_ff=hf.get('n_inner'),
-            norm_eps=hf.get('layer_norm_epsilon', 1e-5), activation=HF_ACTIVATIONS[hf.get('activation_function', 'gelu_new')], weight_tying=hf.get('tie_word_embeddings', True))
-    window = hf.get('sliding_window', 4096 if kind == 'mistral' else None) if hf.get('use_sliding_window', kind == 'mistral') else None
-    scaling = {key: rope[key] for key in ROPE_SCALING} if rope_type == 'llama3' else None
-    return PRESETS['llama'] | dict(
-        block_size=min(size('max_position_embeddings'), window or math.inf), vocab_size=size('vocab_size'), n_layer=size('num_hidden_layers'),  # within a window attention is full
-        n_head=size('num_attention_heads'), n_kv_head=hf.get('num_key_value_heads'), n_embd=size('hidden_size'), d_ff=size('intermediate_size'),
-        norm_eps=hf.get('rms_norm_eps', 1e-6), activation=HF_ACTIVATIONS[hf.get('hidden_act', 'silu')], weight_tying=hf.get('tie_word_embeddings', False),
-        bias=biased, qkv_bias=kind == 'qwen2', qk_norm=kind == 'qwen3', rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))), rope_scaling=scaling)
-
-
-def names_in_hf(name, kind):
-    """The tensors in a Hugging Face checkpoint that lie, one above the other, in our tensor `name`."""
-    if kind == 'gpt2':
-        return [name]
-    module, _, what = name.rpartition('.')
-    ours = next(ours for ours in LLAMA_NAMES if module.endswith(ours))
-    return [f"{module.removesuffix(ours).replace('transformer.h', 'model.layers')}{theirs}.{what}" for theirs in LLAMA_NAMES[ours]]
-
-
-def load_pretrained(name, block_size=None):
-    """
-    A checkpoint dict as load_checkpoint's, of the Hugging Face model in a folder or of a hub id, in the files' own dtypes. block_size: what it is wanted for, if
-    that is known by now. ValueError says what is missing, left over or not held here.
-    """
-    folder = pretrained_folder(name)
-    try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
-        settings = config_from_hf(hf)
-        kind, longest = hf['model_type'], settings['block_size']
-        if (block_size or 0) > longest < hf.get('max_position_embeddings', 0):
-            raise ValueError(f'block_size={block_size} is beyond sliding_window={longest}, and attention here is full')
-        with torch.device('meta'):
-            wanted = GPT(GPTConfig(**settings)).state_dict()
-        theirs = read_tensors(folder)
-        if kind == 'gpt2':  # the hub's own files lack the prefix, and old ones hold causal masks
-            theirs = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v for k, v in theirs.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
-        theirs = {k: v for k, v in theirs.items() if not k.endswith('.rotary_emb.inv_freq') and not (k == 'lm_head.weight' and settings['weight_tying'])}
-        state = {}
-        for ours in [n for n in wanted if n != 'lm_head.weight' or not settings['weight_tying']]:
-            parts = [theirs.pop(n) for n in names_in_hf(ours, kind)]
-            state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].T.contiguous() if kind == 'gpt2' and ours.endswith(CONV1D) else parts[0]
-            if state[ours].shape != wanted[ours].shape:
-                raise ValueError(f'{names_in_hf(ours, kind)[0]} gives {tuple(state[ours].shape)} where config.json says {tuple(wanted[ours].shape)}')
-        if theirs:
-            raise ValueError(f"there is no place here for its tensors {', '.join(sorted(theirs)[:3])}" + ', ...' * (len(theirs) > 3))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as e:
-        raise ValueError(f"'{folder}' is not a model we can hold: " + (f'it has no {e}' if isinstance(e, KeyError) else first_line(e))) from e
-    if settings['weight_tying']:
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    return dict(model=state, model_args=settings, path=folder, tokenizer=pretrained_tokenizer(folder))
-
-
-def pretrained_tokenizer(folder):
-    """The spec of the tokenizer in a Hugging Face folder, by its own name where it is GPT-2's; None if there is no tokenizer.json."""
-    path, settings = os.path.join(folder, 'tokenizer.json'), os.path.join(folder, 'tokenizer_config.json')
-    if not os.path.exists(path):
-        return None
-    from data.tokenizer import get_tokenizer
-    with open(path, encoding='utf-8') as f:
-        spec = dict(name='huggingface', json=f.read(), eot=None)
-    if os.path.exists(settings):
-        with open(settings, encoding='utf-8') as f:
-            eot = json.load(f).get('eos_token')
-        spec['eot'] = eot['content'] if isinstance(eot, dict) else eot
-    tokenizer = get_tokenizer(spec)
-    gpt2 = tokenizer.vocab_size == 50257 and tokenizer.table == get_tokenizer('gpt2').table
-    return {'name': 'gpt2'} if gpt2 else spec
-
-
-def config_to_hf(model):
-    """The config.json (a dict) that says what a model is. ValueError names the parts that Hugging Face has no class for."""
-    c = model.config
-    names = {ours: theirs for theirs, ours in reversed(HF_ACTIVATIONS.items())}
-    either = dict(activation=names, norm_position=['pre'], logit_softcap=[0.0])
-    held = {'gpt2': either | dict(normalization=['layernorm', 'layernorm_nobias'], position_encoding=['learned_absolute'], ffn_type=['standard'],
-                                  n_kv_head=[None, c.n_head], qk_norm=[False]),
-            'llama': either | dict(normalization=['rmsnorm'], position_encoding=['rope'], ffn_type=['swiglu'])}
-    if c.qk_norm and (c.bias or c.qkv_bias):
-        held['llama']['qk_norm'] = [False]  # Qwen3 has it, without the biases
-    misfits = {kind: [f'{key}={getattr(c, key)}' for key, values in parts.items() if getattr(c, key) not in values] for kind, parts in held.items()}
-    kind = min(misfits, key=lambda kind: len(misfits[kind]))
-    if misfits[kind]:
-        raise ValueError(f"Hugging Face has no class for this mix: {', '.join(misfits[kind])} {'is' if len(misfits[kind]) == 1 else 'are'} not in its nearest, "
-                         f"{'GPT-2' if kind == 'gpt2' else 'LLaMA (Qwen3 with qk_norm and no biases)'}")
-    d_ff, both = model.transformer.h[0].mlp.c_proj.in_features, dict(vocab_size=c.vocab_size, tie_word_embeddings=c.weight_tying)
-    if kind == 'gpt2':
-        return both | dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                           n_inner=d_ff, activation_function=names[c.activation], layer_norm_epsilon=c.norm_eps,
-                           **dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout))
-    kind = 'qwen3' if c.qk_norm else 'qwen2' if c.qkv_bias and not c.bias else 'llama'
-    scaling = None if c.rope_scaling is None else c.rope_scaling | {'rope_type': 'llama3'}
-    return both | dict(model_type=kind, architectures=[f'{kind.capitalize()}ForCausalLM'], max_position_embeddings=c.block_size, hidden_size=c.n_embd, intermediate_size=d_ff,
-                       num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.n_embd // c.n_head,
-                       hidden_act=names[c.activation], rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=scaling, attention_bias=c.bias, mlp_bias=c.bias)
-
-
-def tensors_for_hf(model, kind):
-    """{name: tensor} as the class of that model_type has them."""
-    c, state, out = model.config, model.state_dict(), {}
-    D, K = c.n_embd // c.n_head, c.n_kv_head or c.n_head
-    if kind == 'gpt2':  # which has a bias wherever it can
-        state |= {k.replace('.weight', '.bias'): torch.zeros_like(w[..., 0] if w.dim() == 2 else w) for k, w in state.items()
-                  if not k.endswith(('wte.weight', 'wpe.weight', 'lm_head.weight')) and k.replace('.weight', '.bias') not in state}
-    for ours, t in state.items():
-        names = names_in_hf(ours, kind)
-        rows = {1: [len(t)], 2: [len(t) // 2] * 2, 3: [c.n_head * D, K * D, K * D]}[len(names)]
-        if not (ours == 'lm_head.weight' and c.weight_tying):
-            out |= {n: (part.T if kind == 'gpt2' and ours.endswith(CONV1D) else part).contiguous() for n, part in zip(names, t.split(rows))}
-    return out
-
-
-def model_card(model, ckpt, hf):
-    """README.md of an exported model, from its checkpoint and the newest log of the run that wrote it; what they do not say is left out."""
-    c, trained = model.config, ckpt.get('config') or {}
-    logs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json')))
-    hardware = None
-    if logs and trained:
-        with open(logs[-1], encoding='utf-8') as f:
-            hardware = json.load(f).get('startup_info', {}).get('device')
-    rows = {'architecture': f"{hf['architectures'][0]}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.n_kv_head or c.n_head} key/value heads, "
-                            f"{', '.join(str(getattr(c, kind)) for kind in REGISTRY if kind != 'attention_backend')}, {'biases' if c.bias else 'no biases'}",
-            'parameters': f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}',
-            'context': f'{c.block_size} tokens', 'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''),
-            'data set': trained.get('dataset')}
-    if {'batch_size', 'gradient_accumulation_steps', 'block_size'} <= trained.keys() and ckpt.get('iter_num') is not None:
-        per_iter = trained['batch_size'] * trained['gradient_accumulation_steps'] * trained['block_size']
-        rows['tokens seen'] = f"{ckpt['iter_num'] * per_iter:,}: {ckpt['iter_num']:,} iterations of {per_iter:,}"
-        if trained.get('init_from') not in ('scratch', 'resume', 'auto'):
-            rows['tokens seen'] += f", starting from the weights of {trained['init_from']}"
-    for split, losses in (ckpt.get('losses') or {}).items():
-        rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token" + (f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else '') + \
-            f", mean over at most {trained['eval_iters'] * trained['batch_size']:,} fixed windows of {c.block_size} tokens"
-    rows |= {'hardware': hardware, 'software': f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"}
-    return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', f"# A GPT{' trained on ' + rows['data set'] if rows['data set'] else ''}", '',
-                      '| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items() if value), '',
-                      '## Limits', '', f'A plain language model: it continues text, of which it sees the last {c.block_size} tokens. Nothing about it has been '
-                      'measured beyond the losses above, and what its training text says wrong, it says, too.', ''])
-
-
-def write_pretrained(model, folder, ckpt):
-    """GPT.save_pretrained: into a folder beside it, which is renamed when it is whole."""
-    hf, save_file, temporary = config_to_hf(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder) + '.tmp'
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise ValueError(f"'{folder}' is there already: another name, or remove it first")
-    from data.tokenizer import find_tokenizer, to_hugging_face
-    tokenizer = find_tokenizer(ckpt) if ckpt else None
-    eot, known = getattr(tokenizer, 'eot', None), model.config.unpadded_vocab_size or model.config.vocab_size
-    texts = {'config.json': hf | dict(dtype=str(model.lm_head.weight.dtype)[6:], bos_token_id=eot, eos_token_id=eot),
-             'generation_config.json': dict(bos_token_id=eot, eos_token_id=eot) | ({'suppress_tokens': [*range(known, model.config.vocab_size)]} if known < model.config.vocab_size else {})}
-    if tokenizer:
-        texts['tokenizer.json'] = json.loads(to_hugging_face(tokenizer).to_str())
-        texts['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False) | (
-            {} if eot is None else dict(eos_token=tokenizer.table[eot].decode()))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        os.makedirs(temporary)
-        save_file(tensors_for_hf(model, hf['model_type']), os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
-        for name, content in texts.items():
-            with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
-                json.dump(content, f, indent=None if name == 'tokenizer.json' else 2, ensure_ascii=False)
-        with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(model, ckpt, hf))
-        os.replace(temporary, folder)
-    except Exception as e:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"'{folder}' could not be written: {first_line(e)}") from e
-
-
-def write_onnx(model, path):
-    """The model as an ONNX file, weights included: ids (batch, length) int64 -> logits (batch, length, V) float32, any batch and any length up to block_size."""
-    optional('onnxscript', 'to write ONNX')
-
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(ids, all_logits=True)[0]
-    shape = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(Logits().eval(), (torch.zeros(2, min(model.config.block_size, 8), dtype=torch.long),), dynamo=True, verbose=False,
-                                    input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
-    program.save(path + '.tmp')
-    os.replace(path + '.tmp', path)
-
-
-def load_weights(name, block_size=None):
-    """The checkpoint dict that init_from names: another run's folder or file, or what load_pretrained takes."""
-    is_pretrained = os.path.exists(os.path.join(name, 'config.json')) if os.path.exists(name) else \
-        re.fullmatch(r'(distil)?gpt2|gpt2-(medium|large|xl)|[\w.-]+/[\w.-]+', name) and not name.endswith('.pt')
-    if not is_pretrained and not os.path.exists(name):
-        raise ValueError(f"init_from='{name}' is not 'resume', and neither a run, a Hugging Face folder nor a hub id such as gpt2")
-    return load_pretrained(name, block_size) if is_pretrained else load_checkpoint(name)
 
 
 def pick_device(device='auto', dtype='auto'):
@@ -1251,6 +969,7 @@ def meta_model(settings):
 
 
 def main():
+    from bridge import load_weights, save_onnx
     from configurator import configure, fail
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
     consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py writes ckpt.pt
@@ -1281,7 +1000,7 @@ def main():
             saved, path = load_weights(config['ckpt']), config['export']
             model = model_of(saved)
             if path.endswith('.onnx'):
-                write_onnx(model, path)
+                save_onnx(model, path)
             else:
                 model.to(torch.float32 if config['dtype'] == 'auto' else getattr(torch, config['dtype'])).save_pretrained(path, saved)
             print(f"{saved['path']} -> {path}")

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 
+from bridge import load_weights
 from configurator import configure, fail
 from data.tokenizer import find_tokenizer
-from model import load_checkpoint, load_weights, model_of, pick_device
+from model import load_checkpoint, model_of, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt

@@ -34,10 +34,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from bridge import load_weights
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, load_weights, memory, memory_estimate,
+from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
 
 # ---------------------------------------------------------------------------------------------------------------------
