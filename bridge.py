@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.nn as nn
 
-from data.tokenizer import find_tokenizer, get_tokenizer, to_hugging_face
+from data.tokenizer import BYTE_CHARS, find_tokenizer, get_tokenizer, to_hugging_face
 from model import ATTENTION_BACKEND, GPT, REGISTRY, ROPE_SCALING, GPTConfig, first_line, load_checkpoint, model_of
 
 # The classes of transformers, by the model_type in their config.json, and the parts that they stand for here
@@ -139,18 +139,25 @@ def settings_of(hf):
 
 
 def tokenizer_of(folder):
-    """The spec of the tokenizer in a Hugging Face folder, by its own name where it is GPT-2's; None if there is no tokenizer.json."""
+    """The spec of the tokenizer in a Hugging Face folder, by its own name where it is ours or GPT-2's; None if there is no tokenizer.json."""
     path, settings = os.path.join(folder, 'tokenizer.json'), os.path.join(folder, 'tokenizer_config.json')
     if not os.path.exists(path):
         return None
-    with open(path, encoding='utf-8') as f:
-        spec = dict(name='huggingface', json=f.read(), eot=None)
+    about = {}
     if os.path.exists(settings):
         with open(settings, encoding='utf-8') as f:
-            eot = json.load(f).get('eos_token')
-        spec['eot'] = eot['content'] if isinstance(eot, dict) else eot
-    tokenizer = get_tokenizer(spec)
-    return {'name': 'gpt2'} if tokenizer.vocab_size == 50257 and tokenizer.table == get_tokenizer('gpt2').table else spec
+            about = json.load(f)
+    if 'plaingpt' in about:
+        return about['plaingpt']
+    with open(path, encoding='utf-8') as f:
+        spec = dict(name='huggingface', json=f.read(), eot=about.get('eos_token'))
+    spec['eot'] = spec['eot']['content'] if isinstance(spec['eot'], dict) else spec['eot']
+    vocab = json.loads(spec['json']).get('model', {}).get('vocab')
+    if isinstance(vocab, dict) and len(vocab) == 50257:  # as many as GPT-2's
+        table = get_tokenizer('gpt2').table
+        if all(vocab.get(''.join(map(BYTE_CHARS.get, token))) == i for i, token in enumerate(table[:-1])):
+            return {'name': 'gpt2'}
+    return spec
 
 
 def load_pretrained(name, block_size=None):
@@ -286,8 +293,8 @@ def save_pretrained(model, folder, ckpt):
              'generation_config.json': ends | ({'suppress_tokens': [*range(known, model.config.vocab_size)]} if known < model.config.vocab_size else {})}
     if tokenizer:
         texts['tokenizer.json'] = json.loads(to_hugging_face(tokenizer).to_str())
-        texts['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False) | (
-            {} if eot is None else dict(eos_token=tokenizer.table[eot].decode()))
+        texts['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
+                                             eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
