@@ -15,6 +15,7 @@ import collections
 import contextlib
 import fcntl
 import glob
+import html
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from bridge import load_weights
+from bridge import load_weights, optional
 from configurator import configure, fail
 from data.loader import Loader, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
@@ -56,10 +57,12 @@ overwrite = False  # a new run may replace the checkpoints of an earlier one in 
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval = 10  # iterations between gradient statistics in the run log: norm a layer, mean, std; 0: only the global norm
-# wandb logging
-wandb_log = False  # also log to Weights & Biases
+# logging besides the console and the run log
+wandb_log = False  # also log to Weights & Biases; offline, into out_dir/wandb, where its server does not answer
 wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # its run name
+wandb_artifacts = False  # with wandb_log: keep every checkpoint there too, as versions of one artifact
+tensorboard_log = False  # also write TensorBoard's event files, into out_dir
 # data
 dataset = 'openwebtext'  # a folder in data/; 'pystdlib' needs no download
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
@@ -174,6 +177,8 @@ def check_ranges():
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not distributed:
             raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
+    if tensorboard_log:
+        optional('tensorboard', 'tensorboard_log=True')
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
@@ -572,6 +577,7 @@ def save_checkpoint(best):
         raise error if master and error else SystemExit(2)  # torch.distributed.checkpoint tells every rank of any rank's failure
     ckpt_is_ours = True
     run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
+    tell('checkpoint', path, best)
     say(f'saved {path}' + (f' and ckpt_{"sharded_best" if sharded_checkpoint else "best.pt"}' if best else ''))
 
 
@@ -660,15 +666,76 @@ def replace_with_link(path, other):
     os.replace(other + '.tmp', other)
 
 
-def log(kind, entry):
-    """Add an entry to a list of the run log, and to wandb. Writing the file takes at most 1 % of the time."""
-    run_log[kind].append(entry)
-    if wandb is not None:
-        flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
+class WandbSink:
+    """Weights & Biases: numbers, a table of samples, checkpoints as versions of one artifact."""
+    def __init__(self, facts):
+        os.environ.setdefault('WANDB_DATA_DIR', os.path.abspath(os.path.join(out_dir, 'wandb')))  # copies of checkpoints on the way out, not below the home folder
+        import wandb
+        self.wandb, self.samples, settings = wandb, [], dict(project=wandb_project, name=wandb_run_name, config=facts, dir=out_dir)
         try:
-            wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
-        except Exception as e:  # a run must not depend on a server
-            say(f'WARNING: wandb did not take an entry: {first_line(e)}')
+            self.run = wandb.init(**settings, settings=wandb.Settings(init_timeout=15, login_timeout=15))
+        except Exception as e:  # no network, no key, no such project
+            self.run = wandb.init(**settings, mode='offline')
+            say(f"WARNING: wandb's server cannot be used, so this run is recorded offline; to send it later: wandb sync {os.path.dirname(self.run.dir)} ({first_line(e)[:200]})")
+
+    def numbers(self, values, sample, step):
+        if sample is not None:
+            self.samples.append([step, sample])
+            values = values | {'samples': self.wandb.Table(columns=['iter', 'text'], data=self.samples)}
+        self.run.log(values, step=step)
+
+    def checkpoint(self, path, best):
+        if wandb_artifacts:
+            artifact = self.wandb.Artifact(f'checkpoint-{self.run.id}', type='model', metadata=dict(iter=iter_num, losses=last_losses))
+            (artifact.add_dir if os.path.isdir(path) else artifact.add_file)(path)  # copies, since the next checkpoint replaces this one
+            self.run.log_artifact(artifact, aliases=['latest', f'iter-{iter_num}'] + ['best'] * best)
+
+    def close(self):
+        self.run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard's event files, with the names that wandb gets."""
+    def __init__(self, facts):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(out_dir)
+        self.writer.add_text('config', f'<pre>{json.dumps(facts, indent=2)}</pre>', iter_num)
+
+    def numbers(self, values, sample, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if sample is not None:
+            self.writer.add_text('samples', f'<pre>{html.escape(sample)}</pre>', step)
+
+    def checkpoint(self, path, best):
+        pass
+
+    def close(self):
+        self.writer.close()
+
+
+def tell(what, *args):
+    """Tell wandb and TensorBoard. A run must not depend on them, so one that fails is left out from then on."""
+    for sink in list(sinks):
+        try:
+            getattr(sink, what)(*args)
+        except Exception as e:
+            sinks.remove(sink)
+            say(f'WARNING: going on without {type(sink).__name__.removesuffix("Sink").lower()}: {first_line(e)}')
+
+
+def numbers_in(entry, prefix=''):
+    """{name: number} of an entry of the run log, with names inside names joined by a slash: val/loss, gradients/layers/wte."""
+    flat = {}
+    for key, value in entry.items():
+        flat |= numbers_in(value, f'{prefix}{key}/') if isinstance(value, dict) else {prefix + key: value} if isinstance(value, (int, float)) else {}
+    return flat
+
+
+def log(kind, entry):
+    """Add an entry to a list of the run log, and tell the other sinks. Writing the file takes at most 1 % of the time."""
+    run_log[kind].append(entry)
+    tell('numbers', numbers_in(entry), entry.get('sample'), entry['iter'])
     if time.time() - log_written > 100 * log_cost:
         write_log()
 
@@ -912,14 +979,13 @@ run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=confi
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
 first_iter, outcome, t_start = iter_num, 'failed', time.time()  # until it ends in another way
 atexit.register(write_log)
-wandb = None
-if wandb_log and master:
+sinks = []
+for sink in (WandbSink,) * (wandb_log and master) + (TensorBoardSink,) * (tensorboard_log and master):
     try:
-        import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, settings=wandb.Settings(init_timeout=30))
-    except Exception as e:  # a run must not depend on a server
-        say(f"WARNING: going on without wandb: {first_line(e)}" + (' (pip install wandb)' if isinstance(e, ImportError) else ''))
-        wandb = None
+        sinks.append(sink(config | dict(total_params=n_params, tokens_per_iter=tokens_per_iter, flops_per_token=flops_token)))
+    except Exception as e:
+        name = sink.__name__.removesuffix('Sink').lower()
+        say(f'WARNING: going on without {name}: {first_line(e)}' + (f' (pip install {name})' if isinstance(e, ImportError) else ''))
 
 batches = micro_batches()
 if compile:
@@ -1018,7 +1084,6 @@ while True:
 batches.close()
 say(f'{outcome} after {iter_num - first_iter} iterations in {duration(time.time() - t_start)}; log: {log_path}' +
     (f'; its text: python sample.py --out_dir={out_dir}' if run_log['checkpoints'] else ''))
-if wandb is not None:
-    wandb.finish()
+tell('close')
 write_log()
 leave(128 + stopping if stopping else 1 if outcome == 'not finite' else 0)
