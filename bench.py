@@ -130,7 +130,7 @@ def forward_side(model, s):
 def generate_side(model, s):
     """Tokens out of one prompt, as sample.py makes them: weights in dtype. The part 'prefill' is the first token, which reads the prompt."""
     device = torch.device(s['device'])
-    model = model.to(dtype=getattr(torch, s['dtype'])).eval()
+    model = (model.quantize_int8() if s['quantize'] else model).to(dtype=getattr(torch, s['dtype'])).eval()
     idx = torch.randint(s['model']['vocab_size'], (1, s['prompt_tokens']), device=device)
 
     @torch.no_grad()
@@ -366,7 +366,7 @@ def figures(side, model, peak, source, bandwidth):
     if s['what'] == 'generate' and not side.info['note']:
         size = getattr(torch, s['dtype']).itemsize
         kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
-        read = size * (sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + kv)  # all matrices, and the cache half way
+        read = (1 if s['quantize'] else size) * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + size * kv  # all matrices, and the cache half way
         decode = (s['new_tokens'] - 1) / (median['whole'] - median['prefill'])
         numbers |= dict(decode_tokens_per_sec=decode, bytes_per_token=read, bandwidth_limit_tokens_per_sec=bandwidth / read)
         rows['tokens/s after the first'] = f'{decode:,.1f}'
@@ -487,6 +487,8 @@ def bench(config):
                 raise ValueError(f'{key} must be at least {least}, not {settings[key]}')
     if (config['find_batch_size'] or config['plan']) and (config['archs'] or config['versus']):
         raise ValueError('--find_batch_size and --plan are of one config: without --archs and --versus')
+    if config['quantize'] and what != 'generate':
+        raise ValueError('--quantize is of --what=generate')
     if config['versus'] and what == 'data':
         raise ValueError('--what=data times our loader and has no --versus')
     if config['versus']:
@@ -510,11 +512,13 @@ def bench(config):
             write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},
                           dict(vocab_size=model.config.vocab_size, tokenizer={'name': 'gpt2'}))
         settings = {key: asked[key] for key in ('batch_size', 'seed', 'gradient_log_interval')} | dict(
-            what=what, versus='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
+            what=what, versus='', quantize='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
             accumulation=config['accumulation'], config_accumulation=asked['gradient_accumulation_steps'], prompt_tokens=config['prompt_tokens'],
             new_tokens=config['new_tokens'], trace='trace.json')
         sides.append((name, settings))
         models.append(model)
+    if config['quantize']:
+        sides, models = [(f'{sides[0][0]}, int8', sides[0][1] | dict(quantize='int8')), *sides], [models[0], *models]
     if config['versus']:
         same = lambda key, ours: ours if config[key] == 'same' else config[key]
         name = os.path.join(*os.path.abspath(config['versus']).split(os.sep)[-2:])
@@ -590,6 +594,7 @@ def main():
     max_seconds = 300.0  # stop before `repeats` rounds, after 3 at least, when they take longer
     prompt_tokens = 256  # of what=generate
     new_tokens = 64  # of what=generate
+    quantize: Literal['', 'int8'] = ''  # of what=generate: also with sample.py's --quantize, as the first side
     find_batch_size = False  # find the largest micro-batch that fits, and the accumulation that keeps tokens an iteration
     plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time of DDP, ZeRO-1 and FSDP on paper, from one device's speed
     interconnect_gbps = 400.0  # of plan: gigabits a second that a rank can send

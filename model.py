@@ -303,6 +303,39 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Int8Linear(nn.Module):
+    """
+    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. A CPU has a kernel that reads them as they are, the
+    fastest for up to 4 rows of bfloat16; everything else turns the weight into x's dtype first. embed(ids) gives rows, for embeddings tied to a head.
+    """
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().float().abs().amax(1).clamp(min=1e-8) / 127  # (out,)
+        self.register_buffer('weight', (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))
+        if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def embed(self, ids):
+        return self.weight[ids].to(self.scale.dtype) * self.scale[ids][..., None]
+
+
+class Int8Embedding(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, ids):
+        return self.head.embed(ids)
+
+
 @register(FFN_TYPE, 'standard')
 class MLP(nn.Module):
     def __init__(self, config):
@@ -587,9 +620,20 @@ class GPT(nn.Module):
         from bridge import save_pretrained
         save_pretrained(self, folder, ckpt)
 
+    @torch.no_grad()
+    def quantize_int8(self):
+        """Every Linear as int8, in place, to sample from (Int8Linear); embeddings too, if they are tied to the head, and nothing else. Returns self."""
+        for parent in [m for m in self.modules() if not isinstance(m, Int8Linear)]:
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+        if self.config.weight_tying:
+            self.transformer.wte = Int8Embedding(self.lm_head)
+        return self
+
     def new_cache(self, batch_size, max_length):
         """An empty KV cache for forward(cache=...), a KVCache a layer."""
-        c, w = self.config, self.transformer.h[0].attn.c_attn.weight
+        c, w = self.config, next(self.parameters())  # of an int8 model, what is left in the dtype of its activations
         dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
         shape = (batch_size, c.n_kv_head or c.n_head, max_length, c.n_embd // c.n_head)
         return [KVCache(shape, dtype=dtype, device=w.device) for _ in range(c.n_layer)]

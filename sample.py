@@ -35,6 +35,7 @@ seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
 device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
+quantize: Literal['', 'int8'] = ''  # int8: weights of Linears in one byte each, the rest in dtype; meant for bfloat16 on a CPU
 compile = False  # nanoGPT's key; generation has a KV cache instead and is not compiled
 config, given = configure(__file__)
 globals().update(config)
@@ -77,11 +78,13 @@ try:
     model = model_of(ckpt)
     known = min(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's checkpoints do not say how much of the vocabulary is padding
     model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
-    model.to(device, getattr(torch, dtype))
+    n_params = model.get_num_params(False)
+    model = (model.quantize_int8() if quantize else model).to(device, getattr(torch, dtype))
+    megabytes = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()}) / 1e6
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
-    print(f"{ckpt['path']}: {model.get_num_params(False):,} parameters, iteration {ckpt.get('iter_num')}, {device} {dtype}, seed {seed}" +
+    print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}, iteration {ckpt.get('iter_num')}, {device} {dtype}, seed {seed}" +
           ('; compile=True is ignored, see --help' if compile else ''), file=sys.stderr)
     if not interactive:
         generate(start)
