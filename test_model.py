@@ -5,6 +5,7 @@ The registry is tested on combinations in which every pair of choices meets at l
 takes every combination instead (minutes). What transformers checks is skipped where it is not installed.
 """
 import ast
+import copy
 import functools
 import itertools
 import json
@@ -27,7 +28,7 @@ from bridge import load_pretrained
 from configurator import configure, read_block
 from data.tokenizer import get_tokenizer
 from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
-                   Linear, LinearCrossEntropy, LiveBytes, gradient_statistics, linear_cross_entropy, load_checkpoint, memory_estimate, meta_model, pick_device,
+                   Int8Linear, Linear, LinearCrossEntropy, LiveBytes, gradient_statistics, linear_cross_entropy, load_checkpoint, memory_estimate, meta_model, pick_device,
                    register, sample_token)
 
 ROOT = Path(__file__).resolve().parent
@@ -1318,6 +1319,37 @@ def test_an_empty_prompt_is_refused():
     """There is no token to predict from; the slice [:, -1] would be an index error."""
     with pytest.raises(ValueError, match='prompt'):
         shaken().generate(torch.empty(1, 0, dtype=torch.long), 3)
+
+
+# int8 weights
+
+@pytest.mark.parametrize('settings', [dict(), dict(arch_preset='gpt2', weight_tying=False), dict(arch_preset='llama', n_kv_head=2, weight_tying=True)], ids=str)
+def test_an_int8_model_is_the_model_of_its_rounded_weights(settings):
+    """A scale along the other dimension, a bias that is lost, or a tied embedding that stays behind."""
+    ours = GPT(GPTConfig.from_settings(TINY | settings)).eval()
+    quantized = copy.deepcopy(ours).quantize_int8()
+    with torch.no_grad():
+        for m in [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]:
+            step = m.weight.abs().amax(1, keepdim=True) / 127
+            rounded = (m.weight / step).round() * step
+            assert ((rounded - m.weight).abs() <= step / 2 * 1.001).all()
+            m.weight.copy_(rounded)
+        close(quantized(ids(B, T), all_logits=True)[0], ours(ids(B, T), all_logits=True)[0], 1e-4)
+    for use_cache in (True, False):
+        assert torch.equal(quantized.generate(ids(B, 5), 20, seed=1, use_cache=use_cache), ours.generate(ids(B, 5), 20, seed=1))
+    matrices = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
+    assert sum(b.numel() for b in quantized.buffers() if b.dtype == torch.int8) == matrices
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rows', [1, 4, 5])
+def test_int8_kernels_agree(rows):
+    """The CPU's own kernel for a few rows of bfloat16, and the rest, against float64."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(768, 96), torch.randn(rows, 768)
+    quantized = Int8Linear(linear)
+    expected = x.bfloat16().double() @ (quantized.weight * quantized.scale[:, None]).double().T + linear.bias.double()
+    close(quantized.bfloat16()(x.bfloat16()).double(), expected, 0.03)
 
 
 # checkpoints

@@ -1047,6 +1047,42 @@ def test_fine_tuning_takes_weights_only(text_set, finished, tmp_path):
     assert {int(s['step']) for s in after['optimizer']['state'].values()} == {1}
 
 
+def hub_cache(home, name, model):
+    """Environment in which a hub id has been downloaded already, as huggingface_hub keeps it."""
+    repository = home / 'hub' / f"models--{name.replace('/', '--')}"
+    (repository / 'refs').mkdir(parents=True)
+    (repository / 'refs/main').write_text('0' * 40)
+    model.save_pretrained(repository / 'snapshots' / ('0' * 40))
+    return {'HF_HOME': str(home), 'HF_HUB_OFFLINE': '1'}
+
+
+def test_fine_tuning_starts_at_a_pretrained_model(text_set, tmp_path):
+    """nanoGPT's --init_from=gpt2: weights from the hub, in float32 whatever they come in, a shorter context, dropout of one's own."""
+    pytest.importorskip('safetensors')
+    torch.manual_seed(1)
+    model = GPT(GPTConfig.from_settings(dict(arch_preset='gpt2', block_size=64, vocab_size=256, n_layer=1, n_head=2, n_embd=16))).bfloat16()
+    env = hub_cache(tmp_path / 'home', 'gpt2', model)
+    flags = ['--init_from=gpt2', '--max_iters=1', '--learning_rate=1e-12', '--min_lr=0', '--dropout=0.1', '--eval_interval=1', '--eval_iters=1000']
+    script = [f for f in TINY if not f.startswith(('--n_', '--arch', '--norm', '--pos', '--act', '--ffn', '--bias'))]
+    done = command('train.py', *script, f'--dataset={text_set}', f'--out_dir={tmp_path}/out', *flags, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = checkpoint(tmp_path / 'out')
+    T = saved['model_args']['block_size']
+    assert T < 64 and saved['model_args']['dropout'] == 0.1 and saved['config']['n_layer'] == 1
+    for name, tensor in saved['model'].items():
+        assert tensor.dtype == torch.float32
+        close = model.state_dict()[name].float()
+        assert torch.allclose(tensor, close[:T] if 'wpe' in name else close, atol=1e-6), name
+    assert command('train.py', *script, f'--dataset={text_set}', f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=2').returncode == 0
+    refused(command('train.py', *script, f'--dataset={text_set}', f'--out_dir={tmp_path}/new', *flags, '--n_layer=3', env=env), 'n_layer=3', 'n_layer=1')
+    evaluated = command('train.py', *script, f'--dataset={text_set}', f'--out_dir={tmp_path}/new', '--init_from=gpt2', '--eval_only=True', env=env)
+    assert evaluated.returncode == 0 and 'step 0: train loss 5.' in evaluated.stdout
+    sampled = command('sample.py', '--init_from=gpt2', '--num_samples=1', '--max_new_tokens=5', '--start=abc', env=env)
+    assert sampled.returncode == 2 and "GPT-2's" in sampled.stderr and '256' in sampled.stderr  # the folder names no tokenizer, and this model cannot be GPT-2
+    missing = command('sample.py', '--init_from=gpt2-xl', env=env)
+    assert missing.returncode == 2 and missing.stderr.count('\n') == 1 and 'gpt2-xl' in missing.stderr
+
+
 def test_resume_takes_new_optimizer_settings_and_refuses_another_architecture(text_set, finished, tmp_path):
     """load_state_dict brings back the old betas and decay; a model of other parts loaded in silence."""
     out_dir = copy_run(finished[0], tmp_path / 'other')
