@@ -366,7 +366,7 @@ def figures(side, model, peak, source, bandwidth):
     if s['what'] == 'generate' and not side.info['note']:
         size = getattr(torch, s['dtype']).itemsize
         kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
-        read = (1 if s['quantize'] else size) * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + size * kv  # all matrices, and the cache half way
+        read = (1 if s['quantize'] else size) * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + size * kv  # and the cache half way
         decode = (s['new_tokens'] - 1) / (median['whole'] - median['prefill'])
         numbers |= dict(decode_tokens_per_sec=decode, bytes_per_token=read, bandwidth_limit_tokens_per_sec=bandwidth / read)
         rows['tokens/s after the first'] = f'{decode:,.1f}'

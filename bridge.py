@@ -42,7 +42,8 @@ LLAMA_KEYS = dict(block_size='max_position_embeddings', vocab_size='vocab_size',
                   weight_tying='tie_word_embeddings', rope_theta='rope_theta')
 KEYS = {kind: LLAMA_KEYS for kind in FAMILIES} | {'gpt2': GPT2_KEYS, 'starcoder2': LLAMA_KEYS | dict(norm_eps='norm_epsilon')}
 DEFAULTS = {kind: dict(norm_eps=1e-6, activation='silu', weight_tying=False) for kind in FAMILIES} | {
-    'gpt2': dict(activation='gelu_new', bias=True), 'arcee': dict(activation='relu2', weight_tying=False), 'starcoder2': dict(activation='gelu_pytorch_tanh', bias=True)}
+    'gpt2': dict(activation='gelu_new', bias=True, weight_tying=True), 'arcee': dict(activation='relu2', weight_tying=False),
+    'starcoder2': dict(activation='gelu_pytorch_tanh', bias=True, weight_tying=True)}
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'swish': 'silu', 'relu': 'relu',
                'leaky_relu': 'leaky_relu', 'relu2': 'relu_squared'}
 # GPT-2's tensors have our names, and its matrices are (in, out). Of the others, one or several lie above each other in one of ours.
@@ -106,7 +107,7 @@ def read_tensors(folder):
 
 
 def settings_of(hf):
-    """(the keys of GPTConfig that a config.json, a dict, stands for, the sliding window that it has, or None). ValueError names the first key that is not held here."""
+    """(the keys of GPTConfig that a config.json, a dict, stands for, its sliding window or None). ValueError names the first key that is not held here."""
     kind = hf.get('model_type')
     keys, rope = KEYS.get(kind, {}), hf.get('rope_parameters') or hf.get('rope_scaling') or {}
     rope_type = rope.get('rope_type', rope.get('type', 'default'))
@@ -116,8 +117,10 @@ def settings_of(hf):
         if key in hf and hf[key] not in values or key == 'model_type' and kind not in FAMILIES:
             raise ValueError(f"its config.json has {key}={hf.get(key)!r}, which is not held here, only {', '.join(str(v) for v in values if v is not None)}")
     if rope_type not in ('default', 'llama3') or rope.get('partial_rotary_factor', 1) != 1:
-        raise ValueError(f"its config.json has {'rope_parameters' if 'rope_parameters' in hf else 'rope_scaling'}={rope}, which is not held here, only rope_type default and llama3")
-    settings = {key: values[0] for key, values in FAMILIES[kind].items()} | DEFAULTS[kind] | {ours: hf[key] for ours, key in keys.items() if hf.get(key) is not None}
+        raise ValueError(f"its config.json has {'rope_parameters' if 'rope_parameters' in hf else 'rope_scaling'}={rope}, which is not held here, "
+                         'only rope_type default and llama3')
+    settings = {key: values[0] for key, values in FAMILIES[kind].items()} | DEFAULTS[kind]
+    settings |= {ours: hf[key] for ours, key in keys.items() if hf.get(key) is not None}
     for ours in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') + ('d_ff',) * (kind != 'gpt2'):
         hf[keys[ours]]  # or KeyError
     settings['activation'] = ACTIVATIONS[settings['activation']]
@@ -130,7 +133,8 @@ def settings_of(hf):
     elif kind in ('llama', 'arcee'):
         settings['bias'] = hf.get('attention_bias', False)
     if kind != 'starcoder2' and (hf.get('mlp_bias', False) != settings.get('bias', False) or kind == 'qwen3' and hf.get('attention_bias')):
-        raise ValueError(f"its config.json has attention_bias={hf.get('attention_bias')} and mlp_bias={hf.get('mlp_bias')}, which is not held here, only both or none")
+        raise ValueError(f"its config.json has attention_bias={hf.get('attention_bias')} and mlp_bias={hf.get('mlp_bias')}, which is not held here, "
+                         'only both or none')
     settings['rope_theta'] = float(rope.get('rope_theta', settings.get('rope_theta', 10000.0)))
     settings['rope_scaling'] = {key: rope[key] for key in ROPE_SCALING} if rope_type == 'llama3' else None
     window = hf.get('sliding_window', 4096 if kind == 'mistral' else None) if hf.get('use_sliding_window', kind in ('mistral', 'starcoder2')) else None
@@ -170,14 +174,15 @@ def load_pretrained(name, block_size=None):
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf = json.load(f)
         settings, window = settings_of(hf)
-        kind, tied = hf['model_type'], settings['weight_tying'] if 'weight_tying' in settings else True
+        kind, tied = hf['model_type'], settings['weight_tying']
         if window and (block_size or 0) > window:
             raise ValueError(f'block_size={block_size} is beyond its sliding_window={window}, and attention here is full')
         with torch.device('meta'):
             wanted = GPT(GPTConfig(**settings)).state_dict()
         theirs = read_tensors(folder)
         if kind == 'gpt2':  # the hub's own files lack the prefix, and old ones hold causal masks
-            theirs = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v for k, v in theirs.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
+            theirs = {k if k.startswith(('transformer.', 'lm_head.')) else f'transformer.{k}': v
+                      for k, v in theirs.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         theirs = {k: v for k, v in theirs.items() if not k.endswith('.rotary_emb.inv_freq') and not (k == 'lm_head.weight' and tied)}
         state = {}
         for ours in [n for n in wanted if n != 'lm_head.weight' or not tied]:
@@ -202,7 +207,7 @@ def load_weights(name, block_size=None):
     pretrained = os.path.exists(os.path.join(name, 'config.json')) if os.path.exists(name) else \
         re.fullmatch(r'(distil)?gpt2|gpt2-(medium|large|xl)|[\w.-]+/[\w.-]+', name) and not name.endswith('.pt')
     if not pretrained and not os.path.exists(name):
-        raise ValueError(f"init_from='{name}' is not 'resume', and neither a run, a Hugging Face folder nor a hub id such as gpt2")
+        raise ValueError(f"no checkpoint at '{name}', and it is neither 'resume', a Hugging Face folder nor a hub id such as gpt2")
     return load_pretrained(name, block_size) if pretrained else load_checkpoint(name)
 
 
@@ -236,17 +241,17 @@ def config_json(model):
            'model_type': kind, 'architectures': [dict(gpt2='GPT2LMHeadModel').get(kind, f'{kind.capitalize()}ForCausalLM')]}
     if kind == 'gpt2':
         return hf | dict.fromkeys(('resid_pdrop', 'embd_pdrop', 'attn_pdrop'), c.dropout)
-    return hf | dict(num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.n_embd // c.n_head, rope_scaling=c.rope_scaling and c.rope_scaling | {'rope_type': 'llama3'},
-                     attention_bias=c.bias, mlp_bias=c.bias, use_bias=c.bias, sliding_window=None)
+    return hf | dict(num_key_value_heads=c.n_kv_head or c.n_head, head_dim=c.n_embd // c.n_head, sliding_window=None,
+                     rope_scaling=c.rope_scaling and c.rope_scaling | {'rope_type': 'llama3'}, attention_bias=c.bias, mlp_bias=c.bias, use_bias=c.bias)
 
 
 def tensors_out(model, kind):
     """{name: tensor} as the class of that model_type has them."""
     c, state, out = model.config, model.state_dict(), {}
     D, K = c.n_embd // c.n_head, c.n_kv_head or c.n_head
-    biased = {'gpt2': ('ln_1', 'ln_2', 'ln_f', 'c_attn', 'c_fc', 'c_proj'), 'starcoder2': ('ln_1', 'ln_2', 'ln_f')}.get(kind, ())  # always there, so zeros here
-    for module in [k.removesuffix('.weight') for k in state if k.endswith('.weight') and k.split('.')[-2] in biased]:
-        state.setdefault(f'{module}.bias', torch.zeros_like(state[f'{module}.weight'].flatten(1)[:, 0] if state[f'{module}.weight'].dim() > 1 else state[f'{module}.weight']))
+    biased = {'gpt2': ('ln_1', 'ln_2', 'ln_f', 'c_attn', 'c_fc', 'c_proj'), 'starcoder2': ('ln_1', 'ln_2', 'ln_f')}.get(kind, ())  # always there
+    for name, weight in [(k, w) for k, w in state.items() if k.endswith('.weight') and k.split('.')[-2] in biased]:
+        state.setdefault(name.replace('.weight', '.bias'), weight.new_zeros(len(weight)))
     for ours, t in state.items():
         names = names_in_hf(ours, kind)
         rows = {1: [len(t)], 2: [len(t) // 2] * 2, 3: [c.n_head * D, K * D, K * D]}[len(names)]
@@ -255,7 +260,7 @@ def tensors_out(model, kind):
     return out
 
 
-def model_card(model, ckpt, hf):
+def model_card(model, ckpt, hf, tokenizer):
     """README.md of an exported model, from its checkpoint and the newest log of the run that wrote it; what they do not say is left out."""
     c, trained, hardware = model.config, ckpt.get('config') or {}, None
     logs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json')))
@@ -265,20 +270,23 @@ def model_card(model, ckpt, hf):
     rows = {'architecture': f"{hf['architectures'][0]}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.n_kv_head or c.n_head} key/value heads, "
                             f"{', '.join(str(getattr(c, kind)) for kind in REGISTRY if kind != 'attention_backend')}, {'biases' if c.bias else 'no biases'}",
             'parameters': f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}', 'context': f'{c.block_size} tokens',
-            'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''), 'data set': trained.get('dataset')}
+            'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''),
+            'tokenizer': tokenizer and tokenizer.name, 'data set': trained.get('dataset')}
     if {'batch_size', 'gradient_accumulation_steps', 'block_size'} <= trained.keys() and ckpt.get('iter_num') is not None:
         per_iter = trained['batch_size'] * trained['gradient_accumulation_steps'] * trained['block_size']
         rows['tokens seen'] = f"{ckpt['iter_num'] * per_iter:,}: {ckpt['iter_num']:,} iterations of {per_iter:,}"
         if trained.get('init_from') not in ('scratch', 'resume', 'auto'):
             rows['tokens seen'] += f", after the weights of {trained['init_from']}"
     for split, losses in (ckpt.get('losses') or {}).items():
-        rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token" + (f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else '') + \
+        per_byte = f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else ''
+        rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token{per_byte}" + \
             f", the mean over at most {trained['eval_iters'] * trained['batch_size']:,} windows of {c.block_size} tokens, always the same"
     rows |= {'hardware': hardware, 'software': f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"}
     table = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items() if value)]
-    return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', '# A GPT' + f" trained on {rows['data set']}" * bool(trained), '', *table, '',
-                      '## Limits', '', f'A plain language model: it continues a text, of which it sees the last {c.block_size} tokens. Nothing about it has been measured beyond '
-                      'the losses above; what is false or foul in its training text can come out again.', ''])
+    title = '# A GPT' + f" trained on {rows['data set']}" * bool(trained)
+    return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', title, '', *table, '', '## Limits', '',
+                      f'A plain language model: it continues a text, of which it sees the last {c.block_size} tokens. Nothing about it has been measured '
+                      'beyond the losses above; what is false or foul in its training text can come out again.', ''])
 
 
 def save_pretrained(model, folder, ckpt):
@@ -287,14 +295,17 @@ def save_pretrained(model, folder, ckpt):
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"'{folder}' is there already: another name, or remove it first")
     tokenizer = find_tokenizer(ckpt) if ckpt else None
+    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:  # which a checkpoint that names none does not say
+        tokenizer = None
     eot, known = getattr(tokenizer, 'eot', None), model.config.unpadded_vocab_size or model.config.vocab_size
     ends = dict(bos_token_id=eot, eos_token_id=eot)
     texts = {'config.json': hf | ends | dict(dtype=str(model.lm_head.weight.dtype).removeprefix('torch.')),
              'generation_config.json': ends | ({'suppress_tokens': [*range(known, model.config.vocab_size)]} if known < model.config.vocab_size else {})}
     if tokenizer:
         texts['tokenizer.json'] = json.loads(to_hugging_face(tokenizer).to_str())
-        texts['tokenizer_config.json'] = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
-                                             eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
+        texts['tokenizer_config.json'] = dict(
+            tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
+            eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
@@ -303,7 +314,7 @@ def save_pretrained(model, folder, ckpt):
             with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
                 json.dump(content, f, indent=2, ensure_ascii=False)
         with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(model, ckpt or {}, hf))
+            f.write(model_card(model, ckpt or {}, hf, tokenizer))
         os.replace(temporary, folder)
     except Exception as e:  # safetensors has an error of its own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)

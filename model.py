@@ -120,7 +120,8 @@ class GPTConfig:
         if self.position_encoding == 'rope' and self.n_embd // self.n_head % 2:
             raise ValueError(f'rope needs an even head size, not n_embd / n_head = {self.n_embd // self.n_head}')
         for key, good in (('dropout', 0 <= self.dropout < 1), ('norm_eps', self.norm_eps > 0), ('rope_theta', self.rope_theta > 0),
-                          ('logit_softcap', self.logit_softcap >= 0), ('rope_scaling', self.rope_scaling is None or set(self.rope_scaling) == set(ROPE_SCALING)),
+                          ('logit_softcap', self.logit_softcap >= 0),
+                          ('rope_scaling', self.rope_scaling is None or set(self.rope_scaling) == set(ROPE_SCALING)),
                           ('unpadded_vocab_size', self.unpadded_vocab_size is None or 0 < self.unpadded_vocab_size <= self.vocab_size)):
             if not good:
                 raise ValueError(f'{key}={getattr(self, key)!r} is out of range')
@@ -607,15 +608,16 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, dtype=torch.float32, **overrides):
         """
         The model in a folder that Hugging Face's save_pretrained wrote, or of a hub id such as gpt2, on the CPU, in eval mode: GPT-2, LLaMA, Mistral,
-        Qwen2 or Qwen3. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what it cannot hold.
+        Qwen2, Qwen3, Arcee or Starcoder2. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what
+        cannot be held.
         """
         from bridge import from_pretrained
         return from_pretrained(name, dtype, overrides)
 
     def save_pretrained(self, folder, ckpt=None):
         """
-        Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its tokenizer. folder
-        must be new or empty. ValueError names the parts that Hugging Face has no class for.
+        Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its
+        tokenizer. folder must be new or empty. ValueError names the parts that Hugging Face has no class for.
         """
         from bridge import save_pretrained
         save_pretrained(self, folder, ckpt)
@@ -1047,6 +1049,8 @@ def main():
                 save_onnx(model, path)
             else:
                 model.to(torch.float32 if config['dtype'] == 'auto' else getattr(torch, config['dtype'])).save_pretrained(path, saved)
+                if not os.path.exists(os.path.join(path, 'tokenizer.json')):
+                    print('without a tokenizer: the checkpoint names none that fits', file=sys.stderr)
             print(f"{saved['path']} -> {path}")
         elif config['ckpt']:
             saved = load_weights(config['ckpt'])

@@ -84,7 +84,8 @@ try:
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
-    print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}, iteration {ckpt.get('iter_num')}, {device} {dtype}, seed {seed}" +
+    at = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
+    print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}{at}, {device} {dtype}, seed {seed}" +
           ('; compile=True is ignored, see --help' if compile else ''), file=sys.stderr)
     if not interactive:
         generate(start)

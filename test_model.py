@@ -1105,7 +1105,8 @@ def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path):
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, tokenizer=None, torch_version='2.9', losses=dict(val=dict(loss=1.25, bits_per_byte=2.5)),
                      config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, eval_iters=5, init_from='scratch'))
     (tmp_path / 'run/run_20260101_000000.json').write_text(json.dumps(dict(startup_info=dict(device='cuda (H200) x 8'))))
-    assert command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf').returncode == 0
+    result = command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf')
+    assert result.returncode == 0 and 'without a tokenizer' in result.stderr and not (tmp_path / 'hf/tokenizer.json').exists()
     card = (tmp_path / 'hf/README.md').read_text()
     for text in ('trained on books', '3,840: 30 iterations of 128', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
                  f'{build().get_num_params(False):,}', 'GPT2LMHeadModel: 2 layers, width 32', '## Limits'):
@@ -1142,7 +1143,7 @@ def test_onnx_gives_our_logits_at_any_batch_and_length(tmp_path, settings):
 
 @pytest.mark.parametrize('flag, library', [('--export=hf', 'safetensors'), ('--export=x.onnx', 'onnxscript'), ('--export=hf', 'tokenizers')])
 def test_a_missing_library_is_named(tmp_path, flag, library):
-    saved_checkpoint(tmp_path / 'run', build(), tokenizer={'name': 'byte'})
+    saved_checkpoint(tmp_path / 'run', build(vocab_size=256), tokenizer={'name': 'byte'})
     (tmp_path / f'{library}.py').write_text('raise ImportError("not here")')
     result = subprocess.run([sys.executable, ROOT / 'model.py', '--ckpt=run', flag], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
     refusal(result, f'pip install {library}')

@@ -52,7 +52,7 @@ eval_iters = 200  # batches an evaluation reads of each split, over all processe
 eval_only = False  # evaluate once and leave
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint); to fine-tune, another run's out_dir, a Hugging Face folder or id such as gpt2
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint); to fine-tune: another run's out_dir, a Hugging Face folder or id (gpt2)
 overwrite = False  # a new run may replace the checkpoints of an earlier one in out_dir
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
@@ -669,14 +669,15 @@ def replace_with_link(path, other):
 class WandbSink:
     """Weights & Biases: numbers, a table of samples, checkpoints as versions of one artifact."""
     def __init__(self, facts):
-        os.environ.setdefault('WANDB_DATA_DIR', os.path.abspath(os.path.join(out_dir, 'wandb')))  # copies of checkpoints on the way out, not below the home folder
+        os.environ.setdefault('WANDB_DATA_DIR', os.path.abspath(os.path.join(out_dir, 'wandb')))  # for copies of checkpoints
         import wandb
         self.wandb, self.samples, settings = wandb, [], dict(project=wandb_project, name=wandb_run_name, config=facts, dir=out_dir)
         try:
             self.run = wandb.init(**settings, settings=wandb.Settings(init_timeout=15, login_timeout=15))
         except Exception as e:  # no network, no key, no such project
             self.run = wandb.init(**settings, mode='offline')
-            say(f"WARNING: wandb's server cannot be used, so this run is recorded offline; to send it later: wandb sync {os.path.dirname(self.run.dir)} ({first_line(e)[:200]})")
+            say(f"WARNING: wandb's server cannot be used ({first_line(e)[:200]}), so this run is recorded offline; "
+                f'to send it later: wandb sync {os.path.dirname(self.run.dir)}')
 
     def numbers(self, values, sample, step):
         if sample is not None:
@@ -699,6 +700,7 @@ class TensorBoardSink:
     def __init__(self, facts):
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(out_dir)
+        atexit.register(self.writer.close)  # or what it has queued is lost when a run fails
         self.writer.add_text('config', f'<pre>{json.dumps(facts, indent=2)}</pre>', iter_num)
 
     def numbers(self, values, sample, step):

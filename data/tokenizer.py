@@ -153,8 +153,10 @@ def to_hugging_face(tokenizer):
     # the pairs that give each word, those first that tiktoken would merge first
     merges = sorted(((b[:k], b[k:]) for b in words for k in range(1, len(b)) if b[:k] in words and b[k:] in words),
                     key=lambda pair: (words[pair[0] + pair[1]], words[pair[0]], words[pair[1]]))
-    library = Library(models.BPE({written[b]: i for b, i in words.items()} | special, [(written[a], written[b]) for a, b in merges], ignore_merges=tokenizer.name != 'byte'))
-    split = [] if tokenizer.name == 'byte' else [pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str.replace('$', r'\z')), 'isolated')]  # there $ ends a line
+    library = Library(models.BPE({written[b]: i for b, i in words.items()} | special, [(written[a], written[b]) for a, b in merges],
+                                 ignore_merges=tokenizer.name != 'byte'))
+    pattern = '' if tokenizer.name == 'byte' else tokenizer.encoding._pat_str.replace('$', r'\z')  # there $ ends a line
+    split = [pre_tokenizers.Split(Regex(pattern), 'isolated')] * bool(pattern)
     library.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(token, normalized=False) for token in special])
