@@ -306,8 +306,8 @@ class Linear(nn.Linear):
 
 class Int8Linear(nn.Module):
     """
-    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. A CPU has a kernel that reads them as they are, the
-    fastest for up to 4 rows of bfloat16; everything else turns the weight into x's dtype first. embed(ids) gives rows, for embeddings tied to a head.
+    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. For up to 4 rows of bfloat16 a CPU has a kernel that
+    reads them as they are, faster than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
     """
     def __init__(self, linear):
         super().__init__()
@@ -321,7 +321,8 @@ class Int8Linear(nn.Module):
         if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+            parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))  # a large head at once would be more memory than is saved
+            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
     def embed(self, ids):

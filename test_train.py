@@ -24,7 +24,7 @@ import torch
 
 from data.loader import Loader, permute, read_meta, write_dataset
 from data.source import download
-from data.tokenizer import TOKENIZERS, get_tokenizer
+from data.tokenizer import TOKENIZERS, get_tokenizer, to_hugging_face
 from model import GPT, GPTConfig, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -345,6 +345,9 @@ TEXTS = ['', 'First Citizen:\n', 'naïve café', '👩‍🚀 \U0001f9d1🏽', '
 def tokenizer_named(name):
     if name == 'char':
         return get_tokenizer({'name': 'char', 'chars': sorted(set(''.join(TEXTS)))})
+    if name == 'huggingface':
+        pytest.importorskip('tokenizers')
+        return get_tokenizer({'name': name, 'json': to_hugging_face(get_tokenizer('byte')).to_str(), 'eot': '\0'})
     try:
         return get_tokenizer(name)
     except ValueError as e:
