@@ -307,7 +307,7 @@ class Linear(nn.Linear):
 class Int8Linear(nn.Module):
     """
     A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. For up to 4 rows of bfloat16 a CPU has a kernel that
-    reads them as they are, faster than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
+    reads them as they are, no slower than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
     """
     def __init__(self, linear):
         super().__init__()

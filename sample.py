@@ -35,7 +35,7 @@ seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
 device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
-quantize: Literal['', 'int8'] = ''  # int8: weights of Linears in one byte each, the rest in dtype; faster for num_samples=1 in bfloat16 on a CPU
+quantize: Literal['', 'int8'] = ''  # int8: weights of Linears in one byte each, the rest in dtype; half the memory, and slower for more than 4 samples at once
 compile = False  # nanoGPT's key; generation has a KV cache instead and is not compiled
 config, given = configure(__file__)
 globals().update(config)
