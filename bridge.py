@@ -341,8 +341,11 @@ def save_onnx(model, path):
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # torchvision is not installed, and the like
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(Logits(model).eval(), (torch.zeros(2, min(model.config.block_size, 8), dtype=torch.long),), dynamo=True, verbose=False,
-                                    input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
+        try:
+            program = torch.onnx.export(Logits(model).eval(), (torch.zeros(2, min(model.config.block_size, 8), dtype=torch.long),), dynamo=True, verbose=False,
+                                        input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
+        except Exception as e:  # of a part that its exporter cannot follow
+            raise ValueError(f'torch.onnx cannot export this model: {first_line(e.__cause__ or e)[:200]}') from e
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         os.makedirs(temporary)
