@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 256 * 4
@@ -223,6 +222,7 @@ class Loader:
         self.first = self.ends - windows
         self.n_tokens, self.n_windows = sum(n_tokens), int(self.ends[-1])
         self.block_size, self.seed, self.shuffle = block_size, seed % 2**64, shuffle
+        import torch  # here, because preparing a data set takes many processes and none of them needs it
         self.vocab_size, self.device = vocab_size, torch.device(device)
 
     def locate(self, indices):
@@ -246,6 +246,7 @@ class Loader:
             row, column = np.argwhere(bad)[0]
             raise ValueError(f'{self.paths[shards[row]]}: id {ids[row, column]} at token {starts[row] + column} is not below '
                              f"vocab_size {self.vocab_size}: raise vocab_size, or {REMEDY} with the model's tokenizer")
+        import torch
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         return (x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y)
 

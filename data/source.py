@@ -7,7 +7,7 @@ from pathlib import Path
 from data.loader import write_files
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f'{self.prog}: {message} (--help shows the flags)\n')
 
@@ -18,7 +18,7 @@ def run(prepare, script, doc, takes_input=True):
     script and doc are its __file__ and __doc__; out_dir is a Path, the script's folder by default; input is a path or
     None. A ValueError, an OSError and a wrong flag end it with one line on stderr and status 2."""
     script = Path(script).resolve()
-    parser = _Parser(prog='/'.join(script.parts[-3:]), description=doc, allow_abbrev=False,
+    parser = Parser(prog='/'.join(script.parts[-3:]), description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out_dir', metavar='DIR', type=Path, default=script.parent, help='where to write, by default beside the script')
     if takes_input:
