@@ -1,4 +1,5 @@
 """What must stay true of data and training: python -m pytest test_train.py"""
+import gzip
 import http.server
 import json
 import math
@@ -23,8 +24,9 @@ import pytest
 import torch
 
 from data.loader import Loader, permute, read_meta, write_dataset
+from data.prepare import cut_before
 from data.source import download
-from data.tokenizer import TOKENIZERS, get_tokenizer
+from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 from model import GPT, GPTConfig, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -342,16 +344,41 @@ def test_failing_writes_leave_the_old_data_set_and_nothing_temporary(counting, m
 TEXTS = ['', 'First Citizen:\n', 'naïve café', '👩‍🚀 \U0001f9d1🏽', '\0\x01\t\r\n\x7f\u2028', 'ﷺ 漢字 ' * 3]
 
 
+def llama_json(metaspace=False):
+    """A tokenizer.json of LLaMA 2's kind: no byte-level, spaces as U+2581, one before the text, bytes outside the vocabulary as <0xNN>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    reader = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+    if metaspace:
+        reader.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
+    else:
+        reader.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+    reader.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    reader.train_from_iterator(['the cat sat on the mat. In the end, all is well'.split(' ')] * 9, trainers.BpeTrainer(
+        vocab_size=320, special_tokens=['<unk>', '<s>', '</s>'] + [f'<0x{b:02X}>' for b in range(256)], show_progress=False))
+    config = json.loads(reader.to_str())
+    config['added_tokens'] = config['added_tokens'][:3]  # in LLaMA's file the bytes are ordinary tokens
+    return json.dumps(config)
+
+
+KINDS = ['byte', 'char', 'gpt2', 'bpe', 'llama', 'llama metaspace']
+
+
 def tokenizer_named(name):
     if name == 'char':
         return get_tokenizer({'name': 'char', 'chars': sorted(set(''.join(TEXTS)))})
+    if name == 'bpe':
+        pytest.importorskip('tokenizers')
+        return train_bpe([Path(__file__).read_text(encoding='utf-8')[:20000]], 400)
+    if name.startswith('llama'):
+        pytest.importorskip('tokenizers')
+        return get_tokenizer({'name': 'huggingface', 'json': llama_json('metaspace' in name)})
     try:
         return get_tokenizer(name)
     except ValueError as e:
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize('name', TOKENIZERS)
+@pytest.mark.parametrize('name', KINDS)
 def test_tokenizers_round_trip(name):
     """Splitting text anywhere but between characters, or in another order, loses it on the way back."""
     tokenizer = tokenizer_named(name)
@@ -360,11 +387,12 @@ def test_tokenizers_round_trip(name):
         ids = tokenizer.encode(text)
         assert isinstance(ids, list) and all(0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.decode(ids) == text and tokenizer.decode(torch.tensor(ids)) == text
-        assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == text.encode('utf-8')
-        assert again.encode(text) == ids
+        prefix = b' ' if name.startswith('llama') and text else b''
+        assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == prefix + text.encode('utf-8')
+        assert again.encode(text) == ids == tokenizer.encode_corpus(text).tolist()
         n_bytes = tokenizer.token_bytes()
         assert n_bytes.shape == (tokenizer.vocab_size,)
-        assert n_bytes[ids].sum() == len(text.encode('utf-8')) - ids.count(tokenizer.eot)
+        assert n_bytes[ids].sum() == len(prefix + text.encode('utf-8')) - ids.count(tokenizer.eot)
     for i in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match=f'id {i} '):
             tokenizer.decode([i])
@@ -376,6 +404,65 @@ def test_gpt2_ids_are_tiktokens():
     for text in TEXTS:
         assert tokenizer.encode(text) == tiktoken.get_encoding('gpt2').encode_ordinary(text)
     assert tokenizer.encode('a<|endoftext|>') == [64, 50256] and tokenizer.eot == 50256 and tokenizer.vocab_size == 50257
+
+
+def test_any_encoding_of_tiktokens_is_read(monkeypatch):
+    """cl100k_base has ids between its special tokens that stand for nothing, and more than one special token."""
+    registry = pytest.importorskip('tiktoken.registry')
+    ranks = {bytes([b]): b for b in range(256)} | {b'ab': 256}
+    monkeypatch.setitem(registry.ENCODING_CONSTRUCTORS or registry._find_constructors() or registry.ENCODING_CONSTRUCTORS, 'holes', lambda: dict(
+        name='holes', pat_str=r'\w+|\W+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 260, '<|fim|>': 262}))
+    tokenizer = get_tokenizer({'name': 'holes'})
+    assert tokenizer.vocab_size == 263 and tokenizer.eot == 260 and tokenizer.table[256:] == [b'ab', b'', b'', b'', b'<|endoftext|>', b'', b'<|fim|>']
+    assert tokenizer.encode('ab<|fim|>') == [256, 262] and tokenizer.token_bytes()[255:].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
+    assert tokenizer.decode(tokenizer.encode_corpus('ab<|fim|>')) == 'ab<|fim|>' and 262 not in tokenizer.encode_corpus('ab<|fim|>')
+
+
+@pytest.mark.parametrize('name', ['bpe', 'llama', 'llama metaspace'])
+def test_ids_of_a_tokenizer_json_are_the_librarys(name):
+    """The file says much that is easily left out: normalizers, the space before a text, bytes outside the vocabulary."""
+    tokenizer, tokenizers = tokenizer_named(name), pytest.importorskip('tokenizers')
+    reader = tokenizers.Tokenizer.from_str(tokenizer.spec['json'])
+    eot = '<|endoftext|>' if name == 'bpe' else '</s>'
+    assert tokenizer.spec['eot'] == eot and tokenizer.eot == reader.token_to_id(eot) and tokenizer.vocab_size == reader.get_vocab_size()
+    for text in TEXTS + [' the mat', '  the', f'the{eot} end']:
+        ids = reader.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == reader.decode(ids, skip_special_tokens=False)
+    corpus = tokenizer.encode_corpus(f'the{eot} end').tolist()
+    assert tokenizer.eot not in corpus and tokenizer.decode(corpus) == f'the{eot} end' and tokenizer.encode(f'the{eot}')[-1] == tokenizer.eot
+    assert tokenizer.token_bytes()[tokenizer.eot] == 0
+
+
+def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
+    """The library's own errors are of no class of its own."""
+    tokenizers = pytest.importorskip('tokenizers')
+    lossy = tokenizers.Tokenizer(tokenizers.models.WordPiece({'[UNK]': 0}))
+    lossy.decoder = tokenizers.decoders.WordPiece()
+    for text, says in [('{}', 'not a tokenizer.json'), ('no', 'not a tokenizer.json'), (lossy.to_str(), 'cannot give back the text')]:
+        (tmp_path / 'tokenizer.json').write_text(text)
+        with pytest.raises(ValueError) as e:
+            tokenizer_from_file(tmp_path)
+        one_line(e.value, tmp_path / 'tokenizer.json', says)
+    (tmp_path / 'tokenizer.json').write_text(llama_json())
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": {"content": "<s>"}}')
+    assert tokenizer_from_file(tmp_path).eot == tokenizer_from_file(tmp_path / 'tokenizer.json').eot == 1
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
+    """Cut between two letters, a word has other tokens; a space before each piece would be in the text it gives back."""
+    tokenizer = tokenizer_named(name if name != 'char' else 'byte')
+    text = ('The cat sat on the mat.\nIn the end,\n\n    all is well: 漢字 naïve\n' * 40 + 'x' * 700 + '漢' * 300 + '  \n' * 90 + 'the end\r\nof it' * 99)
+    rest, ids = text.encode(), []
+    while rest:
+        end = cut_before(rest, 500) if len(rest) > 500 else len(rest)
+        assert 0 < end <= 500
+        piece, continued = rest[:end].decode(), len(rest) < len(text.encode())
+        ids, rest = ids + tokenizer.encode_corpus(piece, continued).tolist(), rest[end:]
+    assert tokenizer.decode(ids) == text
+    ordinary = text[:text.index('xxx')]
+    first = len(tokenizer.encode_corpus(ordinary[:2000]))
+    assert ids[:first - 5] == tokenizer.encode_corpus(text).tolist()[:first - 5]
 
 
 def test_invalid_utf8_becomes_a_replacement_character():
@@ -520,6 +607,230 @@ def test_a_stopped_preparation_leaves_no_file_under_its_final_name(tmp_path, tex
     for folder in (out, tmp_path / 'other'):
         assert subprocess.run([sys.executable, '-B', script, f'--input={text_file}', f'--out_dir={folder}'], capture_output=True).returncode == 0
     assert read_meta(out) == read_meta(tmp_path / 'other') and (out / 'train.bin').read_bytes() == (tmp_path / 'other' / 'train.bin').read_bytes()
+
+
+# data: any text, by data/prepare.py
+
+DOCUMENTS = [f'{text} document {n}\nwith <|endoftext|> in it' + '.' * (n % 7) + '\n' for n, text in enumerate(TEXTS * 10)]
+
+
+def write_input(folder, form):
+    """DOCUMENTS in one of the forms that prepare.py reads; returns the flag for them."""
+    folder.mkdir()
+    lines = ''.join(json.dumps({'id': n, 'text': text}, ensure_ascii=n % 2 == 0) + '\n' for n, text in enumerate(DOCUMENTS)).encode()
+    if form.startswith('folder'):
+        for n, text in enumerate(DOCUMENTS):
+            sub = folder / f'{n // 10:03}'
+            sub.mkdir(exist_ok=True)
+            (sub / f'{n:03}.txt').write_bytes(text.encode())
+        (folder / '.hidden').write_bytes(b'\xff')
+        return folder
+    if form == 'parquet':
+        pyarrow = pytest.importorskip('pyarrow')
+        pytest.importorskip('pyarrow.parquet').write_table(pyarrow.table({'id': range(len(DOCUMENTS)), 'text': DOCUMENTS}), folder / 'a.parquet', row_group_size=7)
+    elif form == 'jsonl.zst':
+        zstandard, half = pytest.importorskip('zstandard'), len(lines) // 2
+        (folder / 'a.jsonl.zst').write_bytes(b''.join(zstandard.ZstdCompressor().compress(part) for part in (lines[:half], lines[half:])))
+    else:
+        (folder / f'a.{form}').write_bytes(gzip.compress(lines) if form.endswith('gz') else lines.rstrip(b'\n'))
+    return folder / f'a.{form}'
+
+
+def prepare_text(out, *flags, **kwargs):
+    return command('data/prepare.py', f'--out={out}', *flags, **kwargs)
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob('*.bin'))}
+
+
+def ids_of(folder, split):
+    meta = read_meta(folder)
+    return np.concatenate([np.fromfile(path, f"<u{int(meta['dtype'][4:]) // 8}") for path in sorted(Path(folder).glob(f'{split}_*.bin'))]).tolist()
+
+
+@pytest.mark.parametrize('form', ['folder', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet'])
+def test_every_form_of_the_same_documents_gives_their_ids(tmp_path, form):
+    """Against tiktoken itself: each document whole, in train or in val, in order, with an end of text behind it and none inside."""
+    encode = tokenizer_named('gpt2').encoding.encode_ordinary
+    out = tmp_path / 'out'
+    done = prepare_text(out, f'--input={write_input(tmp_path / "in", form)}', '--tokens_per_shard=400')
+    assert done.returncode == 0, done.stderr
+    meta, expected = read_meta(out), [encode(text) + [50256] for text in DOCUMENTS]
+    found, at = {split: ids_of(out, split) for split in ('train', 'val')}, {'train': 0, 'val': 0}
+    held_out = []
+    for number, ids in enumerate(expected):
+        split = 'val' if found['val'][at['val']:][:len(ids)] == ids else 'train'
+        assert found[split][at[split]:][:len(ids)] == ids
+        at[split] += len(ids)
+        held_out += [number] * (split == 'val')
+    assert at == {split: len(ids) for split, ids in found.items()} and [number // 10 for number in held_out] == list(range(6))  # one of every ten
+    assert meta['documents'] == {'train': 54, 'val': 6} and sum(meta['bytes'].values()) == sum(len(text.encode()) for text in DOCUMENTS)
+    assert meta['tokenizer'] == {'name': 'gpt2'} and meta['vocab_size'] == 50257 and meta['dtype'] == 'uint16' and not (out / 'unfinished').exists()
+    assert {len(data) // 2 for name, data in list(shards(out).items())[:-2] if name.startswith('train')} == {400}
+    for name, data in shards(out).items():
+        assert meta['files'][name] == {'tokens': len(data) // 2, 'crc32': zlib.crc32(data)}
+    assert Loader(out, 'train', T).n_tokens == len(found['train'])
+
+
+@pytest.mark.parametrize('flags', ['byte', 'char', 'gpt2', 'bpe --vocab_size=300', 'LLAMA'])
+def test_a_single_text_comes_back_whole_from_any_tokenizer(tmp_path, flags):
+    """Its end is val; between the two parts nothing is lost, and meta.json says how to read both."""
+    text = ''.join(DOCUMENTS).replace('<|endoftext|>', 'end')
+    (tmp_path / 'book.txt').write_bytes(text.encode())
+    if flags == 'LLAMA':
+        pytest.importorskip('tokenizers')
+        (tmp_path / 'tokenizer.json').write_text(llama_json())
+        flags = str(tmp_path / 'tokenizer.json')
+    elif flags == 'gpt2':
+        tokenizer_named('gpt2')
+    done = prepare_text(tmp_path / 'out', tmp_path / 'book.txt', f'--tokenizer={flags.split()[0]}', *flags.split()[1:])
+    assert done.returncode == 0, done.stderr
+    meta = read_meta(tmp_path / 'out')
+    tokenizer = get_tokenizer(meta['tokenizer'])
+    assert meta['vocab_size'] == tokenizer.vocab_size and (tokenizer.vocab_size == 300 or 'bpe' not in flags)
+    parts = [ids_of(tmp_path / 'out', split) for split in ('train', 'val')]
+    if tokenizer.eot is not None:
+        assert [part.pop() for part in parts] == [tokenizer.eot] * 2
+    assert tokenizer.decode(parts[0] + parts[1]) == text
+    assert 0.05 < len(tokenizer.decode_bytes(parts[1])) / len(text.encode()) < 0.15
+    again = prepare_text(tmp_path / 'out', tmp_path / 'book.txt', f'--tokenizer={flags.split()[0]}', *flags.split()[1:])
+    assert again.returncode == 0 and 'nothing to do' in again.stdout
+    other = prepare_text(tmp_path / 'out', tmp_path / 'book.txt', '--tokenizer=byte', '--val_fraction=0.2')
+    refused(other, tmp_path / 'out', '--overwrite')
+
+
+def test_more_than_65536_ids_are_uint32(tmp_path):
+    """A 16-bit shard of LLaMA 3's ids would wrap in silence."""
+    tokenizers = pytest.importorskip('tokenizers')
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    reader = tokenizers.Tokenizer(tokenizers.models.BPE({**{f'x{i}': i for i in range(70000)}, **{c: 70000 + i for i, c in enumerate(alphabet)}}, []))
+    reader.pre_tokenizer, reader.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    reader.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'a.txt').write_text('hello\n' * 50)
+    assert prepare_text(tmp_path / 'out', tmp_path / 'a.txt', f'--tokenizer={tmp_path}').returncode == 0
+    assert read_meta(tmp_path / 'out')['dtype'] == 'uint32' and ids_of(tmp_path / 'out', 'train')[0] == 70000 + alphabet.index('h')
+    assert Loader(tmp_path / 'out', 'train', T).batch([0])[0].min() >= 70000
+
+
+def test_processes_do_not_change_the_result(tmp_path):
+    """Batches come back in any order."""
+    for n in range(3):
+        (tmp_path / f'{n}.txt').write_text(''.join(f'{n} line {i} of a text\n' * 3 for i in range(40000)))
+    inputs = [f'--input={tmp_path / f"{n}.txt"}' for n in range(3)]
+    for n in (1, 3):
+        assert prepare_text(tmp_path / f'out{n}', *inputs, '--tokenizer=byte', f'--processes={n}', '--tokens_per_shard=3000000').returncode == 0
+    assert shards(tmp_path / 'out1') == shards(tmp_path / 'out3') and read_meta(tmp_path / 'out1') == read_meta(tmp_path / 'out3')
+    assert len(shards(tmp_path / 'out1')) == 4
+
+
+def test_text_for_val_can_be_given_apart(tmp_path):
+    """A benchmark's own split should stay what it is."""
+    (tmp_path / 'a.txt').write_text('train text')
+    (tmp_path / 'b.txt').write_text('val text')
+    assert prepare_text(tmp_path / 'out', tmp_path / 'a.txt', f'--val_input={tmp_path / "b.txt"}', '--tokenizer=byte').returncode == 0
+    assert [bytes(ids_of(tmp_path / 'out', split)) for split in ('train', 'val')] == [b'train text\0', b'val text\0']
+
+
+KILL = '''
+import os, sys, runpy
+left = [int(sys.argv[1])]
+def killing(function):
+    def call(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), 9)
+        return function(*args)
+    return call
+for name in ('fsync', 'replace', 'truncate', 'unlink', 'rmdir'):
+    setattr(os, name, killing(getattr(os, name)))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+def test_killed_anywhere_the_same_command_finishes_with_the_same_bytes(tmp_path):
+    """Before and after each call that the file system remembers: shards, state, names, the last clearing up."""
+    flags = [f'--input={write_input(tmp_path / "in", "folder")}', '--tokenizer=char', '--tokens_per_shard=150']
+    assert prepare_text(tmp_path / 'whole', *flags).returncode == 0
+    whole, meta = shards(tmp_path / 'whole'), read_meta(tmp_path / 'whole')
+    assert len(whole) > 10
+    n, out = 1, tmp_path / 'out'
+    while True:
+        killed = command('-c', KILL, str(n), str(ROOT / 'data/prepare.py'), f'--out={out}', *flags)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert (out / 'meta.json').exists() or not shards(out)
+        done = prepare_text(out, *flags)
+        assert done.returncode == 0, (n, done.stderr)
+        assert shards(out) == whole and read_meta(out) == meta and {path.name for path in out.iterdir()} == {'meta.json', *whole}, n
+        shutil.rmtree(out)
+        n += 1 if n < 6 or n > 20 else 4
+    assert n > 20
+
+
+def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_path):
+    """Workers of a killed pool wait for work for ever; what is encoded already should not be encoded again."""
+    with open(tmp_path / 'big.txt', 'w') as f:
+        f.writelines(f'line {i} of a text that takes a while, {i * i}\n' for i in range(300000))
+    flags = [f'--input={tmp_path / "big.txt"}', f'--tokenizer={"gpt2" if tokenizer_named("gpt2") else ""}', '--tokens_per_shard=500000', '--processes=2']
+    assert prepare_text(tmp_path / 'whole', *flags).returncode == 0
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--out={out}', *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (out / 'unfinished' / 'train_00002.bin').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    assert not shards(out) and len(workers) >= 2
+    done = prepare_text(out, *flags)
+    share = re.search(r'going on at (\d+)% of the input', done.stdout)
+    assert done.returncode == 0 and 10 < int(share[1]) < 90, done.stdout
+    assert shards(out) == shards(tmp_path / 'whole') and read_meta(out) == read_meta(tmp_path / 'whole')
+    assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}') and 'Z' not in Path(f'/proc/{pid}/stat').read_text().split()[2]]
+
+
+@pytest.mark.parametrize('name, data, flags, words', [
+    ('empty.txt', b'', [], ['is empty']), ('latin.txt', b'caf\xe9 au lait', [], ['byte 3', 'not UTF-8', '--bad_bytes=replace']),
+    ('late.txt', b'a line\n' * 99999 + b'\xff', [], ['byte 699993']), ('cut.txt.gz', gzip.compress(b'text\n' * 999)[:-9], [], ['not a whole .gz']),
+    ('no.txt.gz', b'text', [], ['not a whole .gz']), ('cut.jsonl.zst', b'\x28\xb5\x2f\xfd\x24', [], ['not a whole .zst']),
+    ('a.jsonl', b'{"text": "a"}\n{"text": \n', [], ['entry 2', 'not JSON']), ('b.jsonl', b'{"body": "a"}\n', [], ['entry 1', "no field 'text'", "'body'", '--field']),
+    ('c.jsonl', b'{"text": 7}', [], ["no text in field 'text'"]), ('d.jsonl', b'{"text": "\\ud83d"}', [], ['entry 1', 'not UTF-8']),
+    ('a.parquet', b'PAR1 and so on', [], ['not a whole parquet']), ('e.jsonl', b'{"text": "one"}\n', [], ['val', '1 documents', '--val_fraction']),
+    ('f.txt', b'text\n' * 99, ['--tokenizer=gtp2'], ["'gtp2'", 'cl100k_base']), ('g.txt', b'text\n' * 99, ['--vocab_size=300'], ['--vocab_size']),
+    ('h.txt', b'text\n' * 99, ['--tokenizer=bpe'], ['--vocab_size']), ('i.txt', b'text\n' * 99, ['--tokenizer=bpe', '--vocab_size=99'], ['257']),
+    ('j.txt', b'text\n' * 99, ['--val_fraction=0.9'], ['0.9']), ('k.txt', b'text\n' * 99, ['--val_fraction=0'], ['--val_fraction']),
+    ('l.txt', b'text\n' * 99, ['--tokens_per_shard=0'], ['--tokens_per_shard']), ('m.txt', b'text\n' * 99, ['--input=missing.txt'], ['missing.txt']),
+    ('n.txt', b'text\n' * 99, ['--glob=*.md', '--input=config'], ['config']), ('o.txt', b'x', ['--tokenizer=byte'], ['val']),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, data, flags, words):
+    """What is found after an hour should say where it is, and a half-made data set must not pass for one."""
+    (tmp_path / name).write_bytes(data)
+    if name.endswith(('parquet', 'zst')):
+        pytest.importorskip('pyarrow' if name.endswith('parquet') else 'zstandard')
+    flags = flags if any('tokenizer' in flag for flag in flags) or '--vocab_size=300' in flags else [*flags, '--tokenizer=byte']
+    done = prepare_text(tmp_path / 'out', f'--input={tmp_path / name}', *flags)
+    if name.startswith('n.'):
+        assert done.returncode == 0  # config/ALL.md is text
+    else:
+        assert done.returncode == 2
+        one_line(done.stderr, 'data/prepare.py', *words)
+        assert not (tmp_path / 'out').exists()
+
+
+def test_bad_bytes_can_be_replaced(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'caf\xe9 ' * 20)
+    assert prepare_text(tmp_path / 'out', tmp_path / 'a.txt', '--tokenizer=byte', '--bad_bytes=replace').returncode == 0
+    assert bytes(ids_of(tmp_path / 'out', 'train')).decode().startswith('caf\ufffd caf\ufffd')
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, text_file):
+    (tmp_path / 'file').touch()
+    done = prepare_text(tmp_path / 'file' / 'out', text_file, '--tokenizer=byte')
+    assert done.returncode == 2
+    one_line(done.stderr, tmp_path / 'file')
 
 
 class Server(http.server.BaseHTTPRequestHandler):

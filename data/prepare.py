@@ -275,7 +275,8 @@ class Preparation:
         self.total = sum(source.size for source in sources)
         if not self.total:
             raise ValueError(f'{sources[0].name} is empty: give a file with text in it')
-        self.processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()) if self.total > 2**23 else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        self.processes = processes or (cores if self.total > 2**23 else 1)
         self.held_out = any(source.split == 'val' for source in sources)
         if val_fraction is None:  # 10 MB of val, but no more than a tenth, and no less than nanoGPT's share of OpenWebText
             val_fraction = min(0.1, max(0.0005, 10**7 / self.total))
@@ -494,7 +495,8 @@ class Preparation:
     def publish(self):
         """Give everything its name, meta.json first, as write_dataset does; a second time after a kill does the rest."""
         meta = json.loads((self.folder / 'meta.json').read_text(encoding='utf-8'))
-        write_files({self.data_dir / 'meta.json': (self.folder / 'meta.json').read_bytes()})
+        write_files({self.folder / 'published': (self.folder / 'meta.json').read_bytes()})
+        os.replace(self.folder / 'published', self.data_dir / 'meta.json')
         for name in meta['files']:
             if (self.folder / name).exists():
                 os.replace(self.folder / name, self.data_dir / name)
