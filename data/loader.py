@@ -6,11 +6,13 @@ nanoGPT's folders (uint16, with meta.pkl or no meta at all) and llm.c's shards (
 """
 import ast
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -70,6 +72,31 @@ def prepare_facts(script):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
             facts[node.targets[0].id] = ast.literal_eval(node.value)
     return facts
+
+
+def find_datasets(dataset):
+    """What --dataset names, as [(name, share, folder)]: a folder of data/ or a path of its own; a file of text, whose folder in
+    data/.cache changes whenever the file does; or several, as in a:0.7,b:0.3. ValueError for shares that are none."""
+    named = re.findall(r'([^,]+?):([^:,/]+)(?:,|$)', dataset)
+    if os.path.exists(dataset) or ','.join(f'{name}:{share}' for name, share in named) != dataset:
+        named = [(dataset, '1')]
+    found = []
+    for name, share in named:
+        folder, path = Path(__file__).resolve().parent / name, Path(name)
+        try:
+            share = float(share)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < math.inf:
+            raise ValueError(f"dataset '{dataset}': {name} needs a share above 0, as in a:0.7,b:0.3")
+        if path.is_file():
+            stat = path.stat()
+            version = hashlib.sha256(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()).hexdigest()[:8]
+            folder = Path(__file__).resolve().parent / '.cache' / f'{path.name.split(".")[0]}-{version}'
+        elif not folder.is_dir() and path.is_dir():
+            folder = path.resolve()
+        found.append((name, share, folder))
+    return [(name, share / sum(s for _, s, _ in found), folder) for name, share, folder in found]
 
 
 def write_dataset(data_dir, splits, meta):
@@ -277,3 +304,45 @@ class Loader:
                 yield from map(self._to_device, reading.result() if reading else ())
                 reading = ahead
             yield from map(self._to_device, reading.result() if reading else ())
+
+
+class Mixture(Loader):
+    """Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
+
+    Of any first n samples, each set has its share to within a few windows: the first set takes the samples at which floor(i * share) grows,
+    the second its part of the rest in the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of
+    all (n_windows) ends before any set would begin again."""
+
+    def __init__(self, loaders, shares):
+        self.loaders, first = loaders, loaders[0]
+        self.block_size, self.vocab_size, self.device = first.block_size, first.vocab_size, first.device
+        for key in ('paths', 'dtypes', 'header_bytes'):
+            setattr(self, key, [value for loader in loaders for value in getattr(loader, key)])
+        self.first_shard = np.cumsum([0] + [len(loader.paths) for loader in loaders])
+        self.parts = [round(share * 10**6) for share in shares]  # integers, so that no rounding can lose a sample
+        if min(self.parts) < 1:
+            raise ValueError(f'a share of {min(shares):g} is too small to be drawn: a millionth is the least')
+        self.n_tokens = sum(loader.n_tokens for loader in loaders)
+        self.n_windows = max(1, min((loader.n_windows - 1) * sum(self.parts) // part for loader, part in zip(loaders, self.parts)))
+
+    def choose(self, indices):
+        """(number of the Loader, sample index there), (B,) each, of sample indices (B,)."""
+        indices = np.array(indices, np.int64)
+        chosen, within, waiting = np.empty_like(indices), np.empty_like(indices), np.ones(len(indices), bool)
+        for number, part in enumerate(self.parts):
+            rest = sum(self.parts[number:])
+            divisor = math.gcd(part, rest)
+            before, after = (n * (part // divisor) // (rest // divisor) for n in (indices, indices + 1))
+            taken = waiting & (after > before)
+            chosen[taken], within[taken] = number, before[taken]
+            waiting &= ~taken
+            indices = indices - before
+        return chosen, within
+
+    def locate(self, indices):
+        chosen, within = self.choose(indices)
+        shard, start = np.empty_like(chosen), np.empty_like(chosen)
+        for number in np.unique(chosen):
+            rows = chosen == number
+            shard[rows], start[rows] = self.loaders[number].locate(within[rows])
+        return shard + self.first_shard[chosen], start
