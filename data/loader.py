@@ -175,7 +175,7 @@ def permute(i, n, key):
 
 
 @functools.lru_cache(maxsize=None)
-def _crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same file the second reading
+def crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same file the second reading
     crc = 0
     with open(path, 'rb') as f:
         while chunk := f.read(2**22):
@@ -183,7 +183,7 @@ def _crc32(path, size, mtime_ns):  # the cache spares a second Loader on the sam
     return crc
 
 
-def _check_shard(path, meta, block_size):
+def check_shard(path, meta, block_size):
     """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens."""
     dtype, header_bytes, listed = DTYPES[meta.get('dtype', 'uint16')], 0, meta.get('files', {}).get(path.name)
     stat = path.stat()
@@ -205,7 +205,7 @@ def _check_shard(path, meta, block_size):
         raise ValueError(f'{path} holds {n_tokens} tokens, one window needs block_size + 1 = {block_size + 1}: '
                          'lower block_size or prepare more text')
     if listed and 'crc32' in listed:
-        if _crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
+        if crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
             raise ValueError(f'{path} does not match its crc32 in meta.json, so its bytes have changed: {REMEDY}')
     elif n_tokens > 1024:  # without a checksum this is the one sign of a file that was sized first and never filled
         if not np.memmap(path, dtype, 'r', header_bytes)[-1024:].any():
@@ -239,7 +239,7 @@ class Loader:
             problem = 'missing: bring it back' if path in listed else 'not listed in meta.json: remove it'
             raise ValueError(f'{path} is {problem}, or {REMEDY}')
         with ThreadPoolExecutor() as pool:  # checksums of several shards at once
-            shards = list(pool.map(lambda path: _check_shard(path, meta, block_size), self.paths))
+            shards = list(pool.map(lambda path: check_shard(path, meta, block_size), self.paths))
         self.dtypes, self.header_bytes, n_tokens = zip(*shards)
         usable = np.array(n_tokens) - 1  # the last token is only ever a target
         shift = shift and shuffle

@@ -34,15 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 import numpy as np
 
-from data.loader import DTYPES, permute, read_meta, write_files
-from data.source import Parser
+from data.loader import DTYPES, permute, prepare_facts, read_meta, write_files
+from data.source import Parser, hub_files
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 
 HERE = Path(__file__).resolve().parent
 PIECE, BATCH = 2**18, 2**20  # bytes: a long text is encoded in pieces of the one, a process is sent documents of about the other
 BPE_BYTES = 10**8  # of text that a BPE is trained on
 
-# A file to read. path: a Path, or None for one that fetch(folder) downloads; split: 'train', 'val', or None to divide; version: changes when it does
+# A file to read. path: a Path, or None for one that fetch(folder) downloads; split: 'train', 'val', or None to divide; version: of its time, if it is local
 Source = collections.namedtuple('Source', 'name path split size version fetch', defaults=[None])
 
 
@@ -241,16 +241,22 @@ def in_order(function, batches, processes, spec, settings):
         yield from ((function(batch), position) for batch, position in batches)
         return
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), start_process, (spec, settings))
-    ahead = collections.deque()
+    ahead, error = collections.deque(), None
     try:
-        for batch, position in batches:
-            ahead.append((pool.submit(function, batch), position))
-            if len(ahead) > 2 * processes:
+        while True:
+            try:
+                batch, position = next(batches, (None, None))
+            except (OSError, ValueError) as e:  # raised when what was read before it is done
+                batch, error = None, e
+            if batch:
+                ahead.append((pool.submit(function, batch), position))
+            if ahead and (not batch or len(ahead) > 2 * processes):
                 future, done = ahead.popleft()
                 yield future.result(), done
-        while ahead:
-            future, done = ahead.popleft()
-            yield future.result(), done
+            elif error:
+                raise error
+            elif not batch:
+                return
     except concurrent.futures.BrokenExecutor:
         raise OSError(f'one of the {processes} processes was ended from outside, for want of memory perhaps (--processes takes fewer); '
                       'the same command goes on from here') from None
@@ -287,8 +293,8 @@ class Preparation:
 
     def identity(self, tokenizer):
         """A digest of all that decides the result, to know what an unfinished or finished data set was made of."""
-        what = [[(s.name if s.path is None else str(s.path), s.split, s.size, s.version) for s in self.sources], tokenizer, self.field,
-                self.val_fraction, self.tokens_per_shard, self.bad_bytes, PIECE]
+        what = [[(str(s.path or s.name), s.split, s.size, s.version) for s in self.sources], tokenizer, self.field, self.val_fraction,
+                self.tokens_per_shard, self.bad_bytes, PIECE]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
     def split_of(self, number):
@@ -311,21 +317,26 @@ class Preparation:
                     length = source.size if not kind_of(source.name)[1] else sum(len(chunk) for chunk, _ in read_chunks(path))
                     cut = int(length * (1 - self.val_fraction))
                 n_items = 0
-                for content, split, continued, ends, place, position in read_items(path, self.field, cut):
-                    n_items += 1
-                    if n_items <= skip:
-                        continue
-                    if cut is None:
-                        split = source.split or ('train' if self.held_out else self.split_of(documents))
-                    documents += ends
-                    batch.append((content, split, continued, ends, source.name, place))
-                    size += len(content or '')
-                    if size >= BATCH or len(batch) >= 10**4:
-                        yield batch, (number, n_items, documents, before + position)
-                        batch, size = [], 0
+                try:
+                    for content, split, continued, ends, place, position in read_items(path, self.field, cut):
+                        n_items += 1
+                        if n_items <= skip:
+                            continue
+                        if cut is None:
+                            split = source.split or ('train' if self.held_out else self.split_of(documents))
+                        documents += ends
+                        batch.append((content, split, continued, ends, source.name, place))
+                        size += len(content or '')
+                        if size >= BATCH or len(batch) >= 10**4:
+                            yield batch, (number, n_items, documents, before + position)
+                            batch, size = [], 0
+                finally:
+                    if source.fetch:  # read, or damaged: in neither case is it wanted again
+                        path.unlink()
                 skip, before = 0, before + source.size
-                if source.fetch:
-                    path.unlink()
+                if source.fetch and batch:  # so that its end is a place to go on from
+                    yield batch, (number + 1, 0, documents, before)
+                    batch, size = [], 0
         if batch:
             yield batch, (len(self.sources), 0, documents, self.total)
 
@@ -367,7 +378,7 @@ class Preparation:
     def run(self, tokenizer, vocab_size=None, overwrite=False):
         """
         Make the data set, or go on with it. tokenizer: a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made of the text.
-        ValueError for bad input, and then nothing stays; OSError for what the system refuses, and then the same call goes on later.
+        ValueError for bad input, and then nothing stays but downloads; OSError for what the system refuses, and then the same call goes on later.
         """
         made = tokenizer if isinstance(tokenizer, str) else None
         identity = self.identity([made, vocab_size] if made else tokenizer.spec)
@@ -398,9 +409,10 @@ class Preparation:
                     self.finish(tokenizer, state)
                 self.publish()
             except ValueError:
-                shutil.rmtree(self.folder)
-                if not any(self.data_dir.iterdir()):
-                    self.data_dir.rmdir()
+                if not any(source.fetch for source in self.sources):  # what took a download stays, and the same command goes on
+                    shutil.rmtree(self.folder)
+                    if not any(self.data_dir.iterdir()):
+                        self.data_dir.rmdir()
                 raise
 
     def shard(self, split, number):
@@ -439,11 +451,11 @@ class Preparation:
 
     def encode_all(self, tokenizer, state):
         """Write the shards of all batches from state on; it is saved every 5 seconds and with every full shard."""
-        files, width, saved, t0, before = {}, DTYPES[dtype_of(tokenizer)].itemsize, time.time(), time.time(), state['position'][3]
+        files, width, saved, t0, before, consistent = {}, DTYPES[dtype_of(tokenizer)].itemsize, time.time(), time.time(), state['position'][3], True
         n_tokens = {split: sum(shard['tokens'] for shard in shards) for split, shards in state['shards'].items()}
         try:
             for encoded, position in in_order(encode, self.batches(*state['position'][:3]), self.processes, tokenizer.spec, (self.field, self.bad_bytes)):
-                full = False
+                full = consistent = False
                 for split, (ids, documents, n_bytes) in encoded.items():
                     shards, ids = state['shards'][split], memoryview(ids)
                     state['documents'][split] += documents
@@ -462,13 +474,14 @@ class Preparation:
                             full = True
                             sync(files[split])
                             files.pop(split).close()
-                state['position'] = position
+                state['position'], consistent = position, True
                 if full or time.time() - saved > 5:
                     self.save(state, files)
                     saved = time.time()
                 self.show('encoding', position[3], before, t0, sum(n_tokens.values()))
-            self.save(state, files)
         finally:
+            if consistent:  # stopped or not, up to here it is done
+                self.save(state, files)
             for f in files.values():
                 f.close()
         if sys.stdout.isatty():
@@ -559,6 +572,35 @@ def prepare(parser, args, find_sources, data_dir, tokenizer, vocab_size=None):
         parser.exit(2, f"{parser.prog}: {' '.join(str(e).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f'\n{parser.prog}: stopped; the same command goes on from here\n')
+
+
+def recipe(script, doc, repo, splits, tokens, val_fraction=None):
+    """
+    The prepare.py of a public data set: the files of a data set on Hugging Face, one at a time on the disk, each gone when it is encoded.
+    splits: the pattern of the files of each, {None: ...} to divide; tokens: about how many that makes, to say what it takes.
+    """
+    parser = parser_for(script, doc)
+    parser.set_defaults(val_fraction=val_fraction)
+    parser.add_argument('--input', action='append', default=[], metavar='PATH', help='local files of the same format instead of the download')
+    parser.add_argument('--val_input', action='append', default=[], metavar='PATH', help='local files for val')
+    parser.add_argument('--out_dir', type=Path, default=Path(script).resolve().parent, help='where to write, by default beside the script')
+    parser.add_argument('--tokenizer', default='gpt2', help="gpt2 or another of tiktoken's, or the path of a tokenizer.json, LLaMA's say (gpt2)")
+    args = parser.parse_args()
+
+    def sources():
+        if args.input:
+            return find_sources(args.input, 'train' if args.val_input else None) + find_sources(args.val_input, 'val')
+        found = [Source(f'{repo}/{name}', None, split, size, None, fetch) for split, name, size, fetch in hub_files(repo, splits)]
+        download, both = sum(source.size for source in found), sum(sorted(source.size for source in found)[-2:])
+        tokens_here = tokens * download / 1e6 / prepare_facts(script)['download_mb']  # should the hub have another part of it by now
+        disk = tokens_here * DTYPES[dtype_of(find_tokenizer(args.tokenizer))].itemsize + both
+        free = shutil.disk_usage(next(p for p in (args.out_dir, *args.out_dir.parents) if p.exists())).free
+        print(f'{repo}: {len(found):,} files, {download / 1e9:,.1f} GB to download, about {disk / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
+              f'{both / 1e9:,.1f} GB of them for files on their way', flush=True)
+        if free < disk and not (args.out_dir / 'unfinished').exists():
+            raise ValueError(f'{args.out_dir} has {free / 1e9:,.0f} GB free, and about {disk / 1e9:,.0f} GB are needed: --out_dir takes another disk')
+        return found
+    prepare(parser, args, sources, args.out_dir, args.tokenizer)
 
 
 def main():
