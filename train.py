@@ -62,6 +62,7 @@ wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # its run name
 # data
 dataset = 'openwebtext'  # a folder in data/ ('pystdlib' needs no download), a file of text, or several with their shares: 'a:0.7,b:0.3'
+doc_mask = False  # attention stays inside a document: an end-of-text token opens the next one
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
 batch_size: int | Literal['auto'] = 12  # sequences a micro-batch; 'auto': the most that fit, with accumulation that keeps tokens an iteration
 block_size = 1024  # tokens a sequence, the context length
@@ -817,6 +818,10 @@ with one_line_errors():
         say(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}')
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
+    if doc_mask and getattr(tokenizer, 'eot', None) is None:
+        raise ValueError(f"doc_mask needs an end-of-text token between documents, and the tokenizer of data set '{dataset}' has none")
+    model_config.doc_mask_token = tokenizer.eot if doc_mask else None
+    model_config.check_doc_mask()
     from_scratch = raw_model is None
     if batch_size == 'auto':
         batch_size, gradient_accumulation_steps = auto_batch_size(ckpt)
