@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import loader
 from data.loader import Loader, Mixture, find_datasets, permute, prepare_facts, read_meta, write_dataset
 from data.prepare import cut_before
 from data.source import download
@@ -200,6 +201,24 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, case, name):
     with pytest.raises(ValueError) as e:
         Loader(tmp_path, 'train', T)
     one_line(e.value, tmp_path / name, says, 'prepare.py')
+
+
+def test_a_large_shard_is_read_whole_once_until_it_changes(tmp_path, monkeypatch):
+    """Every start of every rank read 20 GB of FineWeb for its checksums."""
+    write_dataset(tmp_path, {'train_0': b'\1' * 2**25, 'val': b'\1' * 100}, BYTE)
+    read = []
+    whole = loader.crc32.__wrapped__
+    monkeypatch.setattr(loader, 'crc32', lambda path, *args: (read.append(path.name), whole(path, *args))[1])
+    for split, reads in [('train', ['train_0.bin']), ('train', []), ('val', ['val.bin']), ('val', ['val.bin'])]:
+        Loader(tmp_path, split, T)
+        assert read == reads
+        read.clear()
+    with open(tmp_path / 'train_0.bin', 'r+b') as f:
+        f.seek(1000)
+        f.write(b'\7')
+    for _ in range(2):
+        with pytest.raises(ValueError, match='crc32'):
+            Loader(tmp_path, 'train', T)
 
 
 def test_damage_is_noticed_without_meta_json(tmp_path):

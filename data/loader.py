@@ -183,8 +183,10 @@ def crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same
     return crc
 
 
-def check_shard(path, meta, block_size):
-    """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens."""
+def check_shard(path, meta, block_size, checked):
+    """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens.
+
+    checked: what is known to match its crc32, {file name: [bytes, mtime_ns, crc32]}, which this adds to where the file is large."""
     dtype, header_bytes, listed = DTYPES[meta.get('dtype', 'uint16')], 0, meta.get('files', {}).get(path.name)
     stat = path.stat()
     if stat.st_size == 0:
@@ -205,8 +207,11 @@ def check_shard(path, meta, block_size):
         raise ValueError(f'{path} holds {n_tokens} tokens, one window needs block_size + 1 = {block_size + 1}: '
                          'lower block_size or prepare more text')
     if listed and 'crc32' in listed:
-        if crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
+        known = [stat.st_size, stat.st_mtime_ns, listed['crc32']]
+        if checked.get(path.name) != known and crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
             raise ValueError(f'{path} does not match its crc32 in meta.json, so its bytes have changed: {REMEDY}')
+        if stat.st_size >= 2**26:
+            checked[path.name] = known
     elif n_tokens > 1024:  # without a checksum this is the one sign of a file that was sized first and never filled
         if not np.memmap(path, dtype, 'r', header_bytes)[-1024:].any():
             raise ValueError(f'{path} ends in 1024 zeros, as an interrupted preparation leaves it: {REMEDY}')
@@ -238,8 +243,15 @@ class Loader:
         for path in sorted(listed.symmetric_difference(self.paths)) if meta.get('files') else []:
             problem = 'missing: bring it back' if path in listed else 'not listed in meta.json: remove it'
             raise ValueError(f'{path} is {problem}, or {REMEDY}')
+        memory, checked = data_dir / '.checked.json', {}  # a large shard is read whole once, and again when it has changed: 20 GB take a minute
+        with suppress(OSError, ValueError):
+            checked = dict(json.loads(memory.read_text()))
+        before = dict(checked)
         with ThreadPoolExecutor() as pool:  # checksums of several shards at once
-            shards = list(pool.map(lambda path: check_shard(path, meta, block_size), self.paths))
+            shards = list(pool.map(lambda path: check_shard(path, meta, block_size, checked), self.paths))
+        if checked != before:
+            with suppress(OSError):  # a folder for reading only
+                write_files({memory: json.dumps(checked).encode()})
         self.dtypes, self.header_bytes, n_tokens = zip(*shards)
         usable = np.array(n_tokens) - 1  # the last token is only ever a target
         shift = shift and shuffle

@@ -38,13 +38,13 @@ def prepare(out_dir, shards, input=None):
         path = folder / name.removeprefix('fineweb_')
         if not path.exists() and not (out_dir / path.name).exists():
             fetched = fetch[name](folder / 'download')
-            check_shard(fetched, {}, 1)
+            check_shard(fetched, {}, 1, {})
             os.replace(fetched, path)
             print(f'{number + 1}/{len(names)} {path.name}', flush=True)
     for name in names:
         path = folder / name.removeprefix('fineweb_')
         path = path if path.exists() else out_dir / path.name  # killed while they were renamed
-        stat, (_, header_bytes, n_tokens) = path.stat(), check_shard(path, {}, 1)
+        stat, (_, header_bytes, n_tokens) = path.stat(), check_shard(path, {}, 1, {})
         files[path.name] = {'tokens': n_tokens, 'crc32': crc32(path, stat.st_size, stat.st_mtime_ns)}
     meta = {'vocab_size': vocab_size, 'tokenizer': {'name': 'gpt2'}, 'dtype': 'uint16', 'files': files}
     write_files({out_dir / 'meta.json': (json.dumps(meta, indent=1) + '\n').encode()})
