@@ -450,6 +450,9 @@ def test_ids_of_a_tokenizer_json_are_the_librarys(name):
     corpus = tokenizer.encode_corpus(f'the{eot} end').tolist()
     assert tokenizer.eot not in corpus and tokenizer.decode(corpus) == f'the{eot} end' and tokenizer.encode(f'the{eot}')[-1] == tokenizer.eot
     assert tokenizer.token_bytes()[tokenizer.eot] == 0
+    reader.enable_truncation(3)
+    reader.enable_padding(length=9)
+    assert get_tokenizer({'name': 'huggingface', 'json': reader.to_str()}).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 
 
 def test_what_is_no_tokenizer_json_is_one_line(tmp_path):

@@ -330,9 +330,12 @@ class Preparation:
                         if size >= BATCH or len(batch) >= 10**4:
                             yield batch, (number, n_items, documents, before + position)
                             batch, size = [], 0
-                finally:
-                    if source.fetch:  # read, or damaged: in neither case is it wanted again
+                except ValueError:
+                    if source.fetch:  # damaged, so it is to be fetched again
                         path.unlink()
+                    raise
+                if source.fetch:
+                    path.unlink()
                 skip, before = 0, before + source.size
                 if source.fetch and batch:  # so that its end is a place to go on from
                     yield batch, (number + 1, 0, documents, before)
@@ -340,8 +343,8 @@ class Preparation:
         if batch:
             yield batch, (len(self.sources), 0, documents, self.total)
 
-    def find_tokenizer(self, name, vocab_size):
-        """The tokenizer of that name; one that is made of the text reads it once, for that."""
+    def make_tokenizer(self, name, vocab_size):
+        """A tokenizer made of the text, 'char' or 'bpe', which reads it once for that."""
         if name == 'char':
             found, t0 = set(), time.time()
             for chars, position in in_order(characters, self.batches(), self.processes, None, (self.field, self.bad_bytes)):
@@ -398,7 +401,7 @@ class Preparation:
             try:
                 state = self.resume(identity)
                 if not state:
-                    tokenizer = self.find_tokenizer(made, vocab_size) if made else tokenizer
+                    tokenizer = self.make_tokenizer(made, vocab_size) if made else tokenizer
                     state = {'identity': identity, 'position': [0, 0, 0, 0], 'shards': {'train': [], 'val': []}, 'documents': {'train': 0, 'val': 0},
                              'bytes': {'train': 0, 'val': 0}}
                     write_files({self.folder / 'tokenizer': json.dumps(tokenizer.spec).encode()})  # before the state, which is what counts
@@ -586,6 +589,8 @@ def recipe(script, doc, repo, splits, tokens, val_fraction=None):
     parser.add_argument('--out_dir', type=Path, default=Path(script).resolve().parent, help='where to write, by default beside the script')
     parser.add_argument('--tokenizer', default='gpt2', help="gpt2 or another of tiktoken's, or the path of a tokenizer.json, LLaMA's say (gpt2)")
     args = parser.parse_args()
+    if args.tokenizer in ('char', 'bpe'):
+        parser.error(f'--tokenizer={args.tokenizer} would be made of the whole text, and only data/prepare.py reads a text twice')
 
     def sources():
         if args.input:

@@ -118,6 +118,9 @@ class HuggingFace(Tokenizer):
             self.continuing_reader = Reader.from_str(json.dumps(_without_prefix(config)))
         except Exception as e:  # the library raises nothing narrower
             raise ValueError(f"not a tokenizer.json of Hugging Face ({e!r:.100}): give the file of that name from a model's folder") from None
+        for reader in (self.reader, self.corpus_reader, self.continuing_reader):  # some files still have what a batch was once cut and filled to
+            reader.no_truncation()
+            reader.no_padding()
         self.corpus_reader.encode_special_tokens = self.continuing_reader.encode_special_tokens = True
         added, vocab, decoder = self.reader.get_added_tokens_decoder(), self.reader.get_vocab(with_added_tokens=True), json.dumps(config.get('decoder'))
         self.vocab_size = max(vocab.values()) + 1
