@@ -18,6 +18,7 @@ import concurrent.futures
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,7 +41,7 @@ from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 
 HERE = Path(__file__).resolve().parent
 PIECE, BATCH = 2**18, 2**20  # bytes: a long text is encoded in pieces of the one, a process is sent documents of about the other
-BPE_BYTES = 10**8  # of text that a BPE is trained on
+BPE_BYTES = 3 * 10**7  # of text that a BPE is trained on, from all over it: the library takes 200 MB of memory for these
 
 # A file to read. path: a Path, or None for one that fetch(folder) downloads; split: 'train', 'val', or None to divide; version: of its time, if it is local
 Source = collections.namedtuple('Source', 'name path split size version fetch', defaults=[None])
@@ -355,7 +356,7 @@ class Preparation:
 
         def texts():
             nonlocal read
-            for batch, position in self.batches():
+            for batch, position in itertools.islice(self.batches(), 0, None, max(1, round(self.total / BPE_BYTES))):
                 for content, _, _, _, name, place in batch:
                     text = text_of(content, name, place, self.field, self.bad_bytes)
                     read += len(text)
