@@ -792,21 +792,24 @@ def test_killed_anywhere_the_same_command_finishes_with_the_same_bytes(tmp_path)
     assert n > 20
 
 
-def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_path):
+@pytest.mark.parametrize('signum, code', [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_path, signum, code):
     """Workers of a killed pool wait for work for ever; what is encoded already should not be encoded again."""
     with open(tmp_path / 'big.txt', 'w') as f:
         f.writelines(f'line {i} of a text that takes a while, {i * i}\n' for i in range(300000))
     flags = [f'--input={tmp_path / "big.txt"}', f'--tokenizer={"gpt2" if tokenizer_named("gpt2") else ""}', '--tokens_per_shard=500000', '--processes=2']
     assert prepare_text(tmp_path / 'whole', *flags).returncode == 0
     out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--out={out}', *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--out={out}', *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (out / 'unfinished' / 'train_00002.bin').exists():
         assert process.poll() is None
         time.sleep(0.01)
     workers = children(process.pid)
-    process.kill()
-    process.wait()
-    assert not shards(out) and len(workers) >= 2
+    process.send_signal(signum)
+    said = process.communicate()[1]
+    assert process.returncode == code and not shards(out) and len(workers) >= 2
+    if signum == signal.SIGINT:
+        one_line(said, 'goes on from here')
     done = prepare_text(out, *flags)
     share = re.search(r'going on at (\d+)% of the input', done.stdout)
     assert done.returncode == 0 and 10 < int(share[1]) < 90, done.stdout
