@@ -187,7 +187,8 @@ def prepare_data(name, folder):
             # bytes do for any text and leave a small model its parameters; a large text is worth the vocabulary
             script, tokens = os.path.join(HERE, 'data', 'prepare.py'), 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
             flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokens}']
-            say(f"preparing '{name}' once, with tokenizer {tokens}; another choice: python data/prepare.py {shlex.quote(name)} --tokenizer=... --out=NAME, then --dataset=NAME")
+            say(f"preparing '{name}' once, with tokenizer {tokens}; another choice: python data/prepare.py {shlex.quote(name)} "
+                '--tokenizer=... --out=NAME, then --dataset=NAME')
         elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
             raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "

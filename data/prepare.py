@@ -495,7 +495,8 @@ class Preparation:
         """Write the meta.json to come. A last shard that is short is joined to the one before, as shards shorter than a window are of no use."""
         for split, shards in state['shards'].items():
             if not shards:
-                raise ValueError(f'no {split} text: the input has {sum(state["documents"].values())} documents, too few for val_fraction={self.val_fraction:g}; '
+                n_documents = sum(state['documents'].values())
+                raise ValueError(f'no {split} text: the input has {n_documents} documents, too few for val_fraction={self.val_fraction:g}; '
                                  'give more text, another --val_fraction, or --val_input')
             if len(shards) > 1 and shards[-1]['tokens'] < self.tokens_per_shard // 10:
                 last = shards.pop()
@@ -616,7 +617,8 @@ def main():
     parser.add_argument('--val_input', action='append', default=[], metavar='PATH', help='text for val, which makes all of --input train')
     parser.add_argument('--glob', default='*', help="files to take from folders, such as '*.txt' (all but hidden ones)")
     parser.add_argument('--out', required=True, metavar='NAME', help='the folder to write, in data/, or anywhere if it has a slash')
-    parser.add_argument('--tokenizer', default='gpt2', help="byte, char, bpe (trained on the text), gpt2 or another of tiktoken's, or the path of a tokenizer.json (gpt2)")
+    parser.add_argument('--tokenizer', default='gpt2',
+                        help="byte, char, bpe (trained on the text), gpt2 or another of tiktoken's, or the path of a tokenizer.json (gpt2)")
     parser.add_argument('--vocab_size', type=above(int, 0), help='of --tokenizer=bpe')
     args = parser.parse_args()
     inputs = args.input + args.paths

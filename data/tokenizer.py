@@ -189,7 +189,7 @@ def get_tokenizer(spec):
 
 
 def tokenizer_from_file(path):
-    """The HuggingFace tokenizer of a tokenizer.json, or of a folder that holds one; its tokenizer_config.json, if there is one, says which token ends a text."""
+    """The HuggingFace tokenizer of a tokenizer.json, or of a folder with one; a tokenizer_config.json beside it says which token ends a text."""
     path = Path(path)
     path = path / 'tokenizer.json' if path.is_dir() else path
     try:
