@@ -14,6 +14,7 @@ is the model. FLOPs are those of matmuls, attention in full; MFU is their share 
 """
 import ast
 import contextlib
+import glob
 import importlib.util
 import io
 import json as jsonlib
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 
 from configurator import configure, fail
-from data.loader import Loader, write_dataset
+from data.loader import Loader, find_datasets, write_dataset
 from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, out_of_memory, peak_flops, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -505,8 +506,8 @@ def bench(config):
         model.config.unpadded_vocab_size = None  # both sides draw from the whole vocabulary
         if what == 'generate' and config['prompt_tokens'] + config['new_tokens'] > model.config.block_size:
             raise ValueError(f'prompt_tokens + new_tokens = {config["prompt_tokens"] + config["new_tokens"]} is beyond block_size={model.config.block_size}')
-        data_dir = os.path.join(HERE, 'data', asked['dataset'])
-        if what == 'data' and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+        data_dir = str(find_datasets(asked['dataset'])[0][2])  # of several, the first
+        if what == 'data' and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
             data_dir = os.path.join(random_data.name, name)
             print(f"data set '{asked['dataset']}' is not prepared: 10 million random ids in its place")
             write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},

@@ -302,7 +302,7 @@ def save_pretrained(model, folder, ckpt):
     texts = {'config.json': hf | ends | dict(dtype=str(model.lm_head.weight.dtype).removeprefix('torch.')),
              'generation_config.json': ends | ({'suppress_tokens': [*range(known, model.config.vocab_size)]} if known < model.config.vocab_size else {})}
     if tokenizer:
-        texts['tokenizer.json'] = json.loads(to_hugging_face(tokenizer).to_str())
+        texts['tokenizer.json'] = tokenizer.spec.get('json') or to_hugging_face(tokenizer).to_str(pretty=True)
         texts['tokenizer_config.json'] = dict(
             tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
             eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
@@ -312,7 +312,7 @@ def save_pretrained(model, folder, ckpt):
         save_file(tensors_out(model, hf['model_type']), os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
         for name, content in texts.items():
             with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
-                json.dump(content, f, indent=2, ensure_ascii=False)
+                f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
         with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
             f.write(model_card(model, ckpt or {}, hf, tokenizer))
         os.replace(temporary, folder)

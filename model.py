@@ -17,7 +17,9 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 import contextlib
 import ctypes
 import gc
+import inspect
 import io
+import itertools
 import math
 import os
 import pickle
@@ -44,7 +46,8 @@ from torch.utils.checkpoint import checkpoint
 NORMALIZATION = {}      # Module(dim, config): forward (..., dim) -> same shape
 ACTIVATION = {}         # function, elementwise
 POSITION_ENCODING = {}  # Module(config): forward x (B, T, C), pos (T,) -> x, rotate; rotate is None or a function on q and k (B, H, T, D)
-ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions
+ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions.
+                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too
 NORM_POSITION = {}      # function x, norm, sublayer -> x; attribute final_norm says whether the last block's output still needs a norm
 FFN_TYPE = {}           # Module(config): forward (B, T, C) -> same shape
 REGISTRY = dict(normalization=NORMALIZATION, activation=ACTIVATION, position_encoding=POSITION_ENCODING,
@@ -104,6 +107,7 @@ class GPTConfig:
     qkv_bias: bool = False           # biases of queries, keys and values without the others: Qwen2
     rope_scaling: dict = None        # LLaMA 3's stretched RoPE, a dict with the keys of ROPE_SCALING
     unpadded_vocab_size: int = None  # ids the tokenizer has, None: all; the padding beyond is never sampled
+    doc_mask_token: int = None       # id that ends a document and opens the next: attention does not reach back beyond it; None: it does
 
     def __post_init__(self):
         for kind, parts in REGISTRY.items():
@@ -125,6 +129,11 @@ class GPTConfig:
                           ('unpadded_vocab_size', self.unpadded_vocab_size is None or 0 < self.unpadded_vocab_size <= self.vocab_size)):
             if not good:
                 raise ValueError(f'{key}={getattr(self, key)!r} is out of range')
+        self.check_doc_mask()
+
+    def check_doc_mask(self):
+        if self.doc_mask_token is not None and 'mask' not in inspect.signature(ATTENTION_BACKEND[self.attention_backend]).parameters:
+            raise ValueError(f"attention_backend='{self.attention_backend}' takes no mask, which doc_mask needs; sdpa, manual and chunked do")
 
     @classmethod
     def from_settings(cls, settings, data_vocab=None):
@@ -248,31 +257,33 @@ def causal_mask(T, S, device):
 
 
 @register(ATTENTION_BACKEND, 'sdpa')
-def sdpa_attention(q, k, v, dropout, config):
+def sdpa_attention(q, k, v, dropout, config, mask=None):
     T, S = q.size(2), k.size(2)
     if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
         with torch.autocast('cpu', enabled=False):  # there the 16-bit backward is several times slower on short sequences
-            return sdpa_attention(q.float(), k.float(), v.float(), dropout, config).type_as(q)
-    mask = causal_mask(T, S, q.device) if 1 < T < S else None  # one query sees every key; T = S is the kernels' own causal case
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
+            return sdpa_attention(q.float(), k.float(), v.float(), dropout, config, mask).type_as(q)
+    causal = mask is None and 1 < T == S  # the kernels' own case; one query sees every key
+    mask = causal_mask(T, S, q.device) if mask is None and 1 < T < S else mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
 @register(ATTENTION_BACKEND, 'manual')
-def manual_attention(q, k, v, dropout, config):
+def manual_attention(q, k, v, dropout, config, mask=None):
     """The definition, for reading and for checking the others: holds all (B, H, T, S) weights."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
-    att = att.masked_fill(~causal_mask(q.size(2), k.size(2), q.device), float('-inf'))
+    att = att.masked_fill(~(causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask), float('-inf'))
     att = F.dropout(F.softmax(att.float(), dim=-1), dropout).type_as(v)
     return att @ v  # (B, H, T, S) x (B, H, S, D) -> (B, H, T, D)
 
 
 @register(ATTENTION_BACKEND, 'chunked')
-def chunked_attention(q, k, v, dropout, config):
+def chunked_attention(q, k, v, dropout, config, mask=None):
     """A chunk of queries at a time against the keys up to its end, recomputed in backward: (chunk, S) weights instead of (T, S)."""
     ends = range(k.size(2) - q.size(2), k.size(2), config.attention_chunk_size)
-    chunks = [(c, k[:, :, :e + c.size(2)], v[:, :, :e + c.size(2)], dropout, config)
-              for e, c in zip(ends, q.split(config.attention_chunk_size, dim=2))]
+    masks = itertools.repeat(None) if mask is None else mask.split(config.attention_chunk_size, dim=2)
+    chunks = [(c, k[:, :, :e + c.size(2)], v[:, :, :e + c.size(2)], dropout, config, m if m is None else m[..., :e + c.size(2)])
+              for e, c, m in zip(ends, q.split(config.attention_chunk_size, dim=2), masks)]
     if torch.is_grad_enabled() and q.requires_grad:
         return torch.cat([checkpoint(manual_attention, *c, use_reentrant=False) for c in chunks], dim=2)
     return torch.cat([manual_attention(*c) for c in chunks], dim=2)
@@ -396,7 +407,7 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION_BACKEND[config.attention_backend]
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotate=None, cache=None):
+    def forward(self, x, rotate=None, cache=None, mask=None):
         B, T, C = x.size()
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.c_attn(x).split([n * self.head_dim for n in heads], dim=2)
@@ -406,7 +417,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0, self.config)
+        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0, self.config, *([] if mask is None else [mask]))
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.dropout(self.c_proj(y))
 
@@ -425,8 +436,8 @@ class Block(nn.Module):
         self.mlp = FFN_TYPE[config.ffn_type](config)
         self.residual = NORM_POSITION[config.norm_position]
 
-    def forward(self, x, rotate=None, cache=None):
-        x = self.residual(x, self.ln_1, lambda h: self.attn(h, rotate, cache))
+    def forward(self, x, rotate=None, cache=None, mask=None):
+        x = self.residual(x, self.ln_1, lambda h: self.attn(h, rotate, cache, mask))
         return self.residual(x, self.ln_2, self.mlp)
 
 
@@ -527,11 +538,17 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
         x = self.transformer.drop(x)
+        mask = None
+        if self.config.doc_mask_token is not None:  # positions are not begun anew, which only learned ones would notice
+            doc = (idx == self.config.doc_mask_token).cumsum(1)  # (B, T), the number of its document in the row
+            if cache:
+                doc = cache[0].doc = torch.cat((cache[0].doc, doc + cache[0].doc[:, -1:]), dim=1) if start else doc
+            mask = (causal_mask(T, start + T, idx.device) & (doc[:, start:, None] == doc[:, None])).unsqueeze(1)  # (B, 1, T, S)
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
-                x = checkpoint(block, x, rotate, use_reentrant=False)  # keep a block's input, recompute the rest in backward
+                x = checkpoint(block, x, rotate, None, mask, use_reentrant=False)  # keep a block's input, recompute the rest in backward
             else:
-                x = block(x, rotate, cache[i] if cache else None)
+                x = block(x, rotate, cache[i] if cache else None, mask)
         x = self.transformer.ln_f(x)
 
         loss = logits = None

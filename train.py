@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
@@ -64,7 +65,8 @@ wandb_run_name = 'gpt2'  # its run name
 wandb_artifacts = False  # with wandb_log: keep every checkpoint there too, as versions of one artifact
 tensorboard_log = False  # also write TensorBoard's event files, into out_dir
 # data
-dataset = 'openwebtext'  # a folder in data/; 'pystdlib' needs no download
+dataset = 'openwebtext'  # a folder in data/ ('pystdlib' needs no download), a file of text, or several with their shares: 'a:0.7,b:0.3'
+doc_mask = False  # attention stays inside a document: an end-of-text token opens the next one
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
 batch_size: int | Literal['auto'] = 12  # sequences a micro-batch; 'auto': the most that fit, with accumulation that keeps tokens an iteration
 block_size = 1024  # tokens a sequence, the context length
@@ -183,24 +185,48 @@ def check_ranges():
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
 
-def prepare_data():
-    """Run the data set's own prepare.py if it has not been run, on this node's first process; say what it does and how large it is."""
-    script = os.path.join(data_dir, 'prepare.py')
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
-        if not os.path.isdir(data_dir):
+def prepare_data(name, folder):
+    """Run a data set's own prepare.py if it has not been run, or data/prepare.py for a file of text, on this node's first process; say what and how large."""
+    script, flags = os.path.join(folder, 'prepare.py'), []
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(folder), 'train*.bin')):
+        if os.path.isfile(name):
+            # bytes do for any text and leave a small model its parameters; a large text is worth the vocabulary
+            script, tokens = os.path.join(HERE, 'data', 'prepare.py'), 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
+            flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokens}']
+            say(f"preparing '{name}' once, with tokenizer {tokens}; another choice: python data/prepare.py {shlex.quote(name)} "
+                '--tokenizer=... --out=NAME, then --dataset=NAME')
+        elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
-                             f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{dataset} are one, too")
+            raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+                             f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
             command = f'python {os.path.relpath(script)}'
             if megabytes > 100:
-                raise ValueError(f"data set '{dataset}' is not prepared and is a download of {megabytes:,.0f} MB; to fetch it: {command}")
-            say(f"preparing data set '{dataset}' by {command} ({f'a download of {megabytes} MB' if megabytes else 'no download'}): {about}")
-            if subprocess.run([sys.executable, script]).returncode:
-                raise ValueError(f"data set '{dataset}' could not be prepared, see above; to try again: {command}")
+                raise ValueError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} MB; to fetch it: {command}")
+            if not flags:
+                say(f"preparing data set '{name}' by {command} ({f'a download of {megabytes} MB' if megabytes else 'no download'}): {about}")
+            if subprocess.run([sys.executable, script, *flags]).returncode:
+                if flags:
+                    raise SystemExit(2)  # prepare.py has said what is wrong with the file
+                raise ValueError(f"data set '{name}' could not be prepared, see above; to try again: {command}")
     if distributed:
         dist.barrier()
+
+
+def read_metas():
+    """The meta of the data sets, which must have their ids in common."""
+    metas = [read_meta(folder) for _, _, folder in data_sets]
+    for (name, _, _), meta in zip(data_sets, metas):
+        if (meta.get('tokenizer'), meta.get('vocab_size')) != (metas[0].get('tokenizer'), metas[0].get('vocab_size')):
+            raise ValueError(f"data sets '{data_sets[0][0]}' and '{name}' have different tokenizers, so an id means two things: prepare one of them again")
+    return metas[0]
+
+
+def load(split, **kwargs):
+    """A Loader of that split, or a Mixture of several in their shares."""
+    loaders = [Loader(folder, split, model_config.block_size, vocab_size=model_config.vocab_size, device=device, **kwargs) for _, _, folder in data_sets]
+    return loaders[0] if len(loaders) == 1 else Mixture(loaders, [share for _, share, _ in data_sets])
 
 
 def get_lr(it):
@@ -828,7 +854,6 @@ mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zer
 master, last_line, stop_signal, signal_time, lock = rank == 0, time.time(), 0, 0.0, None
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
-data_dir = os.path.join(HERE, 'data', dataset)
 for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's wish
         signal.signal(getattr(signal, name), on_signal)
@@ -851,9 +876,11 @@ with one_line_errors():
         dist.init_process_group(backend=backend if backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo',
                                 device_id=device if device.type == 'cuda' else None)
         sys.excepthook = lost_process
-    prepare_data()
+    data_sets = find_datasets(dataset)
+    for name, _, folder in data_sets:
+        prepare_data(name, str(folder))
     lock_out_dir()
-    meta = read_meta(data_dir)
+    meta = read_metas()
     try:  # a data set without meta.json is nanoGPT's, in GPT-2's tokens
         tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
     except (ValueError, ImportError) as e:
@@ -861,6 +888,10 @@ with one_line_errors():
         say(f'WARNING: training without its tokenizer, so without samples and bits per byte: {first_line(e)}')
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
+    if doc_mask and getattr(tokenizer, 'eot', None) is None:
+        raise ValueError(f"doc_mask needs an end-of-text token between documents, and the tokenizer of data set '{dataset}' has none")
+    model_config.doc_mask_token = tokenizer.eot if doc_mask else None
+    model_config.check_doc_mask()
     from_scratch = raw_model is None
     if batch_size == 'auto':
         batch_size, gradient_accumulation_steps = auto_batch_size(ckpt)
@@ -868,9 +899,8 @@ with one_line_errors():
             raise ValueError(f"batch_size='auto' takes the checkpoint's gradient_accumulation_steps={gradient_accumulation_steps}, which must be a multiple of "
                              f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
-    loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
-    train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
-    eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
+    train_loader = load('train', seed=seed)
+    eval_loaders = {split: load(split, seed=0, shift=False) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and not eval_only:
         say(f"{ckpt['path']} is at iteration {ckpt['iter_num']} of max_iters={max_iters}: nothing to do")
         leave(0)
@@ -940,7 +970,9 @@ if device.type == 'cpu':  # where memory() is all of the process: Python, torch 
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
-            f"tokenizer {tokenizer.name if tokenizer else 'unknown'}",
+            f"tokenizer {tokenizer.name if tokenizer else 'unknown'}" +
+            ''.join(f'; {share:.3g} from {name}, {max_iters * tokens_per_iter * share / loader.n_tokens:.2f} epochs of its {loader.n_tokens:,} tokens'
+                    for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
                     f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',

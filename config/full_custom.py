@@ -32,6 +32,7 @@ activation_checkpointing = False  # True: much less memory for activations, a th
 
 # --- data and batch: 8 sequences x 512 tokens x 8 = 32,768 tokens an iteration
 dataset = 'pystdlib'  # a folder in data/ that has a prepare.py or train.bin and val.bin; pystdlib needs no download
+doc_mask = False  # True: attention stays inside a document; for short documents, at some speed
 batch_size = 8  # sequences a micro-batch: as many as fit
 gradient_accumulation_steps = 8  # micro-batches an iteration over all processes together: a multiple of their number
 

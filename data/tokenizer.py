@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -9,9 +10,14 @@ from data.loader import read_meta
 
 
 class Tokenizer:
-    """What the kinds share. A kind sets name, vocab_size, table (the bytes of every id), eot (the id that ends a text, or
-    None), spec (the plain dict that get_tokenizer turns back into it), and defines encode(text) -> list of ids."""
-    eot = None
+    """What the kinds share. A kind sets name, vocab_size, table (the bytes of every id), special (ids that stand for no
+    text), eot (the id that ends a text, or None), spec (the plain dict that get_tokenizer turns back into it), and defines
+    encode(text) -> list of ids, where a special token written out, such as <|endoftext|>, becomes its id."""
+    eot, special = None, frozenset()
+
+    def encode_corpus(self, text, continued=False):
+        """(n,) ids of text in which special tokens are only text. continued: it goes on where another piece of text ended."""
+        return np.array(self.encode(text), np.int64)
 
     def decode_bytes(self, ids):
         """The bytes that ids stand for, not always whole characters. ValueError for an id outside the vocabulary."""
@@ -26,13 +32,13 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def token_bytes(self):
-        """UTF-8 bytes an id stands for, (vocab_size,) int64, 0 for eot: a loss over their sum is in nats a byte of text."""
-        return np.array([len(b) * (i != self.eot) for i, b in enumerate(self.table)])
+        """UTF-8 bytes an id stands for, (vocab_size,) int64, 0 for special ids: a loss over their sum is in nats a byte of text."""
+        return np.array([len(b) * (i not in self.special) for i, b in enumerate(self.table)])
 
 
 class Byte(Tokenizer):
     """UTF-8 bytes as ids. NUL ends a text, since text files do not contain it."""
-    name, vocab_size, eot, spec = 'byte', 256, 0, {'name': 'byte'}
+    name, vocab_size, eot, special, spec = 'byte', 256, 0, {0}, {'name': 'byte'}
     table = [bytes([i]) for i in range(256)]
 
     def __init__(self, spec):
@@ -41,6 +47,9 @@ class Byte(Tokenizer):
     def encode(self, text):
         return list(text.encode('utf-8'))
 
+    def encode_corpus(self, text, continued=False):
+        return np.frombuffer(text.encode('utf-8'), np.uint8)
+
 
 class Char(Tokenizer):
     """One id a character of spec['chars'], a str or a list of single characters, in their order."""
@@ -48,37 +57,50 @@ class Char(Tokenizer):
 
     def __init__(self, spec):
         chars = spec.get('chars') or []
-        self.ids = {c: i for i, c in enumerate(chars)}
-        if not chars or len(self.ids) != len(chars) or any(not isinstance(c, str) or len(c) != 1 for c in chars):
+        if not chars or len(set(chars)) != len(chars) or any(not isinstance(c, str) or len(c) != 1 for c in chars):
             raise ValueError(f"tokenizer char needs 'chars', each of its characters once, not {chars!r:.60}")
         self.chars = ''.join(chars)
         self.vocab_size, self.table = len(chars), [c.encode('utf-8') for c in chars]
         self.spec = {'name': 'char', 'chars': self.chars}
+        self.ids = np.full(0x110000, -1, np.int32)  # of every code point
+        self.ids[[ord(c) for c in chars]] = np.arange(len(chars))
+
+    def encode_corpus(self, text, continued=False):
+        """ValueError for a character that the vocabulary lacks."""
+        ids = self.ids[np.frombuffer(text.encode('utf-32-le'), '<u4')]
+        if (ids < 0).any():
+            raise ValueError(f'character {text[np.argmax(ids < 0)]!r} is not in the vocabulary, which has {self.chars!r:.200}')
+        return ids
 
     def encode(self, text):
-        """ValueError for a character that the vocabulary lacks."""
-        for c in text:
-            if c not in self.ids:
-                raise ValueError(f'character {c!r} is not in the vocabulary, which has {self.chars!r:.200}')
-        return [self.ids[c] for c in text]
+        return self.encode_corpus(text).tolist()
 
 
-class GPT2(Tokenizer):
-    """GPT-2's byte pair encoding, from tiktoken; the literal <|endoftext|> in a text becomes eot."""
-    name, eot, spec = 'gpt2', 50256, {'name': 'gpt2'}
-
+class Tiktoken(Tokenizer):
+    """OpenAI's encodings, by tiktoken's names: gpt2, r50k_base, cl100k_base, o200k_base, ..."""
     def __init__(self, spec):
         import tiktoken
+        self.name, self.spec = spec['name'], {'name': spec['name']}
         try:
-            self.encoding = tiktoken.get_encoding('gpt2')
+            self.encoding = tiktoken.get_encoding(self.name)
         except (OSError, ValueError) as e:  # ValueError: a download that does not have the expected hash
-            raise ValueError(f"tiktoken could not download GPT-2's encoding ({type(e).__name__}): go online once, or point "
+            raise ValueError(f"tiktoken could not download the encoding {self.name} ({type(e).__name__}): go online once, or point "
                              'TIKTOKEN_CACHE_DIR at the cache of a machine that did') from None
-        self.vocab_size = self.encoding.n_vocab
-        self.table = [self.encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+        special = {token: self.encoding.encode_single_token(token) for token in self.encoding.special_tokens_set}
+        self.vocab_size, self.eot, self.special = self.encoding.n_vocab, special.get('<|endoftext|>'), set(special.values())
+        self.table = [b''] * self.vocab_size  # some ids between the special ones stand for nothing
+        for token in [*self.encoding.token_byte_values(), *(token.encode() for token in special)]:
+            self.table[self.encoding.encode_single_token(token)] = token
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special='all')
+
+    def encode_corpus(self, text, continued=False):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+
+END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')  # as those who train tokenizers name it
+SPACE = '\u2581'  # how SentencePiece's kind writes one
 
 
 # GPT-2's way to write bytes as characters: printable ones as they are, the others as the characters from 256 on
@@ -87,7 +109,11 @@ BYTE_CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enume
 
 
 class HuggingFace(Tokenizer):
-    """A byte-level tokenizer.json of Hugging Face, whose text spec['json'] is; spec['eot'] names the token that ends a text."""
+    """A tokenizer.json of Hugging Face, whose text spec['json'] is, so that it goes wherever its ids go; spec['eot'] names the
+    token that ends a text. Byte-level BPE (GPT-2, LLaMA 3), or SentencePiece's kind (LLaMA 2), which has bytes as <0xNN> and puts a
+    space before a text, which decode() takes away again.
+
+    ValueError for a file that is none, and for one whose decoder cannot give back the bytes of a single token."""
     name = 'huggingface'
 
     def __init__(self, spec):
@@ -95,29 +121,111 @@ class HuggingFace(Tokenizer):
             from tokenizers import Tokenizer as Reader
         except ImportError:
             raise ValueError('a tokenizer.json is read by the library tokenizers: pip install tokenizers') from None
-        self.spec, self.reader = spec, Reader.from_str(spec['json'])
-        vocab, added = self.reader.get_vocab(), {t.content for t in self.reader.get_added_tokens_decoder().values()}
-        self.vocab_size, self.eot = max(vocab.values()) + 1, vocab.get(spec.get('eot'))
-        if '"ByteLevel"' not in json.dumps(json.loads(spec['json']).get('decoder')):
-            raise ValueError('this tokenizer.json is not byte-level')
-        self.table, byte_of = [b''] * self.vocab_size, {c: b for b, c in BYTE_CHARS.items()}
+        try:
+            config = json.loads(spec['json'])
+            self.reader, self.corpus_reader = Reader.from_str(spec['json']), Reader.from_str(spec['json'])
+            self.continuing_reader = Reader.from_str(json.dumps(_without_prefix(config)))
+        except Exception as e:  # the library raises nothing narrower
+            raise ValueError(f"not a tokenizer.json of Hugging Face ({e!r:.100}): give the file of that name from a model's folder") from None
+        for reader in (self.reader, self.corpus_reader, self.continuing_reader):  # some files still have what a batch was once cut and filled to
+            reader.no_truncation()
+            reader.no_padding()
+        self.corpus_reader.encode_special_tokens = self.continuing_reader.encode_special_tokens = True
+        added, vocab, decoder = self.reader.get_added_tokens_decoder(), self.reader.get_vocab(with_added_tokens=True), json.dumps(config.get('decoder'))
+        self.vocab_size = max(vocab.values()) + 1
+        name = next((name for name in (spec.get('eot'), *END_OF_TEXT) if name in vocab), None)
+        self.eot = vocab.get(name)
+        self.special = {i for i, token in added.items() if token.special or i == self.eot}
+        self.spec = {'name': 'huggingface', 'json': spec['json'], 'eot': name}
+        self.table = [b''] * self.vocab_size
+        if '"ByteLevel"' in decoder:
+            # GPT-2's way to write bytes: printable ones as they are, the others as the characters from 256 on
+            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
+        elif '"Metaspace"' not in decoder and '"Replace"' not in decoder:
+            raise ValueError(f'this tokenizer.json has the decoder {decoder:.60}, which cannot give back the text: take one that is byte-level, or writes '
+                             f'spaces as {SPACE}')
         for token, i in vocab.items():
-            self.table[i] = token.encode('utf-8') if token in added else bytes(byte_of[c] for c in token)
+            if i in added:
+                self.table[i] = token.encode('utf-8')
+            elif '"ByteLevel"' in decoder:
+                self.table[i] = bytes(byte_of[c] for c in token)
+            elif len(token) == 6 and token.startswith('<0x') and '"ByteFallback"' in decoder:
+                self.table[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.table[i] = token.replace(SPACE, ' ').encode('utf-8')
+        self.prefixed = self.decode_bytes(self.encode('a')) == b' a'
 
     def encode(self, text):
         return self.reader.encode(text, add_special_tokens=False).ids
 
+    def encode_corpus(self, text, continued=False):
+        reader = self.continuing_reader if continued else self.corpus_reader
+        return np.array(reader.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int64)  # fast: without the place of each token
 
-TOKENIZERS = {cls.name: cls for cls in (Byte, Char, GPT2, HuggingFace)}
+    def decode(self, ids):
+        text = super().decode(ids)
+        return text[1:] if self.prefixed and text.startswith(' ') else text
+
+
+def _without_prefix(part):
+    """A tokenizer.json's object, or a part of it, that puts no space before the text."""
+    if isinstance(part, list):
+        return [_without_prefix(p) for p in part if not (isinstance(p, dict) and p.get('type') == 'Prepend')]
+    if not isinstance(part, dict):
+        return part
+    part = {k: None if isinstance(v, dict) and v.get('type') == 'Prepend' else v if k == 'model' else _without_prefix(v) for k, v in part.items()}
+    if part.get('type') == 'Metaspace':
+        part['prepend_scheme'] = 'never'
+    if 'add_prefix_space' in part:
+        part['add_prefix_space'] = False
+    return part
+
+
+TOKENIZERS = {cls.name: cls for cls in (Byte, Char, HuggingFace)}
 
 
 def get_tokenizer(spec):
     """The tokenizer that spec describes, a dict with a name or the name alone. ValueError lists the names there are."""
     spec = {'name': spec} if isinstance(spec, str) else spec
     name = spec.get('name') if isinstance(spec, dict) else spec
-    if name not in TOKENIZERS:
-        raise ValueError(f'unknown tokenizer {name!r}, use one of {", ".join(TOKENIZERS)}')
-    return TOKENIZERS[name](spec)
+    if name in TOKENIZERS:
+        return TOKENIZERS[name](spec)
+    import tiktoken
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f'unknown tokenizer {name!r}, use one of {", ".join([*TOKENIZERS, *tiktoken.list_encoding_names()])}')
+    return Tiktoken(spec)
+
+
+def tokenizer_from_file(path):
+    """The HuggingFace tokenizer of a tokenizer.json, or of a folder with one; a tokenizer_config.json beside it says which token ends a text."""
+    path = Path(path)
+    path = path / 'tokenizer.json' if path.is_dir() else path
+    try:
+        text, beside, eot = path.read_text(encoding='utf-8'), path.with_name('tokenizer_config.json'), None
+        if beside.exists():
+            eot = json.loads(beside.read_text(encoding='utf-8')).get('eos_token')
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is not a tokenizer.json of Hugging Face') from None
+    try:
+        return get_tokenizer({'name': 'huggingface', 'json': text, 'eot': eot.get('content') if isinstance(eot, dict) else eot})
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
+
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE of vocab_size ids, <|endoftext|> among them, trained on an iterator of texts by the library tokenizers."""
+    if vocab_size < 257:
+        raise ValueError(f'vocab_size is {vocab_size}: a byte-level BPE has at least 256 bytes and <|endoftext|>, 257')
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError('a BPE is trained by the library tokenizers: pip install tokenizers') from None
+    reader, byte_level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    reader.pre_tokenizer, reader.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    reader.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=['<|endoftext|>'], initial_alphabet=byte_level.alphabet(), show_progress=False))
+    return get_tokenizer({'name': 'huggingface', 'json': reader.to_str(), 'eot': '<|endoftext|>'})
 
 
 def find_tokenizer(ckpt):
