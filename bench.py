@@ -14,6 +14,7 @@ is the model. FLOPs are those of matmuls, attention in full; MFU is their share 
 """
 import ast
 import contextlib
+import glob
 import importlib.util
 import io
 import json as jsonlib
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 
 from configurator import configure, fail
-from data.loader import Loader, write_dataset
+from data.loader import Loader, find_datasets, write_dataset
 from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, out_of_memory, peak_flops, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -130,7 +131,7 @@ def forward_side(model, s):
 def generate_side(model, s):
     """Tokens out of one prompt, as sample.py makes them: weights in dtype. The part 'prefill' is the first token, which reads the prompt."""
     device = torch.device(s['device'])
-    model = model.to(dtype=getattr(torch, s['dtype'])).eval()
+    model = (model.quantize_int8() if s['quantize'] else model).to(dtype=getattr(torch, s['dtype'])).eval()
     idx = torch.randint(s['model']['vocab_size'], (1, s['prompt_tokens']), device=device)
 
     @torch.no_grad()
@@ -366,7 +367,7 @@ def figures(side, model, peak, source, bandwidth):
     if s['what'] == 'generate' and not side.info['note']:
         size = getattr(torch, s['dtype']).itemsize
         kv = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * (s['prompt_tokens'] + s['new_tokens'] / 2)
-        read = size * (sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + kv)  # all matrices, and the cache half way
+        read = (1 if s['quantize'] else size) * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) + size * kv  # and the cache half way
         decode = (s['new_tokens'] - 1) / (median['whole'] - median['prefill'])
         numbers |= dict(decode_tokens_per_sec=decode, bytes_per_token=read, bandwidth_limit_tokens_per_sec=bandwidth / read)
         rows['tokens/s after the first'] = f'{decode:,.1f}'
@@ -489,6 +490,8 @@ def bench(config):
                 raise ValueError(f'{key} must be at least {least}, not {settings[key]}')
     if (config['find_batch_size'] or config['plan']) and (config['archs'] or config['versus']):
         raise ValueError('--find_batch_size and --plan are of one config: without --archs and --versus')
+    if config['quantize'] and what != 'generate':
+        raise ValueError('--quantize is of --what=generate')
     if config['versus'] and what == 'data':
         raise ValueError('--what=data times our loader and has no --versus')
     if config['versus']:
@@ -505,18 +508,20 @@ def bench(config):
         model.config.unpadded_vocab_size = None  # both sides draw from the whole vocabulary
         if what == 'generate' and config['prompt_tokens'] + config['new_tokens'] > model.config.block_size:
             raise ValueError(f'prompt_tokens + new_tokens = {config["prompt_tokens"] + config["new_tokens"]} is beyond block_size={model.config.block_size}')
-        data_dir = os.path.join(HERE, 'data', asked['dataset'])
-        if what == 'data' and not os.path.exists(os.path.join(data_dir, 'train.bin')):
+        data_dir = str(find_datasets(asked['dataset'])[0][2])  # of several, the first
+        if what == 'data' and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
             data_dir = os.path.join(random_data.name, name)
             print(f"data set '{asked['dataset']}' is not prepared: 10 million random ids in its place")
             write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},
                           dict(vocab_size=model.config.vocab_size, tokenizer={'name': 'gpt2'}))
         settings = {key: asked[key] for key in ('batch_size', 'seed', 'gradient_log_interval')} | dict(
-            what=what, versus='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
+            what=what, versus='', quantize='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
             accumulation=config['accumulation'], config_accumulation=asked['gradient_accumulation_steps'], prompt_tokens=config['prompt_tokens'],
             new_tokens=config['new_tokens'], trace='trace.json')
         sides.append((name, settings))
         models.append(model)
+    if config['quantize']:
+        sides, models = [(f'{sides[0][0]}, int8', sides[0][1] | dict(quantize='int8')), *sides], [models[0], *models]
     if config['versus']:
         same = lambda key, ours: ours if config[key] == 'same' else config[key]
         name = os.path.join(*os.path.abspath(config['versus']).split(os.sep)[-2:])
@@ -592,6 +597,7 @@ def main():
     max_seconds = 300.0  # stop before `repeats` rounds, after 3 at least, when they take longer
     prompt_tokens = 256  # of what=generate
     new_tokens = 64  # of what=generate
+    quantize: Literal['', 'int8'] = ''  # of what=generate: also with sample.py's --quantize, as the first side
     find_batch_size = False  # find the largest micro-batch that fits, and the accumulation that keeps tokens an iteration
     plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time of DDP, ZeRO-1 and FSDP on paper, from one device's speed
     interconnect_gbps = 400.0  # of plan: gigabits a second that a rank can send

@@ -4,6 +4,7 @@ The whole GPT in one file: its parts, the model, what it costs, and text out of 
     python model.py config/full_llama_1.36b.py --n_layer=24     # describe: parameters, FLOPs, memory (built without memory)
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
+    python model.py --ckpt=out --export=hf_dir                  # for Hugging Face's transformers; --export=model.onnx for ONNX
     python model.py --list=True                                 # every config with its counts
 
 Shapes: B batch, T sequence, C n_embd, H heads, K key/value heads, D = C/H, F feed-forward width, V vocabulary.
@@ -16,7 +17,9 @@ nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these ar
 import contextlib
 import ctypes
 import gc
+import inspect
 import io
+import itertools
 import math
 import os
 import pickle
@@ -43,7 +46,8 @@ from torch.utils.checkpoint import checkpoint
 NORMALIZATION = {}      # Module(dim, config): forward (..., dim) -> same shape
 ACTIVATION = {}         # function, elementwise
 POSITION_ENCODING = {}  # Module(config): forward x (B, T, C), pos (T,) -> x, rotate; rotate is None or a function on q and k (B, H, T, D)
-ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions
+ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions.
+                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too
 NORM_POSITION = {}      # function x, norm, sublayer -> x; attribute final_norm says whether the last block's output still needs a norm
 FFN_TYPE = {}           # Module(config): forward (B, T, C) -> same shape
 REGISTRY = dict(normalization=NORMALIZATION, activation=ACTIVATION, position_encoding=POSITION_ENCODING,
@@ -72,6 +76,9 @@ PRESETS = {
 PRESETS['team'] = PRESETS['llama']
 
 
+ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+
 @dataclass
 class GPTConfig:
     """What a model is. The defaults are those of nanoGPT's GPTConfig, so that its checkpoints mean the same here."""
@@ -97,7 +104,10 @@ class GPTConfig:
     logit_softcap: float = 0.0
     attention_chunk_size: int = 256
     activation_checkpointing: bool = False
+    qkv_bias: bool = False           # biases of queries, keys and values without the others: Qwen2
+    rope_scaling: dict = None        # LLaMA 3's stretched RoPE, a dict with the keys of ROPE_SCALING
     unpadded_vocab_size: int = None  # ids the tokenizer has, None: all; the padding beyond is never sampled
+    doc_mask_token: int = None       # id that ends a document and opens the next: attention does not reach back beyond it; None: it does
 
     def __post_init__(self):
         for kind, parts in REGISTRY.items():
@@ -115,9 +125,15 @@ class GPTConfig:
             raise ValueError(f'rope needs an even head size, not n_embd / n_head = {self.n_embd // self.n_head}')
         for key, good in (('dropout', 0 <= self.dropout < 1), ('norm_eps', self.norm_eps > 0), ('rope_theta', self.rope_theta > 0),
                           ('logit_softcap', self.logit_softcap >= 0),
+                          ('rope_scaling', self.rope_scaling is None or set(self.rope_scaling) == set(ROPE_SCALING)),
                           ('unpadded_vocab_size', self.unpadded_vocab_size is None or 0 < self.unpadded_vocab_size <= self.vocab_size)):
             if not good:
                 raise ValueError(f'{key}={getattr(self, key)!r} is out of range')
+        self.check_doc_mask()
+
+    def check_doc_mask(self):
+        if self.doc_mask_token is not None and 'mask' not in inspect.signature(ATTENTION_BACKEND[self.attention_backend]).parameters:
+            raise ValueError(f"attention_backend='{self.attention_backend}' takes no mask, which doc_mask needs; sdpa, manual and chunked do")
 
     @classmethod
     def from_settings(cls, settings, data_vocab=None):
@@ -206,10 +222,14 @@ class RoPE(nn.Module):
     """https://arxiv.org/abs/2104.09864 in the half-rotation layout of Hugging Face's LLaMA: dimension i turns with i + D/2."""
     def __init__(self, config):
         super().__init__()
-        self.dim, self.theta = config.n_embd // config.n_head, config.rope_theta
+        self.dim, self.theta, self.scaling = config.n_embd // config.n_head, config.rope_theta, config.rope_scaling
 
     def forward(self, x, pos):
         freq = self.theta ** (torch.arange(0, self.dim, 2, device=x.device).float() / -self.dim)  # (D/2,)
+        if self.scaling:  # LLaMA 3.1: what turns less than low_freq_factor times in the original context is slowed down, more than high_freq_factor kept
+            factor, low, high, original = (self.scaling[key] for key in ROPE_SCALING)
+            keep = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            freq = freq * (keep + (1 - keep) / factor)
         angle = pos.float()[:, None] * freq  # (T, D/2), float32: bfloat16 cannot tell position 256 from 257
         cos, sin = angle.cos(), angle.sin()
 
@@ -237,31 +257,33 @@ def causal_mask(T, S, device):
 
 
 @register(ATTENTION_BACKEND, 'sdpa')
-def sdpa_attention(q, k, v, dropout, config):
+def sdpa_attention(q, k, v, dropout, config, mask=None):
     T, S = q.size(2), k.size(2)
     if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
         with torch.autocast('cpu', enabled=False):  # there the 16-bit backward is several times slower on short sequences
-            return sdpa_attention(q.float(), k.float(), v.float(), dropout, config).type_as(q)
-    mask = causal_mask(T, S, q.device) if 1 < T < S else None  # one query sees every key; T = S is the kernels' own causal case
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, enable_gqa=q.size(1) != k.size(1))
+            return sdpa_attention(q.float(), k.float(), v.float(), dropout, config, mask).type_as(q)
+    causal = mask is None and 1 < T == S  # the kernels' own case; one query sees every key
+    mask = causal_mask(T, S, q.device) if mask is None and 1 < T < S else mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
 @register(ATTENTION_BACKEND, 'manual')
-def manual_attention(q, k, v, dropout, config):
+def manual_attention(q, k, v, dropout, config, mask=None):
     """The definition, for reading and for checking the others: holds all (B, H, T, S) weights."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
-    att = att.masked_fill(~causal_mask(q.size(2), k.size(2), q.device), float('-inf'))
+    att = att.masked_fill(~(causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask), float('-inf'))
     att = F.dropout(F.softmax(att.float(), dim=-1), dropout).type_as(v)
     return att @ v  # (B, H, T, S) x (B, H, S, D) -> (B, H, T, D)
 
 
 @register(ATTENTION_BACKEND, 'chunked')
-def chunked_attention(q, k, v, dropout, config):
+def chunked_attention(q, k, v, dropout, config, mask=None):
     """A chunk of queries at a time against the keys up to its end, recomputed in backward: (chunk, S) weights instead of (T, S)."""
     ends = range(k.size(2) - q.size(2), k.size(2), config.attention_chunk_size)
-    chunks = [(c, k[:, :, :e + c.size(2)], v[:, :, :e + c.size(2)], dropout, config)
-              for e, c in zip(ends, q.split(config.attention_chunk_size, dim=2))]
+    masks = itertools.repeat(None) if mask is None else mask.split(config.attention_chunk_size, dim=2)
+    chunks = [(c, k[:, :, :e + c.size(2)], v[:, :, :e + c.size(2)], dropout, config, m if m is None else m[..., :e + c.size(2)])
+              for e, c, m in zip(ends, q.split(config.attention_chunk_size, dim=2), masks)]
     if torch.is_grad_enabled() and q.requires_grad:
         return torch.cat([checkpoint(manual_attention, *c, use_reentrant=False) for c in chunks], dim=2)
     return torch.cat([manual_attention(*c) for c in chunks], dim=2)
@@ -291,6 +313,40 @@ class Linear(nn.Linear):
             y = torch.mv(self.weight, x.view(-1))
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         return super().forward(x)
+
+
+class Int8Linear(nn.Module):
+    """
+    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. For up to 4 rows of bfloat16 a CPU has a kernel that
+    reads them as they are, no slower than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
+    """
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().float().abs().amax(1).clamp(min=1e-8) / 127  # (out,)
+        self.register_buffer('weight', (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.size(-1))
+        if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))  # a large head at once would be more memory than is saved
+            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    def embed(self, ids):
+        return self.weight[ids].to(self.scale.dtype) * self.scale[ids][..., None]
+
+
+class Int8Embedding(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, ids):
+        return self.head.embed(ids)
 
 
 @register(FFN_TYPE, 'standard')
@@ -343,7 +399,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.n_head, self.n_kv_head = config, config.n_head, config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias or config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         norm = NORMALIZATION[config.normalization]
         self.q_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
@@ -351,7 +407,7 @@ class CausalSelfAttention(nn.Module):
         self.attend = ATTENTION_BACKEND[config.attention_backend]
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotate=None, cache=None):
+    def forward(self, x, rotate=None, cache=None, mask=None):
         B, T, C = x.size()
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         q, k, v = self.c_attn(x).split([n * self.head_dim for n in heads], dim=2)
@@ -361,7 +417,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0, self.config)
+        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0, self.config, *([] if mask is None else [mask]))
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.dropout(self.c_proj(y))
 
@@ -380,8 +436,8 @@ class Block(nn.Module):
         self.mlp = FFN_TYPE[config.ffn_type](config)
         self.residual = NORM_POSITION[config.norm_position]
 
-    def forward(self, x, rotate=None, cache=None):
-        x = self.residual(x, self.ln_1, lambda h: self.attn(h, rotate, cache))
+    def forward(self, x, rotate=None, cache=None, mask=None):
+        x = self.residual(x, self.ln_1, lambda h: self.attn(h, rotate, cache, mask))
         return self.residual(x, self.ln_2, self.mlp)
 
 
@@ -482,11 +538,17 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
         x = self.transformer.drop(x)
+        mask = None
+        if self.config.doc_mask_token is not None:  # positions are not begun anew, which only learned ones would notice
+            doc = (idx == self.config.doc_mask_token).cumsum(1)  # (B, T), the number of its document in the row
+            if cache:
+                doc = cache[0].doc = torch.cat((cache[0].doc, doc + cache[0].doc[:, -1:]), dim=1) if start else doc
+            mask = (causal_mask(T, start + T, idx.device) & (doc[:, start:, None] == doc[:, None])).unsqueeze(1)  # (B, 1, T, S)
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
-                x = checkpoint(block, x, rotate, use_reentrant=False)  # keep a block's input, recompute the rest in backward
+                x = checkpoint(block, x, rotate, None, mask, use_reentrant=False)  # keep a block's input, recompute the rest in backward
             else:
-                x = block(x, rotate, cache[i] if cache else None)
+                x = block(x, rotate, cache[i] if cache else None, mask)
         x = self.transformer.ln_f(x)
 
         loss = logits = None
@@ -560,9 +622,38 @@ class GPT(nn.Module):
         """The model in a checkpoint, ours or nanoGPT's, on the CPU, in eval mode. path: a file, or a folder that has ckpt.pt. Errors as load_checkpoint."""
         return model_of(load_checkpoint(path))
 
+    @classmethod
+    def from_pretrained(cls, name, dtype=torch.float32, **overrides):
+        """
+        The model in a folder that Hugging Face's save_pretrained wrote, or of a hub id such as gpt2, on the CPU, in eval mode: GPT-2, LLaMA, Mistral,
+        Qwen2, Qwen3, Arcee or Starcoder2. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what
+        cannot be held.
+        """
+        from bridge import from_pretrained
+        return from_pretrained(name, dtype, overrides)
+
+    def save_pretrained(self, folder, ckpt=None):
+        """
+        Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its
+        tokenizer. folder must be new or empty. ValueError names the parts that Hugging Face has no class for.
+        """
+        from bridge import save_pretrained
+        save_pretrained(self, folder, ckpt)
+
+    @torch.no_grad()
+    def quantize_int8(self):
+        """Every Linear as int8, in place, to sample from (Int8Linear); embeddings too, if they are tied to the head, and nothing else. Returns self."""
+        for parent in [m for m in self.modules() if not isinstance(m, Int8Linear)]:
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+        if self.config.weight_tying:
+            self.transformer.wte = Int8Embedding(self.lm_head)
+        return self
+
     def new_cache(self, batch_size, max_length):
         """An empty KV cache for forward(cache=...), a KVCache a layer."""
-        c, w = self.config, self.transformer.h[0].attn.c_attn.weight
+        c, w = self.config, next(self.parameters())  # of an int8 model, what is left in the dtype of its activations
         dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
         shape = (batch_size, c.n_kv_head or c.n_head, max_length, c.n_embd // c.n_head)
         return [KVCache(shape, dtype=dtype, device=w.device) for _ in range(c.n_layer)]
@@ -946,9 +1037,11 @@ def meta_model(settings):
 
 
 def main():
+    from bridge import load_weights, save_onnx
     from configurator import configure, fail
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
     consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py writes ckpt.pt
+    export = ''  # write the checkpoint for others: a folder for Hugging Face's transformers, or a file that ends in .onnx
     list = False  # print a table of every file in config/ with its counts
     config, given = configure(__file__, os.path.join(HERE, 'train.py'))
     try:
@@ -969,8 +1062,20 @@ def main():
             torch.save({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
             os.replace(path + '.tmp', path)
             print(f"{saved['path']} -> {path}")
+        elif config['export']:
+            if not config['ckpt']:
+                raise ValueError('--export=FOLDER needs --ckpt=FOLDER, what to read')
+            saved, path = load_weights(config['ckpt']), config['export']
+            model = model_of(saved)
+            if path.endswith('.onnx'):
+                save_onnx(model, path)
+            else:
+                model.to(torch.float32 if config['dtype'] == 'auto' else getattr(torch, config['dtype'])).save_pretrained(path, saved)
+                if not os.path.exists(os.path.join(path, 'tokenizer.json')):
+                    print('without a tokenizer: the checkpoint names none that fits', file=sys.stderr)
+            print(f"{saved['path']} -> {path}")
         elif config['ckpt']:
-            saved = load_checkpoint(config['ckpt'])
+            saved = load_weights(config['ckpt'])
             print(describe(model_of(saved), saved.get('config') or {}, *pick_device()))
             print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
             for split, values in (saved.get('losses') or {}).items():

@@ -5,6 +5,7 @@ Text out of a trained model, as it comes.
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --out_dir=out --interactive=True
+    python sample.py --init_from=gpt2
 """
 import codecs
 import itertools
@@ -14,14 +15,14 @@ from typing import Literal
 
 import torch
 
+from bridge import load_weights
 from configurator import configure, fail
-from data.loader import read_meta
-from data.tokenizer import get_tokenizer
+from data.tokenizer import find_tokenizer
 from model import load_checkpoint, model_of, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
-init_from = 'resume'  # from out_dir; there is no other source yet
+init_from = 'resume'  # from out_dir; or another run's out_dir, a folder that Hugging Face's save_pretrained wrote, or a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> means that token; empty: from the end-of-text token
 num_samples = 10  # samples, drawn together in one batch
 max_new_tokens = 500  # tokens a sample
@@ -34,25 +35,11 @@ seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
 device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
+quantize: Literal['', 'int8'] = ''  # int8: weights of Linears in one byte each, the rest in dtype; half the memory, and slower for more than 4 samples at once
 compile = False  # nanoGPT's key; generation has a KV cache instead and is not compiled
 config, given = configure(__file__)
 globals().update(config)
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_tokenizer(ckpt):
-    """The tokenizer that a checkpoint names; for nanoGPT's, which name none, the one of its data set, else GPT-2's."""
-    if ckpt.get('tokenizer'):
-        return get_tokenizer(ckpt['tokenizer'])
-    dataset = (ckpt.get('config') or {}).get('dataset')
-    if dataset is not None:
-        if not isinstance(dataset, str) or dataset in ('', '.', '..') or os.path.basename(dataset) != dataset:  # a checkpoint is no guide to other folders
-            raise ValueError(f"checkpoint '{ckpt['path']}' names no tokenizer, and its data set, {dataset!r:.100}, is no name of a folder in data/: refused")
-        meta = read_meta(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset))
-        if 'tokenizer' in meta:
-            return get_tokenizer(meta['tokenizer'])
-    print('the checkpoint names no tokenizer, so this assumes GPT-2\'s', file=sys.stderr)
-    return get_tokenizer('gpt2')
 
 
 def generate(prompt):
@@ -83,21 +70,22 @@ def generate(prompt):
 
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 try:
-    if init_from != 'resume':
-        raise ValueError(f"init_from='{init_from}': only 'resume', a run of train.py in out_dir, can be sampled")
     if num_samples < 1:
         raise ValueError(f'num_samples must be positive, not {num_samples}')
     device, dtype = pick_device(device, dtype)
-    ckpt = load_checkpoint(out_dir)
+    ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
     tokenizer = find_tokenizer(ckpt)
     model = model_of(ckpt)
     known = min(tokenizer.vocab_size, model.config.vocab_size)  # nanoGPT's checkpoints do not say how much of the vocabulary is padding
     model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
-    model.to(device, getattr(torch, dtype))
+    n_params = model.get_num_params(False)
+    model = (model.quantize_int8() if quantize else model).to(device, getattr(torch, dtype))
+    megabytes = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()}) / 1e6
     if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
-    print(f"{ckpt['path']}: {model.get_num_params(False):,} parameters, iteration {ckpt.get('iter_num')}, {device} {dtype}, seed {seed}" +
+    at = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
+    print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}{at}, {device} {dtype}, seed {seed}" +
           ('; compile=True is ignored, see --help' if compile else ''), file=sys.stderr)
     if not interactive:
         generate(start)

@@ -16,10 +16,12 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import html
 import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -35,8 +37,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
@@ -51,17 +54,20 @@ eval_iters = 200  # batches an evaluation reads of each split, over all processe
 eval_only = False  # evaluate once and leave
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if out_dir has a checkpoint) or another run's out_dir (its weights, to fine-tune)
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint); to fine-tune: another run's out_dir, a Hugging Face folder or id (gpt2)
 overwrite = False  # a new run may replace the checkpoints of an earlier one in out_dir
 sample_interval = 1  # evaluations between short text samples; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval = 10  # iterations between gradient statistics in the run log: norm a layer, mean, std; 0: only the global norm
-# wandb logging
-wandb_log = False  # also log to Weights & Biases
+# logging besides the console and the run log
+wandb_log = False  # also log to Weights & Biases; offline, into out_dir/wandb, where its server does not answer
 wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # its run name
+wandb_artifacts = False  # with wandb_log: keep every checkpoint there too, as versions of one artifact
+tensorboard_log = False  # also write TensorBoard's event files, into out_dir
 # data
-dataset = 'openwebtext'  # a folder in data/; 'pystdlib' needs no download
+dataset = 'openwebtext'  # a folder in data/ ('pystdlib' needs no download), a file of text, or several with their shares: 'a:0.7,b:0.3'
+doc_mask = False  # attention stays inside a document: an end-of-text token opens the next one
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all processes together
 batch_size: int | Literal['auto'] = 12  # sequences a micro-batch; 'auto': the most that fit, with accumulation that keeps tokens an iteration
 block_size = 1024  # tokens a sequence, the context length
@@ -181,28 +187,54 @@ def check_ranges():
                              overwrite=overwrite and init_from in ('resume', 'auto')).items():
         if useless and given.get(key) == 'on the command line':
             say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --use_fsdp=True' if distributed else 'in one process'))
+    if tensorboard_log:
+        optional('tensorboard', 'tensorboard_log=True')
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
 
 
-def prepare_data():
-    """Run the data set's own prepare.py if it has not been run, on this node's first process; say what it does and how large it is."""
-    script = os.path.join(data_dir, 'prepare.py')
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(data_dir), 'train*.bin')):
-        if not os.path.isdir(data_dir):
+def prepare_data(name, folder):
+    """Run a data set's own prepare.py if it has not been run, or data/prepare.py for a file of text, on this node's first process; say what and how large."""
+    script, flags = os.path.join(folder, 'prepare.py'), []
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not glob.glob(os.path.join(glob.escape(folder), 'train*.bin')):
+        if os.path.isfile(name):
+            # bytes do for any text and leave a small model its parameters; a large text is worth the vocabulary
+            script, tokens = os.path.join(HERE, 'data', 'prepare.py'), 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
+            flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokens}']
+            say(f"preparing '{name}' once, with tokenizer {tokens}; another choice: python data/prepare.py {shlex.quote(name)} "
+                '--tokenizer=... --out=NAME, then --dataset=NAME')
+        elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{dataset}' in data/; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
-                             f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{dataset} are one, too")
+            raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+                             f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
             command = f'python {os.path.relpath(script)}'
             if megabytes > 100:
-                raise ValueError(f"data set '{dataset}' is not prepared and is a download of {megabytes:,.0f} MB; to fetch it: {command}")
-            say(f"preparing data set '{dataset}' by {command} ({f'a download of {megabytes} MB' if megabytes else 'no download'}): {about}")
-            if subprocess.run([sys.executable, script]).returncode:
-                raise ValueError(f"data set '{dataset}' could not be prepared, see above; to try again: {command}")
+                raise ValueError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} MB; to fetch it: {command}")
+            if not flags:
+                say(f"preparing data set '{name}' by {command} ({f'a download of {megabytes} MB' if megabytes else 'no download'}): {about}")
+            if subprocess.run([sys.executable, script, *flags]).returncode:
+                if flags:
+                    raise SystemExit(2)  # prepare.py has said what is wrong with the file
+                raise ValueError(f"data set '{name}' could not be prepared, see above; to try again: {command}")
     if distributed:
         dist.barrier()
+
+
+def read_metas():
+    """The meta of the data sets, which must have their ids in common."""
+    metas = [read_meta(folder) for _, _, folder in data_sets]
+    for (name, _, _), meta in zip(data_sets, metas):
+        if (meta.get('tokenizer'), meta.get('vocab_size')) != (metas[0].get('tokenizer'), metas[0].get('vocab_size')):
+            raise ValueError(f"data sets '{data_sets[0][0]}' and '{name}' have different tokenizers, so an id means two things: prepare one of them again")
+    return metas[0]
+
+
+def load(split, **kwargs):
+    """A Loader of that split, or a Mixture of several in their shares."""
+    loaders = [Loader(folder, split, model_config.block_size, vocab_size=model_config.vocab_size, device=device, **kwargs) for _, _, folder in data_sets]
+    return loaders[0] if len(loaders) == 1 else Mixture(loaders, [share for _, share, _ in data_sets])
 
 
 def get_lr(it):
@@ -261,10 +293,8 @@ def starting_point():
         say(f"WARNING: overwrite=True: this run will replace the checkpoints in '{out_dir}'")
     if not resuming and init_from in ('scratch', 'auto'):
         return GPTConfig.from_settings(config, data_vocab), None, None
-    if not resuming and not os.path.exists(init_from):
-        raise ValueError(f"init_from='{init_from}' is neither 'scratch', 'resume' nor 'auto', and there is no such run to start from")
     try:
-        ckpt = load_checkpoint(out_dir if resuming else init_from)
+        ckpt = load_checkpoint(out_dir) if resuming else load_weights(init_from, block_size if 'block_size' in given else None)
     except ValueError as e:
         if not resuming or not os.path.exists(previous):
             raise
@@ -278,14 +308,15 @@ def starting_point():
         asked = PRESETS[arch_preset] | asked
     free = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
     ckpt['model_args'].update({k: v for k, v in asked.items() if k in free}, dropout=dropout)  # as in nanoGPT, dropout is never the checkpoint's
-    model = model_of(ckpt)
+    model = model_of(ckpt).float()
     stored = asdict(model.config)
     stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
     stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
     for key, value in asked.items():
         if key not in free and value != stored[key] and not (key == 'block_size' and not resuming):
             raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', which has {key}={stored[key]}")
-    if asked.get('block_size', model.config.block_size) != model.config.block_size:
+    shorter = 'iter_num' not in ckpt and block_size < model.config.block_size  # a pretrained one may have a context that no step here could hold, as in nanoGPT
+    if shorter or asked.get('block_size', model.config.block_size) != model.config.block_size:
         model.crop_block_size(block_size)
     if (data_vocab or 0) > model.config.vocab_size:
         raise ValueError(f"data set '{dataset}' has {data_vocab} ids, the checkpoint '{ckpt['path']}' knows {model.config.vocab_size}")
@@ -583,6 +614,7 @@ def save_checkpoint(best):
         raise error if master and error else SystemExit(2)  # torch.distributed.checkpoint tells every rank of any rank's failure
     ckpt_is_ours = True
     run_log['checkpoints'].append(dict(iter=iter_num, path=path, best=best, seconds=time.time() - t0))
+    tell('checkpoint', path, best)
     say(f'saved {path}' + (f' and ckpt_{"sharded_best" if sharded_checkpoint else "best.pt"}' if best else ''))
 
 
@@ -671,15 +703,78 @@ def replace_with_link(path, other):
     os.replace(other + '.tmp', other)
 
 
-def log(kind, entry):
-    """Add an entry to a list of the run log, and to wandb. Writing the file takes at most 1 % of the time."""
-    run_log[kind].append(entry)
-    if wandb is not None:
-        flat = {f'{a}/{b}': v for a, d in entry.items() if isinstance(d, dict) for b, v in d.items() if isinstance(v, (int, float))}
+class WandbSink:
+    """Weights & Biases: numbers, a table of samples, checkpoints as versions of one artifact."""
+    def __init__(self, facts):
+        os.environ.setdefault('WANDB_DATA_DIR', os.path.abspath(os.path.join(out_dir, 'wandb')))  # for copies of checkpoints
+        import wandb
+        self.wandb, self.samples, settings = wandb, [], dict(project=wandb_project, name=wandb_run_name, config=facts, dir=out_dir)
         try:
-            wandb.log(flat | {k: v for k, v in entry.items() if isinstance(v, (int, float))}, step=entry['iter'])
-        except Exception as e:  # a run must not depend on a server
-            say(f'WARNING: wandb did not take an entry: {first_line(e)}')
+            self.run = wandb.init(**settings, settings=wandb.Settings(init_timeout=15, login_timeout=15))
+        except Exception as e:  # no network, no key, no such project
+            self.run = wandb.init(**settings, mode='offline')
+            say(f"WARNING: wandb's server cannot be used ({first_line(e)[:200]}), so this run is recorded offline; "
+                f'to send it later: wandb sync {os.path.dirname(self.run.dir)}')
+
+    def numbers(self, values, sample, step):
+        if sample is not None:
+            self.samples.append([step, sample])
+            values = values | {'samples': self.wandb.Table(columns=['iter', 'text'], data=self.samples)}
+        self.run.log(values, step=step)
+
+    def checkpoint(self, path, best):
+        if wandb_artifacts:
+            artifact = self.wandb.Artifact(f'checkpoint-{self.run.id}', type='model', metadata=dict(iter=iter_num, losses=last_losses))
+            (artifact.add_dir if os.path.isdir(path) else artifact.add_file)(path)  # copies, since the next checkpoint replaces this one
+            self.run.log_artifact(artifact, aliases=['latest', f'iter-{iter_num}'] + ['best'] * best)
+
+    def close(self):
+        self.run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard's event files, with the names that wandb gets."""
+    def __init__(self, facts):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(out_dir)
+        atexit.register(self.writer.close)  # or what it has queued is lost when a run fails
+        self.writer.add_text('config', f'<pre>{json.dumps(facts, indent=2)}</pre>', iter_num)
+
+    def numbers(self, values, sample, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if sample is not None:
+            self.writer.add_text('samples', f'<pre>{html.escape(sample)}</pre>', step)
+
+    def checkpoint(self, path, best):
+        pass
+
+    def close(self):
+        self.writer.close()
+
+
+def tell(what, *args):
+    """Tell wandb and TensorBoard. A run must not depend on them, so one that fails is left out from then on."""
+    for sink in list(sinks):
+        try:
+            getattr(sink, what)(*args)
+        except Exception as e:
+            sinks.remove(sink)
+            say(f'WARNING: going on without {type(sink).__name__.removesuffix("Sink").lower()}: {first_line(e)}')
+
+
+def numbers_in(entry, prefix=''):
+    """{name: number} of an entry of the run log, with names inside names joined by a slash: val/loss, gradients/layers/wte."""
+    flat = {}
+    for key, value in entry.items():
+        flat |= numbers_in(value, f'{prefix}{key}/') if isinstance(value, dict) else {prefix + key: value} if isinstance(value, (int, float)) else {}
+    return flat
+
+
+def log(kind, entry):
+    """Add an entry to a list of the run log, and tell the other sinks. Writing the file takes at most 1 % of the time."""
+    run_log[kind].append(entry)
+    tell('numbers', numbers_in(entry), entry.get('sample'), entry['iter'])
     if time.time() - log_written > 100 * log_cost:
         write_log()
 
@@ -776,7 +871,6 @@ mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zer
 master, last_line, stop_signal, signal_time, lock = rank == 0, time.time(), 0, 0.0, None
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
-data_dir = os.path.join(HERE, 'data', dataset)
 for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's wish
         signal.signal(getattr(signal, name), on_signal)
@@ -803,9 +897,11 @@ with one_line_errors():
         sys.excepthook = lost_process
         if sys.platform == 'linux':
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: when torchrun itself is killed, save and end
-    prepare_data()
+    data_sets = find_datasets(dataset)
+    for name, _, folder in data_sets:
+        prepare_data(name, str(folder))
     lock_out_dir()
-    meta = read_meta(data_dir)
+    meta = read_metas()
     try:  # a data set without meta.json is nanoGPT's, in GPT-2's tokens
         tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2')) if 'tokenizer' in meta or not meta else None
     except (ValueError, ImportError) as e:
@@ -817,6 +913,10 @@ with one_line_errors():
         tokenizer = None
     data_vocab = meta.get('vocab_size', None if meta else 50257)
     model_config, raw_model, ckpt = starting_point()
+    if doc_mask and getattr(tokenizer, 'eot', None) is None:
+        raise ValueError(f"doc_mask needs an end-of-text token between documents, and the tokenizer of data set '{dataset}' has none")
+    model_config.doc_mask_token = tokenizer.eot if doc_mask else None
+    model_config.check_doc_mask()
     from_scratch = raw_model is None
     place = torch.tensor(-1 if ckpt is None else ckpt['iter_num'], device=device)
     if all_reduce(place.clone(), dist.ReduceOp.MIN) != all_reduce(place.clone(), dist.ReduceOp.MAX):
@@ -827,9 +927,8 @@ with one_line_errors():
             raise ValueError(f"batch_size='auto' takes the checkpoint's gradient_accumulation_steps={gradient_accumulation_steps}, which must be a multiple of "
                              f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
-    loader_args = dict(block_size=model_config.block_size, vocab_size=model_config.vocab_size, device=device)
-    train_loader = Loader(data_dir, 'train', seed=seed, **loader_args)
-    eval_loaders = {split: Loader(data_dir, split, seed=0, shift=False, **loader_args) for split in ('train', 'val')}
+    train_loader = load('train', seed=seed)
+    eval_loaders = {split: load(split, seed=0, shift=False) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and ckpt.get('last_eval_iter', ckpt['iter_num']) == ckpt['iter_num'] and not eval_only:
         say(f"{ckpt['path']} is at iteration {ckpt['iter_num']} of max_iters={max_iters}: nothing to do")
         leave(0)
@@ -899,7 +998,9 @@ if device.type == 'cpu':  # where memory() is all of the process: Python, torch 
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
-            f"tokenizer {tokenizer.name if tokenizer else 'unknown'}",
+            f"tokenizer {tokenizer.name if tokenizer else 'unknown'}" +
+            ''.join(f'; {share:.3g} from {name}, {max_iters * tokens_per_iter * share / loader.n_tokens:.2f} epochs of its {loader.n_tokens:,} tokens'
+                    for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
                     f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
@@ -940,14 +1041,13 @@ run_log = dict(run_name=f'run_{start_time}', start_time=start_time, config=confi
                training_iterations=[], eval_steps=[], checkpoints=[], summary={})
 first_iter, outcome, t_start = iter_num, 'failed', time.time()  # until it ends in another way
 atexit.register(write_log)
-wandb = None
-if wandb_log and master:
+sinks = []
+for sink in (WandbSink,) * (wandb_log and master) + (TensorBoardSink,) * (tensorboard_log and master):
     try:
-        import wandb
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir, settings=wandb.Settings(init_timeout=30))
-    except Exception as e:  # a run must not depend on a server
-        say(f"WARNING: going on without wandb: {first_line(e)}" + (' (pip install wandb)' if isinstance(e, ImportError) else ''))
-        wandb = None
+        sinks.append(sink(config | dict(total_params=n_params, tokens_per_iter=tokens_per_iter, flops_per_token=flops_token)))
+    except Exception as e:
+        name = sink.__name__.removesuffix('Sink').lower()
+        say(f'WARNING: going on without {name}: {first_line(e)}' + (f' (pip install {name})' if isinstance(e, ImportError) else ''))
 
 batches = micro_batches()
 if compile:
@@ -1049,7 +1149,6 @@ while True:
 batches.close()
 say(f'{outcome} after {iter_num - first_iter} iterations in {duration(time.time() - t_start)}; log: {log_path}' +
     (f'; its text: python sample.py --out_dir={out_dir}' if run_log['checkpoints'] else ''))
-if wandb is not None:
-    wandb.finish()
+tell('close')
 write_log()
 leave(128 + stopping if stopping else 1 if outcome == 'not finite' else 0)

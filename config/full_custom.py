@@ -32,6 +32,7 @@ activation_checkpointing = False  # True: much less memory for activations, a th
 
 # --- data and batch: 8 sequences x 512 tokens x 8 = 32,768 tokens an iteration
 dataset = 'pystdlib'  # a folder in data/ that has a prepare.py or train.bin and val.bin; pystdlib needs no download
+doc_mask = False  # True: attention stays inside a document; for short documents, at some speed
 batch_size = 8  # sequences a micro-batch: as many as fit
 gradient_accumulation_steps = 8  # micro-batches an iteration over all processes together: a multiple of their number
 
@@ -64,11 +65,13 @@ sample_interval = 1  # evaluations between short text samples; 0: none
 always_save_checkpoint = True  # False: only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
-init_from = 'scratch'  # scratch | resume | auto (resume if there is something to resume) | another run's out_dir, to fine-tune it
+init_from = 'scratch'  # scratch | resume | auto (resume if there is something to resume) | to fine-tune: another run's out_dir, a Hugging Face folder or id
 overwrite = False  # True: a new run may replace the checkpoints of an earlier one in out_dir
 wandb_log = False  # True | False
 wandb_project = 'plaingpt'
 wandb_run_name = 'custom'
+wandb_artifacts = False  # True, with wandb_log: checkpoints too, as versions of one artifact
+tensorboard_log = False  # True: TensorBoard's event files in out_dir as well
 
 # --- system
 seed = 1337  # of initialisation, data order and dropout

@@ -6,18 +6,19 @@ nanoGPT's folders (uint16, with meta.pkl or no meta at all) and llm.c's shards (
 """
 import ast
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 256 * 4
@@ -71,6 +72,31 @@ def prepare_facts(script):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
             facts[node.targets[0].id] = ast.literal_eval(node.value)
     return facts
+
+
+def find_datasets(dataset):
+    """What --dataset names, as [(name, share, folder)]: a folder of data/ or a path of its own; a file of text, whose folder in
+    data/.cache changes whenever the file does; or several, as in a:0.7,b:0.3. ValueError for shares that are none."""
+    named = re.findall(r'([^,]+?):([^:,/]+)(?:,|$)', dataset)
+    if os.path.exists(dataset) or ','.join(f'{name}:{share}' for name, share in named) != dataset:
+        named = [(dataset, '1')]
+    found = []
+    for name, share in named:
+        folder, path = Path(__file__).resolve().parent / name, Path(name)
+        try:
+            share = float(share)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < math.inf:
+            raise ValueError(f"dataset '{dataset}': {name} needs a share above 0, as in a:0.7,b:0.3")
+        if path.is_file():
+            stat = path.stat()
+            version = hashlib.sha256(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()).hexdigest()[:8]
+            folder = Path(__file__).resolve().parent / '.cache' / f'{path.name.split(".")[0]}-{version}'
+        elif not folder.is_dir() and path.is_dir():
+            folder = path.resolve()
+        found.append((name, share, folder))
+    return [(name, share / sum(s for _, s, _ in found), folder) for name, share, folder in found]
 
 
 def write_dataset(data_dir, splits, meta):
@@ -149,7 +175,7 @@ def permute(i, n, key):
 
 
 @functools.lru_cache(maxsize=None)
-def _crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same file the second reading
+def crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same file the second reading
     crc = 0
     with open(path, 'rb') as f:
         while chunk := f.read(2**22):
@@ -157,8 +183,10 @@ def _crc32(path, size, mtime_ns):  # the cache spares a second Loader on the sam
     return crc
 
 
-def _check_shard(path, meta, block_size):
-    """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens."""
+def check_shard(path, meta, block_size, checked):
+    """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens.
+
+    checked: what is known to match its crc32, {file name: [bytes, mtime_ns, crc32]}, which this adds to where the file is large."""
     dtype, header_bytes, listed = DTYPES[meta.get('dtype', 'uint16')], 0, meta.get('files', {}).get(path.name)
     stat = path.stat()
     if stat.st_size == 0:
@@ -179,8 +207,11 @@ def _check_shard(path, meta, block_size):
         raise ValueError(f'{path} holds {n_tokens} tokens, one window needs block_size + 1 = {block_size + 1}: '
                          'lower block_size or prepare more text')
     if listed and 'crc32' in listed:
-        if _crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
+        known = [stat.st_size, stat.st_mtime_ns, listed['crc32']]
+        if checked.get(path.name) != known and crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
             raise ValueError(f'{path} does not match its crc32 in meta.json, so its bytes have changed: {REMEDY}')
+        if stat.st_size >= 2**26:
+            checked[path.name] = known
     elif n_tokens > 1024:  # without a checksum this is the one sign of a file that was sized first and never filled
         if not np.memmap(path, dtype, 'r', header_bytes)[-1024:].any():
             raise ValueError(f'{path} ends in 1024 zeros, as an interrupted preparation leaves it: {REMEDY}')
@@ -212,8 +243,15 @@ class Loader:
         for path in sorted(listed.symmetric_difference(self.paths)) if meta.get('files') else []:
             problem = 'missing: bring it back' if path in listed else 'not listed in meta.json: remove it'
             raise ValueError(f'{path} is {problem}, or {REMEDY}')
+        memory, checked = data_dir / '.checked.json', {}  # a large shard is read whole once, and again when it has changed: 20 GB take a minute
+        with suppress(OSError, ValueError):
+            checked = dict(json.loads(memory.read_text()))
+        before = dict(checked)
         with ThreadPoolExecutor() as pool:  # checksums of several shards at once
-            shards = list(pool.map(lambda path: _check_shard(path, meta, block_size), self.paths))
+            shards = list(pool.map(lambda path: check_shard(path, meta, block_size, checked), self.paths))
+        if checked != before:
+            with suppress(OSError):  # a folder for reading only
+                write_files({memory: json.dumps(checked).encode()})
         self.dtypes, self.header_bytes, n_tokens = zip(*shards)
         usable = np.array(n_tokens) - 1  # the last token is only ever a target
         shift = shift and shuffle
@@ -223,6 +261,7 @@ class Loader:
         self.first = self.ends - windows
         self.n_tokens, self.n_windows = sum(n_tokens), int(self.ends[-1])
         self.block_size, self.seed, self.shuffle = block_size, seed % 2**64, shuffle
+        import torch  # here, because preparing a data set takes many processes and none of them needs it
         self.vocab_size, self.device = vocab_size, torch.device(device)
 
     def locate(self, indices):
@@ -246,6 +285,7 @@ class Loader:
             row, column = np.argwhere(bad)[0]
             raise ValueError(f'{self.paths[shards[row]]}: id {ids[row, column]} at token {starts[row] + column} is not below '
                              f"vocab_size {self.vocab_size}: raise vocab_size, or {REMEDY} with the model's tokenizer")
+        import torch
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         return (x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y)
 
@@ -276,3 +316,45 @@ class Loader:
                 yield from map(self._to_device, reading.result() if reading else ())
                 reading = ahead
             yield from map(self._to_device, reading.result() if reading else ())
+
+
+class Mixture(Loader):
+    """Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
+
+    Of any first n samples, each set has its share to within a few windows: the first set takes the samples at which floor(i * share) grows,
+    the second its part of the rest in the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of
+    all (n_windows) ends before any set would begin again."""
+
+    def __init__(self, loaders, shares):
+        self.loaders, first = loaders, loaders[0]
+        self.block_size, self.vocab_size, self.device = first.block_size, first.vocab_size, first.device
+        for key in ('paths', 'dtypes', 'header_bytes'):
+            setattr(self, key, [value for loader in loaders for value in getattr(loader, key)])
+        self.first_shard = np.cumsum([0] + [len(loader.paths) for loader in loaders])
+        self.parts = [round(share * 10**6) for share in shares]  # integers, so that no rounding can lose a sample
+        if min(self.parts) < 1:
+            raise ValueError(f'a share of {min(shares):g} is too small to be drawn: a millionth is the least')
+        self.n_tokens = sum(loader.n_tokens for loader in loaders)
+        self.n_windows = max(1, min((loader.n_windows - 1) * sum(self.parts) // part for loader, part in zip(loaders, self.parts)))
+
+    def choose(self, indices):
+        """(number of the Loader, sample index there), (B,) each, of sample indices (B,)."""
+        indices = np.array(indices, np.int64)
+        chosen, within, waiting = np.empty_like(indices), np.empty_like(indices), np.ones(len(indices), bool)
+        for number, part in enumerate(self.parts):
+            rest = sum(self.parts[number:])
+            divisor = math.gcd(part, rest)
+            before, after = (n * (part // divisor) // (rest // divisor) for n in (indices, indices + 1))
+            taken = waiting & (after > before)
+            chosen[taken], within[taken] = number, before[taken]
+            waiting &= ~taken
+            indices = indices - before
+        return chosen, within
+
+    def locate(self, indices):
+        chosen, within = self.choose(indices)
+        shard, start = np.empty_like(chosen), np.empty_like(chosen)
+        for number in np.unique(chosen):
+            rows = chosen == number
+            shard[rows], start[rows] = self.loaders[number].locate(within[rows])
+        return shard + self.first_shard[chosen], start

@@ -21,8 +21,7 @@ vocab_size = 50257
 def prepare(out_dir, input=None):
     train, val = tinyshakespeare(out_dir, input)
     tokenizer = get_tokenizer('gpt2')
-    encode = tokenizer.encoding.encode_ordinary  # in a corpus <|endoftext|> is only text
-    splits = {'train': encode(train), 'val': encode(val)}
+    splits = {'train': tokenizer.encode_corpus(train), 'val': tokenizer.encode_corpus(val)}
     write_dataset(out_dir, splits, {
         'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.spec,
         'bytes': {'train': len(train.encode('utf-8')), 'val': len(val.encode('utf-8'))}})
