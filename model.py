@@ -29,6 +29,7 @@ import sys
 import time
 import weakref
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -750,6 +751,15 @@ def check_crcs(path):
         raise ValueError(f"'{damaged}' inside it does not match its checksum")
 
 
+def save_checked(obj, path):
+    """torch.save to a file that, when this returns, is on the disk and has been read back."""
+    with open(path, 'wb') as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
+    check_crcs(path)
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """torch.distributed.checkpoint describes its files in a pickle, .metadata; this one knows the classes of tensors in there, none of which runs code."""
     KNOWN = ({('torch.distributed.checkpoint.metadata', name) for name in (
@@ -764,19 +774,33 @@ class MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def read_metadata(path):
+    """What .metadata in the folder of a sharded checkpoint says: which part of which tensor is where."""
+    with open(os.path.join(path, '.metadata'), 'rb') as f:
+        return MetadataUnpickler(f).load()
+
+
+def read_part(path, place):
+    """A tensor in a sharded checkpoint; place: one of .metadata's. ValueError or OSError if it is not there or not whole."""
+    with open(os.path.join(path, os.path.basename(place.relative_path)), 'rb') as f:
+        f.seek(place.offset)
+        data = io.BytesIO(f.read(place.length))
+    check_crcs(data)
+    data.seek(0)
+    return torch.load(data, map_location='cpu', weights_only=True)
+
+
 def load_sharded(path):
     """The dict that ckpt.pt would hold, from a folder that train.py wrote by torch.distributed.checkpoint, whatever the number of processes was."""
-    read = lambda data: (check_crcs(io.BytesIO(data)), torch.load(io.BytesIO(data), map_location='cpu', weights_only=True))[1]
-    with open(os.path.join(path, 'info.pt'), 'rb') as f:
-        ckpt = read(f.read())
-    with open(os.path.join(path, '.metadata'), 'rb') as f:
-        metadata = MetadataUnpickler(f).load()
+    check_crcs(os.path.join(path, 'info.pt'))
+    ckpt = torch.load(os.path.join(path, 'info.pt'), map_location='cpu', weights_only=True)
+    if file_crc32(os.path.join(path, '.metadata')) != ckpt.pop('metadata_crc32'):
+        raise ValueError('its .metadata does not match its checksum')
+    metadata = read_metadata(path)
     tensors = {key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in metadata.state_dict_metadata.items()}
     missing = sum(t.numel() for t in tensors.values())
     for index, place in metadata.storage_data.items():
-        with open(os.path.join(path, os.path.basename(place.relative_path)), 'rb') as f:
-            f.seek(place.offset)
-            part = read(f.read(place.length))
+        part = read_part(path, place)
         tensors[index.fqn][tuple(slice(start, start + n) for start, n in zip(index.offset, part.shape))] = part
         missing -= part.numel()
     if missing:
@@ -788,11 +812,25 @@ def load_sharded(path):
     return ckpt
 
 
+def file_crc32(path):
+    with open(path, 'rb') as f:
+        return zlib.crc32(f.read())
+
+
 def newest_checkpoint(folder):
-    """What a run saved last in its folder, ckpt.pt or ckpt_sharded; None if it has saved nothing."""
-    found = [p for p in (os.path.join(folder, name) for name in ('ckpt.pt', 'ckpt_sharded')) if os.path.exists(p)]
-    before = os.path.join(folder, 'ckpt_sharded_prev')  # alone, if a kill came between the two renames that replace a folder
-    return max(found, key=os.path.getmtime, default=before if os.path.exists(before) else None)
+    """Of what a run saved in its folder, ckpt.pt or ckpt_sharded, what is further on; None if it has saved nothing."""
+    names = ['ckpt.pt', 'ckpt_sharded']
+    if not os.path.exists(os.path.join(folder, 'ckpt_sharded')):
+        names += ['ckpt_sharded_prev']  # a kill came between the two renames that replace a folder
+    found = [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
+
+    def reached(path):  # not by their times, which a copy changes
+        try:
+            facts = torch.load(os.path.join(path, 'info.pt') if os.path.isdir(path) else path, map_location='cpu', weights_only=True, mmap=True)
+            return facts['iter_num']
+        except Exception:  # a damaged one comes first, so that it is noticed
+            return math.inf
+    return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
 
 
 def load_checkpoint(path):
@@ -1059,8 +1097,15 @@ def main():
             if not config['ckpt']:
                 raise ValueError('--consolidate=FILE needs --ckpt=FOLDER, what to read')
             saved, path = load_checkpoint(config['ckpt']), config['consolidate']
-            torch.save({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
-            os.replace(path + '.tmp', path)
+            if os.path.exists(path):
+                raise ValueError(f"'{path}' is there already: another name, or remove it first")
+            try:
+                save_checked({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
+                os.replace(path + '.tmp', path)
+            except (OSError, RuntimeError, ValueError) as e:
+                with contextlib.suppress(OSError):
+                    os.remove(path + '.tmp')
+                raise OSError(f"'{path}' could not be written: {first_line(e)}") from e
             print(f"{saved['path']} -> {path}")
         elif config['export']:
             if not config['ckpt']:

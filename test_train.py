@@ -28,7 +28,7 @@ from data.loader import Loader, Mixture, find_datasets, permute, prepare_facts, 
 from data.prepare import cut_before
 from data.source import download
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 T = 8  # block_size of the loader tests
@@ -1391,6 +1391,7 @@ def test_a_damaged_or_malicious_sharded_checkpoint_is_refused(text_set, sharded,
     (out_dir / 'ckpt.pt').unlink()
     Bomb.path = tmp_path / 'executed'
     for path, change in ((data, lambda b: b[:-100]), (data, lambda b: b''), (folder / 'info.pt', lambda b: b''), (folder / '.metadata', lambda b: pickle.dumps(Bomb())),
+                         (folder / '.metadata', lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]),
                          (folder / 'info.pt', lambda b: pickle.dumps(Bomb())), (data, lambda b: pickle.dumps(Bomb()))):
         for name, content in whole.items():
             name.write_bytes(content)
@@ -1400,6 +1401,35 @@ def test_a_damaged_or_malicious_sharded_checkpoint_is_refused(text_set, sharded,
         assert refused.returncode == 2
         one_line(refused.stderr, folder)
     assert not Bomb.path.exists()
+
+
+def test_what_is_further_on_counts_and_not_what_is_newer_or_of_another_run(text_set, sharded, finished, tmp_path):
+    """A copy, whose times mean nothing; a kill between two renames; another run's checkpoints beside those of the run that replaced it."""
+    out_dir = copy_sharded(sharded['fsdp'], tmp_path / 'out', 'ckpt_sharded')
+    reached = load_checkpoint(out_dir)['iter_num']
+    early = torch.load(finished[0] / 'ckpt.pt', weights_only=True)
+    torch.save(early | {'iter_num': reached - 1}, out_dir / 'ckpt.pt')
+    assert Path(newest_checkpoint(out_dir)).name == 'ckpt_sharded'
+    (out_dir / 'ckpt_sharded').rename(out_dir / 'ckpt_sharded_prev')
+    assert Path(newest_checkpoint(out_dir)).name == 'ckpt_sharded_prev'
+    (out_dir / 'ckpt_sharded_prev').rename(out_dir / 'ckpt_sharded_best')
+    (out_dir / 'ckpt.pt').unlink()
+    refused(train(text_set, out_dir), 'ckpt_sharded_best', '--overwrite=True')
+    (out_dir / 'ckpt_prev.pt').write_bytes(b'')
+    assert train(text_set, out_dir, '--overwrite=True', '--max_iters=2').returncode == 0
+    assert sorted(path.name for path in out_dir.glob('ckpt*')) == ['ckpt.pt', 'ckpt_best.pt']
+
+
+def test_consolidating_leaves_what_is_there(sharded, finished, tmp_path):
+    """Another run's checkpoint replaced by a typing mistake; a traceback and half a file where there is no room."""
+    other = copy_run(finished[0], tmp_path / 'other') / 'ckpt.pt'
+    before = contents(tmp_path)
+    consolidate = lambda path, **kwargs: command('model.py', f"--ckpt={sharded['fsdp']}", f'--consolidate={path}', **kwargs)
+    refused(consolidate(other), other, 'already')
+    refused(consolidate(tmp_path), tmp_path, 'already')
+    refused(consolidate(tmp_path / 'no' / 'folder.pt'), tmp_path / 'no' / 'folder.pt')
+    refused(consolidate(tmp_path / 'full.pt', launcher=('bash', '-c', LIMITED.format('f', 100), sys.executable)), tmp_path / 'full.pt')
+    assert contents(tmp_path) == before
 
 
 COUNT_BYTES = """
@@ -1468,6 +1498,9 @@ def test_modes_train_in_mixed_precision(text_set, tmp_path, mode, dtype):
     assert list(losses(tmp_path).values()) == pytest.approx(list(losses(tmp_path / 'one').values()), rel=3e-3)
 
 
+HUGE_STEP = '--learning_rate=1e39', '--min_lr=1e39', '--warmup_iters=0', '--grad_clip=0', '--save_interval=1'  # not a finite weight after it
+
+
 @pytest.mark.parametrize('mode, flags', [('ddp', []), ('zero1', []), ('fsdp', []), ('fsdp', ['--sharded_checkpoint=True'])])
 def test_ranks_stop_together(text_set, tmp_path, mode, flags):
     """Rank 0 fails to write, or a loss is not finite, and the other ranks wait for it for half an hour."""
@@ -1477,8 +1510,10 @@ def test_ranks_stop_together(text_set, tmp_path, mode, flags):
     assert done.returncode != 0 and done.stderr.count('could not be written') == 1 and 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
     done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1', *flags)
     assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr.split('torch/distributed/elastic')[0]
-    for path in (tmp_path / 'nan').glob('*.pt'):
-        assert all(torch.isfinite(t).all() for t in checkpoint(tmp_path / 'nan', path.name)['model'].values()), path
+    for path in (tmp_path / 'nan').glob('ckpt*'):
+        assert all(torch.isfinite(t).all() for t in load_checkpoint(path)['model'].values()), path
+    done = train_mode(mode, text_set, tmp_path / 'inf', *HUGE_STEP, *flags)
+    assert done.returncode != 0 and 'a weight is not finite' in done.stderr and not list((tmp_path / 'inf').glob('ckpt*'))
 
 
 def reference_lr(schedule, it, lr=1.0, low=0.1, warmup=4, decay=20, restart=6, mult=2, cooldown=0.25):
@@ -2130,29 +2165,30 @@ def children(pid):
 
 @pytest.mark.soak
 @pytest.mark.skipif(sys.platform != 'linux', reason='finds ranks in /proc')
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', [*MODES, 'fsdp, sharded'])
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(text_set, tmp_path, trials, mode):
     """A kill -9 that costs more than two iterations, a checkpoint that does not load, another run after it, processes that stay behind."""
-    launcher, flags = MODES[mode]
+    launcher, flags = MODES[mode.split(',')[0]]
+    flags = flags + ['--sharded_checkpoint=True'] * ('sharded' in mode)
     rng, killed, reached, writing = random.Random(1), tmp_path / 'killed', 0, 0
     for trial in trials:
         process = start(text_set, killed, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', *flags, launcher=launcher)
         ranks = children(process.pid) if launcher == TORCHRUN else []
         until = time.time() + rng.uniform(0, 1)
-        while not (trial % 2 and (killed / 'ckpt.pt.tmp').exists()) and time.time() < until + 10 * (trial % 2):
+        while not (trial % 2 and any(killed.glob('ckpt*.tmp'))) and time.time() < until + 10 * (trial % 2):
             pass
         os.kill(rng.choice(ranks) if ranks else process.pid, signal.SIGKILL)
         printed = process.communicate(timeout=60)[0]
         last = max(map(int, re.findall('^iter ([0-9]+) .* left$', printed, re.M)), default=0)
-        writing += (killed / 'ckpt.pt.tmp').exists()
+        writing += any(killed.glob('ckpt*.tmp'))
         assert process.returncode and not [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]
-        assert last + 1 - 2 <= checkpoint(killed)['iter_num'] >= reached
-        reached = checkpoint(killed)['iter_num']
+        assert last + 1 - 2 <= load_checkpoint(killed)['iter_num'] >= reached
+        reached = load_checkpoint(killed)['iter_num']
     print(f'{mode}: killed {len(trials)} times in {reached} iterations, {writing} times with a checkpoint half written')
     for out_dir in (killed, tmp_path / 'whole'):
         done = train(text_set, out_dir, '--init_from=auto', '--save_interval=2', '--eval_interval=1000000', f'--max_iters={reached + 3}', *flags, launcher=launcher)
         assert done.returncode == 0, done.stderr
-    assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(killed))
+    assert_equal_states(load_checkpoint(tmp_path / 'whole'), load_checkpoint(killed))
     assert losses(killed) == losses(tmp_path / 'whole') and len(losses(killed)) == reached + 3
 
 
@@ -2175,6 +2211,25 @@ def test_damage_anywhere_in_a_checkpoint_is_noticed_or_harmless(text_set, finish
         done = train(text_set, out_dir, '--init_from=auto')  # a run with the last of them
         assert done.returncode == 0, done.stderr
         assert_equal_states(expected, checkpoint(out_dir))
+    print(f'{noticed} of {50 * len(trials)} damages noticed, the others harmless')
+
+
+@pytest.mark.soak
+def test_damage_anywhere_in_a_sharded_checkpoint_is_noticed_or_harmless(sharded, tmp_path, trials):
+    """Parts put in the wrong place, since its .metadata is a pickle without checksums."""
+    rng, noticed, folder = random.Random(1), 0, copy_sharded(sharded['fsdp'], tmp_path / 'out', 'ckpt_sharded') / 'ckpt_sharded'
+    expected, files = load_checkpoint(folder), sorted(folder.iterdir())
+    for _ in range(50 * len(trials)):
+        path = rng.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[:rng.choice([len(whole), len(whole), rng.randrange(len(whole))])])
+        try:
+            assert_equal_states(expected, load_checkpoint(folder))
+        except ValueError:
+            noticed += 1
+        path.write_bytes(whole)
     print(f'{noticed} of {50 * len(trials)} damages noticed, the others harmless')
 
 

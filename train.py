@@ -41,8 +41,8 @@ from bridge import load_weights, optional
 from configurator import configure, fail
 from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, check_crcs, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, release_freed_memory)
+from model import (GPT, PRESETS, GPTConfig, file_crc32, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_metadata, read_part, release_freed_memory, save_checked)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -283,7 +283,7 @@ def lock_out_dir():
 def starting_point():
     """(GPTConfig, None, None) for a new model; (config, model, None) for another run's weights; (config, model, checkpoint) to resume."""
     newest = newest_checkpoint(out_dir)
-    used = [name for name in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt_sharded', 'ckpt_sharded_prev') if os.path.exists(os.path.join(out_dir, name))]
+    used = [name for name in CHECKPOINTS if os.path.exists(os.path.join(out_dir, name))]
     resuming = init_from == 'resume' or init_from == 'auto' and bool(used)
     previous = os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(newest or '') else 'ckpt_prev.pt')
     if used and not resuming and not eval_only:
@@ -620,25 +620,17 @@ def save_checkpoint(best):
 
 def write_checkpoint(path, ckpt, best):
     """A superset of nanoGPT's, in plain tensors and values, the same from every mode: written beside the old one, flushed, read back, renamed."""
-    previous, best_path = (os.path.join(out_dir, name) for name in ('ckpt_prev.pt', 'ckpt_best.pt'))
     try:
         if not all(p.isfinite().all() for p in ckpt['model'].values()):
             raise ValueError('a weight is not finite')
-        with open(path + '.tmp', 'wb') as f:
-            torch.save(ckpt, f)
-            f.flush()
-            os.fsync(f.fileno())
-        check_crcs(path + '.tmp')
+        save_checked(ckpt, path + '.tmp')
         write_log()  # first, so that a kill leaves no iteration that neither the log nor a resumed run has
+        remove_earlier_run(path)
         if ckpt_is_ours:
-            replace_with_link(path, previous)
+            replace_with_link(path, os.path.join(out_dir, 'ckpt_prev.pt'))
+        if best:  # before the iterations that found it count as done
+            replace_with_link(path + '.tmp', os.path.join(out_dir, 'ckpt_best.pt'))
         os.replace(path + '.tmp', path)
-        if best:
-            replace_with_link(path, best_path)
-        if not ckpt_is_ours and first_iter == 0:  # what an earlier run left here is no fallback for this one
-            for stale in [previous] + [best_path] * (not best):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(stale)
         sync_folder(out_dir)
     except (OSError, RuntimeError, ValueError) as e:
         with contextlib.suppress(OSError):
@@ -649,10 +641,10 @@ def write_checkpoint(path, ckpt, best):
 def write_sharded(path, facts, best):
     """
     The same by torch.distributed.checkpoint, each rank's part in files of its own, in a folder with info.pt for what is no tensor, which
-    is written last: a folder that has it is whole.
+    is written last. Not asynchronously: the next step changes the moments, unless all of them were copied first.
     """
     from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
-    weights, first = raw_model.state_dict(keep_vars=True), {}
+    weights, first, temporary, unread = raw_model.state_dict(keep_vars=True), {}, path + '.tmp', None
     names = {name: first.setdefault(id(t), name) for name, t in weights.items()}  # a tied tensor goes by its first name
     tensors = {f'model/{name}': weights[name].detach() for name in first.values()}
     local, _, numbers = local_adamw()
@@ -662,27 +654,49 @@ def write_sharded(path, facts, best):
         raise OSError(f"checkpoint '{path}' not written: a weight is not finite")
     try:
         if master:
-            shutil.rmtree(path + '.tmp', ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier()
-        save(tensors, storage_writer=FileSystemWriter(path + '.tmp'))  # which flushes its files, and fails on all ranks alike
+        save(tensors, storage_writer=FileSystemWriter(temporary))  # which flushes its files, and fails on all ranks alike
+        try:  # read back, each rank its share of what all have written
+            for place in list(read_metadata(temporary).storage_data.values())[rank::world_size]:
+                read_part(temporary, place)
+        except Exception as e:
+            unread = first_line(e)
+        if all_reduce(torch.tensor(int(unread is not None), device=device)).item():
+            raise OSError(f"{unread or 'another process could not read what was written'}; out_dir must be a folder that all nodes share")
         if master:
-            with open(os.path.join(path + '.tmp', 'info.pt'), 'wb') as f:
-                torch.save(facts | {'names': names, 'param_groups': torch.optim.Optimizer.state_dict(optimizer)['param_groups']}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            sync_folder(path + '.tmp')
-            previous_too = ckpt_is_ours or first_iter == 0  # what an earlier run left here is no fallback for this one
-            for stale in [path + '_prev'] * previous_too + [path] * (not ckpt_is_ours) + [path + '_best'] * best:
+            info = dict(names=names, param_groups=torch.optim.Optimizer.state_dict(optimizer)['param_groups'], metadata_crc32=file_crc32(f'{temporary}/.metadata'))
+            save_checked(facts | info, os.path.join(temporary, 'info.pt'))
+            sync_folder(temporary)
+            write_log()
+            remove_earlier_run(path)
+            if best:  # the same files once more, by links
+                shutil.rmtree(path + '_best.tmp', ignore_errors=True)
+                shutil.copytree(temporary, path + '_best.tmp', copy_function=replace_with_link)
+                shutil.rmtree(path + '_best', ignore_errors=True)
+                os.replace(path + '_best.tmp', path + '_best')
+            for stale in [path + '_prev'] * ckpt_is_ours + [path] * (not ckpt_is_ours):
                 shutil.rmtree(stale, ignore_errors=True)
             if ckpt_is_ours:
                 os.replace(path, path + '_prev')
-            os.replace(path + '.tmp', path)
-            if best:  # the same files once more, by links
-                shutil.copytree(path, path + '_best', copy_function=replace_with_link)
+            os.replace(temporary, path)
             sync_folder(out_dir)
-    except (OSError, RuntimeError, CheckpointException) as e:
+    except (OSError, RuntimeError, ValueError, CheckpointException) as e:
+        if master:
+            shutil.rmtree(temporary, ignore_errors=True)
         why = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(why)}") from e
+
+
+def remove_earlier_run(path):
+    """Before the first checkpoint of a new run gets its name: what an earlier run left in out_dir is no fallback for this one, and not further on."""
+    if not ckpt_is_ours and first_iter == 0:
+        for name in CHECKPOINTS:
+            stale = os.path.join(out_dir, name)
+            if os.path.isdir(stale):
+                shutil.rmtree(stale)
+            elif os.path.exists(stale) and stale != path:  # a file is replaced at once
+                os.remove(stale)
 
 
 def sync_folder(path):
@@ -871,6 +885,7 @@ mode = 'none' if not distributed else 'fsdp' if use_fsdp else 'zero1' if use_zer
 master, last_line, stop_signal, signal_time, lock = rank == 0, time.time(), 0, 0.0, None
 sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal cannot show
 HERE = os.path.dirname(os.path.abspath(__file__))
+CHECKPOINTS = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt', 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
 for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's wish
         signal.signal(getattr(signal, name), on_signal)
