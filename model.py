@@ -790,25 +790,40 @@ def read_part(path, place):
     return torch.load(data, map_location='cpu', weights_only=True)
 
 
-def load_sharded(path):
+def fill(tensors, path):
+    """
+    Fill {name: (a tensor, or rows of one; the number of its first row)} from a sharded checkpoint. Of that every part is read and checked, one
+    at a time. ValueError if numbers are missing.
+    """
+    missing = sum(t.numel() for t, _ in tensors.values())
+    for index, place in read_metadata(path).storage_data.items():
+        part, (tensor, first) = read_part(path, place), tensors.get(index.fqn, (None, 0))
+        if tensor is None:
+            continue
+        if tensor.dim():
+            at = index.offset[0] - first
+            low, high = max(0, at), max(0, at, min(len(tensor), at + len(part)))
+            tensor = tensor[low:high][:, *(slice(start, start + n) for start, n in zip(index.offset[1:], part.shape[1:]))]
+            part = part[low - at:high - at]
+        tensor.copy_(part)
+        missing -= part.numel()
+    if missing:
+        raise ValueError(f"'{path}' lacks {missing} numbers")
+
+
+def load_sharded(path, moments=True):
     """The dict that ckpt.pt would hold, from a folder that train.py wrote by torch.distributed.checkpoint, whatever the number of processes was."""
     check_crcs(os.path.join(path, 'info.pt'))
     ckpt = torch.load(os.path.join(path, 'info.pt'), map_location='cpu', weights_only=True)
     if file_crc32(os.path.join(path, '.metadata')) != ckpt.pop('metadata_crc32'):
         raise ValueError('its .metadata does not match its checksum')
-    metadata = read_metadata(path)
-    tensors = {key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in metadata.state_dict_metadata.items()}
-    missing = sum(t.numel() for t in tensors.values())
-    for index, place in metadata.storage_data.items():
-        part = read_part(path, place)
-        tensors[index.fqn][tuple(slice(start, start + n) for start, n in zip(index.offset, part.shape))] = part
-        missing -= part.numel()
-    if missing:
-        raise ValueError(f'{missing} numbers are missing')
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in read_metadata(path).state_dict_metadata.items()
+               if moments or name.startswith('model/')}
+    fill({name: (t, 0) for name, t in tensors.items()}, path)
     ckpt['model'] = {name: tensors[f'model/{stored}'] for name, stored in ckpt.pop('names').items()}  # tied tensors are stored once
-    ckpt['optimizer'] = {'state': {}, 'param_groups': ckpt.pop('param_groups')}
-    for key in sorted((key.split('/') for key in tensors if key.startswith('optimizer/')), key=lambda key: int(key[1])):
-        ckpt['optimizer']['state'].setdefault(int(key[1]), {})[key[2]] = tensors['/'.join(key)]
+    ckpt['optimizer'] = {'state': {} if moments else None, 'param_groups': ckpt.pop('param_groups')}
+    for name in sorted((name.split('/') for name in tensors if name.startswith('optimizer/')), key=lambda name: int(name[1])):
+        ckpt['optimizer']['state'].setdefault(int(name[1]), {})[name[2]] = tensors['/'.join(name)]
     return ckpt
 
 
@@ -833,10 +848,11 @@ def newest_checkpoint(folder):
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, moments=True):
     """
     The dict in a checkpoint, on the CPU: a file, a sharded one (a folder), or a run's folder, of which the newest. Only tensors and
-    plain values are ever read, and the files' own CRCs are checked. ValueError names the file and what is wrong with it.
+    plain values are ever read, and the files' own CRCs are checked. ValueError names the file and what is wrong with it. Without moments, the
+    optimizer's state from a sharded one is checked and left to fill(), as None.
     """
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, '.metadata')):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
@@ -844,7 +860,7 @@ def load_checkpoint(path):
         raise ValueError(f"no checkpoint at '{path}'")
     try:
         if os.path.isdir(path):
-            ckpt = load_sharded(path)
+            ckpt = load_sharded(path, moments)
         else:
             check_crcs(path)
             ckpt = torch.load(path, map_location='cpu', weights_only=True)

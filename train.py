@@ -41,7 +41,7 @@ from bridge import load_weights, optional
 from configurator import configure, fail
 from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, file_crc32, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
+from model import (GPT, PRESETS, GPTConfig, file_crc32, fill, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_metadata, read_part, release_freed_memory, save_checked)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,12 +294,12 @@ def starting_point():
     if not resuming and init_from in ('scratch', 'auto'):
         return GPTConfig.from_settings(config, data_vocab), None, None
     try:
-        ckpt = load_checkpoint(out_dir) if resuming else load_weights(init_from, block_size if 'block_size' in given else None)
+        ckpt = load_checkpoint(out_dir, moments=False) if resuming else load_weights(init_from, block_size if 'block_size' in given else None)
     except ValueError as e:
         if not resuming or not os.path.exists(previous):
             raise
         say(f'WARNING: {e}; going back to the one before it')
-        ckpt = load_checkpoint(previous)
+        ckpt = load_checkpoint(previous, moments=False)
     if resuming and not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
         raise ValueError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; --init_from={ckpt['path']} and another --out_dir fine-tune it")
     # the architecture is the checkpoint's; a part that somebody asked for by name must agree with it
@@ -408,7 +408,7 @@ def local_adamw():
     return local, params, [number[p] for p in params]
 
 
-def load_optimizer(state):
+def load_optimizer(state, path):
     """
     Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
     those of now. Whatever the mode, the optimizer numbers its parameters as AdamW does, group after group.
@@ -417,19 +417,39 @@ def load_optimizer(state):
     if sizes != expected:
         raise ValueError(f'the optimizer in the checkpoint has groups of {sizes} tensors, this model has {expected}')
     local, params, numbers = local_adamw()
-    loaded = local.state_dict()
+    loaded, whole = local.state_dict(), {} if state['state'] is None else state['state']
+    rows = {}  # of the moments in a sharded checkpoint, so that no process ever has all of them
+    for name, t in read_metadata(path).state_dict_metadata.items() if state['state'] is None else ():
+        kind, number, key = (*name.split('/', 2), '')[:3]
+        if kind == 'optimizer' and int(number) in numbers:
+            n, first = shard_rows(params[numbers.index(int(number))], t.size)
+            rows[name] = torch.empty((n, *t.size[1:]) if t.size else (), dtype=t.properties.dtype), first
+            whole.setdefault(int(number), {})[key] = rows[name][0], t.size
+    if rows:
+        fill(rows, path)
     for i, (p, number) in enumerate(zip(params, numbers)):
-        if number in state['state']:
-            loaded['state'][i] = {k: shard_like(p, v) for k, v in state['state'][number].items()}
+        if number in whole:
+            loaded['state'][i] = {k: shard_like(p, *v) if rows else shard_like(p, v) for k, v in whole[number].items()}
     local.load_state_dict(loaded)
 
 
-def shard_like(p, value):
-    """This rank's part of a tensor that every rank has whole, divided as FSDP divides p."""
-    if mode != 'fsdp' or value.shape != p.shape:  # AdamW's step count
+def shard_rows(p, size):
+    """(number of rows, the first of them) that this rank has of a tensor like p, divided as FSDP divides it: like torch.chunk."""
+    n = size[0] if size else 0
+    if mode != 'fsdp' or size != p.shape:  # AdamW's step count
+        return n, 0
+    first = min(n, rank * math.ceil(n / world_size))
+    return min(n - first, math.ceil(n / world_size)), first
+
+
+def shard_like(p, value, size=None):
+    """This rank's part of a tensor like p: of one that every rank has whole, or else, of that size, this rank's rows as shard_rows says."""
+    if mode != 'fsdp' or (size or value.shape) != p.shape:  # AdamW's step count
         return value
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    if size is None:
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return DTensor.from_local(value.to(device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def whole_states():
@@ -971,7 +991,7 @@ iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf,
 ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
     with one_line_errors():
-        load_optimizer(ckpt['optimizer'])
+        load_optimizer(ckpt['optimizer'], ckpt['path'])
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
