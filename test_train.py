@@ -754,6 +754,23 @@ def test_text_for_val_can_be_given_apart(tmp_path):
     assert [bytes(ids_of(tmp_path / 'out', split)) for split in ('train', 'val')] == [b'train text\0', b'val text\0']
 
 
+def test_what_another_command_left_unfinished_is_not_lost_to_a_mistyped_flag(tmp_path, text_file):
+    """Nor does it open a finished data set beside it to being replaced."""
+    out, left = tmp_path / 'out', tmp_path / 'out' / 'unfinished'
+    left.mkdir(parents=True)
+    (left / 'state.json').write_text('{"identity": "another"}')
+    refused(prepare_text(out, text_file, '--tokenizer=byte'), left, '--overwrite')
+    assert [path.name for path in left.iterdir() if path.name != 'lock'] == ['state.json']
+    assert prepare_text(out, text_file, '--tokenizer=byte', '--overwrite').returncode == 0 and not left.exists()
+    whole = shards(out)
+    left.mkdir()
+    for name in ('state.json', 'meta.json'):
+        (left / name).write_text('{"identity": "another"}')
+    assert prepare_text(out, text_file, '--tokenizer=byte').returncode == 0 and left.exists()
+    refused(prepare_text(out, text_file, '--tokenizer=char'), 'another data set', '--overwrite')
+    assert shards(out) == whole and left.exists()
+
+
 KILL = '''
 import os, sys, runpy
 left = [int(sys.argv[1])]

@@ -388,10 +388,12 @@ class Preparation:
         identity = self.identity([made, vocab_size] if made else tokenizer.spec)
         meta = read_meta(self.data_dir)
         if meta.get('prepared_from') == identity and all((self.data_dir / name).exists() for name in meta['files']):
-            shutil.rmtree(self.folder, ignore_errors=True)  # if it was killed at that
+            if self.left_by() in (None, identity):
+                shutil.rmtree(self.folder, ignore_errors=True)  # if it was killed at that
             print(f'{self.data_dir} is prepared already, of this input and with these settings: nothing to do')
             return
-        if not overwrite and not (self.folder / 'meta.json').exists() and (meta or [*self.data_dir.glob('train*.bin')]):
+        publishing = self.left_by() == identity and (self.folder / 'meta.json').exists()  # what is there may be the first part of this one
+        if not overwrite and not publishing and (meta or [*self.data_dir.glob('train*.bin')]):
             raise ValueError(f'{self.data_dir} holds another data set already: --overwrite replaces it, another --out keeps it')
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / 'lock', 'w') as lock:
@@ -399,6 +401,9 @@ class Preparation:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OSError(f'{self.folder} is being written by another process: wait for it, or choose another --out') from None
+            if not overwrite and self.left_by() not in (None, identity):
+                raise ValueError(f'{self.folder} is what a command with another input or other settings has done so far: that command goes on with it, '
+                                 '--overwrite or removing the folder starts anew')
             try:
                 state = self.resume(identity)
                 if not state:
@@ -421,6 +426,13 @@ class Preparation:
 
     def shard(self, split, number):
         return self.folder / f'{split}_{number:05d}.bin'
+
+    def left_by(self):
+        """The identity of what was stopped in folder, None if there is nothing to go on with."""
+        try:
+            return json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))['identity']
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def resume(self, identity):
         """The state that a stopped preparation left, with its shards cut back to it; None, and an empty folder, if there is none for this identity."""
