@@ -754,6 +754,14 @@ def test_text_for_val_can_be_given_apart(tmp_path):
     assert [bytes(ids_of(tmp_path / 'out', split)) for split in ('train', 'val')] == [b'train text\0', b'val text\0']
 
 
+def test_what_is_written_inside_the_input_is_not_read(tmp_path, text_file):
+    """Shards taken for text would make another data set of the second try."""
+    for said in ('train:', 'nothing to do'):
+        assert said in prepare_text(tmp_path / 'out', f'--input={tmp_path}', '--tokenizer=byte').stdout
+    assert read_meta(tmp_path / 'out')['bytes'] == {'train': 1152, 'val': 128}
+    refused(prepare_text(tmp_path, f'--input={tmp_path}', '--tokenizer=byte'), 'no file', 'outside')
+
+
 def test_what_another_command_left_unfinished_is_not_lost_to_a_mistyped_flag(tmp_path, text_file):
     """Nor does it open a finished data set beside it to being replaced."""
     out, left = tmp_path / 'out', tmp_path / 'out' / 'unfinished'

@@ -50,14 +50,19 @@ Source = collections.namedtuple('Source', 'name path split size version fetch', 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading: files to documents
 
-def find_sources(inputs, split, glob='*'):
-    """A Source for each file that inputs name, of folders those of the pattern glob, at any depth, sorted. ValueError or OSError if there is none."""
-    found = []
+def find_sources(inputs, split, glob='*', out=None):
+    """
+    A Source for each file that inputs name, of folders those of the pattern glob, at any depth, sorted. ValueError or OSError if there is none.
+    out: the folder to write; as part of an input folder it would be text of its own making, so that is left out.
+    """
+    found, out = [], out and Path(out).resolve()
     for path in map(Path, inputs):
         paths = [path] if not path.is_dir() else sorted(p for p in path.rglob(glob) if p.is_file() and not any(
             part.startswith('.') for part in p.relative_to(path).parts))
+        if path.is_dir() and out and out not in path.resolve().parents:
+            paths = [p for p in paths if out not in p.resolve().parents]
         if not paths:
-            raise ValueError(f'{path} holds no file that matches {glob}')
+            raise ValueError(f'{path} holds no file that matches {glob}' + f', outside {out}' * bool(out))
         for p in paths:
             stat = p.stat()
             found.append(Source(str(p), p.resolve(), split, stat.st_size, stat.st_mtime_ns))
@@ -608,7 +613,7 @@ def recipe(script, doc, repo, splits, tokens, val_fraction=None):
 
     def sources():
         if args.input:
-            return find_sources(args.input, 'train' if args.val_input else None) + find_sources(args.val_input, 'val')
+            return find_sources(args.input, 'train' if args.val_input else None, out=args.out_dir) + find_sources(args.val_input, 'val', out=args.out_dir)
         found = [Source(f'{repo}/{name}', None, split, size, None, fetch) for split, name, size, fetch in hub_files(repo, splits)]
         download, both = sum(source.size for source in found), sum(sorted(source.size for source in found)[-2:])
         tokens_here = tokens * download / 1e6 / prepare_facts(script)['download_mb']  # should the hub have another part of it by now
@@ -636,8 +641,9 @@ def main():
     inputs = args.input + args.paths
     if not inputs:
         parser.error('no text given: --input=PATH')
-    prepare(parser, args, lambda: find_sources(inputs, 'train' if args.val_input else None, args.glob) + find_sources(args.val_input, 'val', args.glob),
-            Path(args.out) if '/' in args.out else HERE / args.out, args.tokenizer, args.vocab_size)
+    out, split = Path(args.out) if '/' in args.out else HERE / args.out, 'train' if args.val_input else None
+    prepare(parser, args, lambda: find_sources(inputs, split, args.glob, out) + find_sources(args.val_input, 'val', args.glob, out), out, args.tokenizer,
+            args.vocab_size)
 
 
 if __name__ == '__main__':
