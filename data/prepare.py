@@ -1,4 +1,4 @@
-"""Any text as a data set: files, folders, JSON lines and parquet, also gzip or zstd, of any size, encoded on all cores.
+"""Any text as a data set: files, folders, JSON lines, these also as .gz or .zst, and parquet, of any size, encoded on all cores.
 
     python data/prepare.py --input=book.txt --out=book --tokenizer=byte
     python data/prepare.py --input=notes/ --input=more.jsonl.gz --out=notes --tokenizer=gpt2
@@ -64,6 +64,8 @@ def find_sources(inputs, split, glob='*', out=None):
         if not paths:
             raise ValueError(f'{path} holds no file that matches {glob}' + f', outside {out}' * bool(out))
         for p in paths:
+            if kind_of(p.name)[0] == 'parquet' and kind_of(p.name)[1]:
+                raise ValueError(f'{p} is parquet inside .{kind_of(p.name)[1]}, which is read from its end: unpack it first')
             stat = p.stat()
             found.append(Source(str(p), p.resolve(), split, stat.st_size, stat.st_mtime_ns))
     return found
