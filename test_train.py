@@ -870,6 +870,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, data, flags, w
         assert not (tmp_path / 'out').exists()
 
 
+def test_a_parquet_column_without_text_is_one_line(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    pytest.importorskip('pyarrow.parquet').write_table(pyarrow.table({'text': [1, 2, 3]}), tmp_path / 'a.parquet')
+    refused(prepare_text(tmp_path / 'out', tmp_path / 'a.parquet', '--tokenizer=byte'), 'entry 1', "no text in field 'text'")
+
+
 def test_bad_bytes_can_be_replaced(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'caf\xe9 ' * 20)
     assert prepare_text(tmp_path / 'out', tmp_path / 'a.txt', '--tokenizer=byte', '--bad_bytes=replace').returncode == 0

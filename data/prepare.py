@@ -334,7 +334,7 @@ class Preparation:
                             split = source.split or ('train' if self.held_out else self.split_of(documents))
                         documents += ends
                         batch.append((content, split, continued, ends, source.name, place))
-                        size += len(content or '')
+                        size += len(content) if isinstance(content, (bytes, str)) else 0  # a row without text, of which text_of says so
                         if size >= BATCH or len(batch) >= 10**4:
                             yield batch, (number, n_items, documents, before + position)
                             batch, size = [], 0
