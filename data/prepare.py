@@ -201,6 +201,8 @@ def text_of(content, name, place, field, bad_bytes):
     except UnicodeError as e:
         where = f'byte {place + e.start}' if isinstance(e, UnicodeDecodeError) and kind_of(name)[0] == 'text' else f'entry {place}'
         raise ValueError(f'{name}, {where}, is not UTF-8 ({e.reason}): convert it, or --bad_bytes=replace puts U+FFFD there') from None
+    except RecursionError:
+        raise ValueError(f'{name}, entry {place}, is JSON nested too deeply to be read') from None
     except ValueError as e:
         raise ValueError(f'{name}, entry {place}, ' + (f'is not JSON ({e.msg})' if isinstance(e, json.JSONDecodeError) else str(e))) from None
 
