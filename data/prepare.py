@@ -645,6 +645,8 @@ def main():
     inputs = args.input + args.paths
     if not inputs:
         parser.error('no text given: --input=PATH')
+    if args.out in ('', '.', '..'):
+        parser.error(f'--out={args.out} is not the name of a data set: --out=NAME writes data/NAME, --out=./NAME a folder NAME here')
     out, split = Path(args.out) if '/' in args.out else HERE / args.out, 'train' if args.val_input else None
     prepare(parser, args, lambda: find_sources(inputs, split, args.glob, out) + find_sources(args.val_input, 'val', args.glob, out), out, args.tokenizer,
             args.vocab_size)
