@@ -758,7 +758,7 @@ def test_what_is_written_inside_the_input_is_not_read(tmp_path, text_file):
     """Shards taken for text would make another data set of the second try."""
     for said in ('train:', 'nothing to do'):
         assert said in prepare_text(tmp_path / 'out', f'--input={tmp_path}', '--tokenizer=byte').stdout
-    assert read_meta(tmp_path / 'out')['bytes'] == {'train': 1152, 'val': 128}
+    assert sum(read_meta(tmp_path / 'out')['bytes'].values()) == text_file.stat().st_size
     refused(prepare_text(tmp_path, f'--input={tmp_path}', '--tokenizer=byte'), 'no file', 'outside')
 
 
@@ -849,7 +849,9 @@ def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_p
     ('a.jsonl', b'{"text": "a"}\n{"text": \n', [], ['entry 2', 'not JSON']), ('b.jsonl', b'{"body": "a"}\n', [], ['entry 1', "no field 'text'", "'body'", '--field']),
     ('c.jsonl', b'{"text": 7}', [], ["no text in field 'text'"]), ('d.jsonl', b'{"text": "\\ud83d"}', [], ['entry 1', 'not UTF-8']),
     ('a.parquet', b'PAR1 and so on', [], ['not a whole parquet']), ('e.jsonl', b'{"text": "one"}\n', [], ['val', '1 documents', '--val_fraction']),
-    ('out.txt', b'text\n' * 99, ['--out=..'], ['--out=NAME']), ('deep.jsonl', b'[' * 10**6, [], ['entry 1', 'nested too deeply']), ('b.parquet.gz', b'text', [], ['unpack it first']), ('f.txt', b'text\n' * 99, ['--tokenizer=gtp2'], ["'gtp2'", 'cl100k_base']), ('g.txt', b'text\n' * 99, ['--vocab_size=300'], ['--vocab_size']),
+    ('out.txt', b'text\n' * 99, ['--out=..'], ['--out=NAME']), ('deep.jsonl', b'[' * 10**6, [], ['entry 1', 'nested too deeply']),
+    ('b.parquet.gz', b'text', [], ['unpack it first']),
+    ('f.txt', b'text\n' * 99, ['--tokenizer=gtp2'], ["'gtp2'", 'cl100k_base']), ('g.txt', b'text\n' * 99, ['--vocab_size=300'], ['--vocab_size']),
     ('h.txt', b'text\n' * 99, ['--tokenizer=bpe'], ['--vocab_size']), ('i.txt', b'text\n' * 99, ['--tokenizer=bpe', '--vocab_size=99'], ['257']),
     ('j.txt', b'text\n' * 99, ['--val_fraction=0.9'], ['0.9']), ('k.txt', b'text\n' * 99, ['--val_fraction=0'], ['--val_fraction']),
     ('l.txt', b'text\n' * 99, ['--tokens_per_shard=0'], ['--tokens_per_shard']), ('m.txt', b'text\n' * 99, ['--input=missing.txt'], ['missing.txt']),
