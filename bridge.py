@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-import shutil
+import tempfile
 import warnings
 
 import torch
@@ -289,9 +289,15 @@ def model_card(model, ckpt, hf, tokenizer):
                       'beyond the losses above; what is false or foul in its training text can come out again.', ''])
 
 
+def folder_beside(path):
+    """A context: a folder beside path with a name that was nobody's, removed at the end."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=os.path.basename(path) + '.', suffix='.tmp', dir=os.path.dirname(path) or '.')
+
+
 def save_pretrained(model, folder, ckpt):
     """GPT.save_pretrained: written beside the folder, which is renamed when it is whole."""
-    hf, save_file, temporary = config_json(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder) + '.tmp'
+    hf, save_file, folder = config_json(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder)
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"'{folder}' is there already: another name, or remove it first")
     tokenizer = find_tokenizer(ckpt) if ckpt else None
@@ -306,18 +312,17 @@ def save_pretrained(model, folder, ckpt):
         texts['tokenizer_config.json'] = dict(
             tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
             eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
-    shutil.rmtree(temporary, ignore_errors=True)
+    texts['README.md'] = model_card(model, ckpt or {}, hf, tokenizer)
     try:
-        os.makedirs(temporary)
-        save_file(tensors_out(model, hf['model_type']), os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
-        for name, content in texts.items():
-            with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
-                f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
-        with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(model, ckpt or {}, hf, tokenizer))
-        os.replace(temporary, folder)
+        with folder_beside(folder) as temporary:
+            whole = os.path.join(temporary, 'whole')  # with the access that mkdir gives, while the one around it is closed to others
+            os.mkdir(whole)
+            save_file(tensors_out(model, hf['model_type']), os.path.join(whole, 'model.safetensors'), metadata={'format': 'pt'})
+            for name, content in texts.items():
+                with open(os.path.join(whole, name), 'w', encoding='utf-8') as f:
+                    f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
+            os.replace(whole, folder)
     except Exception as e:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"'{folder}' could not be written: {first_line(e)}") from e
 
 
@@ -337,7 +342,7 @@ def save_onnx(model, path):
     for module in model.modules():
         if hasattr(module, 'attend'):
             module.attend = ATTENTION_BACKEND['manual']  # the fused one wants to know by now whether there is one query or more
-    shape, temporary = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}, path + '.tmp'
+    shape = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # torchvision is not installed, and the like
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter('ignore')
@@ -346,11 +351,7 @@ def save_onnx(model, path):
                                         input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
         except Exception as e:  # of a part that its exporter cannot follow
             raise ValueError(f'torch.onnx cannot export this model: {first_line(e.__cause__ or e)[:200]}') from e
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        os.makedirs(temporary)
+    with folder_beside(path) as temporary:
         program.save(os.path.join(temporary, os.path.basename(path)), external_data=model.get_num_params(False) > 4e8)  # a file of its own may have 2 GB
         for name in sorted(os.listdir(temporary), reverse=True):  # the data first
             os.replace(os.path.join(temporary, name), os.path.join(os.path.dirname(path), name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1120,9 +1120,14 @@ def test_an_export_never_replaces_anything(tmp_path):
     saved_checkpoint(tmp_path / 'run', build(), tokenizer={'name': 'byte'})
     (tmp_path / 'hf').mkdir()
     (tmp_path / 'hf/notes').write_text('mine')
+    (tmp_path / 'new.tmp').mkdir()
+    build(vocab_size=256).save_pretrained(tmp_path / 'new')
+    plain = tmp_path / 'plain'
+    plain.mkdir()
+    assert (tmp_path / 'new').stat().st_mode == plain.stat().st_mode
     refusal(command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf'), 'hf', 'another name')
-    refusal(command('model.py', f'--export={tmp_path}/new'), '--ckpt')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
+    refusal(command('model.py', f'--export={tmp_path}/other'), '--ckpt')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'new', 'new.tmp', 'plain', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
 
 
 @pytest.mark.parametrize('settings', [dict(bias=False), dict(arch_preset='llama', n_kv_head=2, qk_norm=True, logit_softcap=3.0)], ids=str)
