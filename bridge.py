@@ -338,6 +338,8 @@ class Logits(nn.Module):
 
 def save_onnx(model, path):
     """Write the model, weights included, for any batch and any length up to block_size: ids (B, T) int64 -> logits (B, T, V) float32."""
+    if os.path.exists(path):
+        raise ValueError(f"'{path}' is there already: another name, or remove it first")
     optional('onnxscript', 'to write ONNX')
     for module in model.modules():
         if hasattr(module, 'attend'):

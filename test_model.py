@@ -1127,6 +1127,9 @@ def test_an_export_never_replaces_anything(tmp_path):
     assert (tmp_path / 'new').stat().st_mode == plain.stat().st_mode
     refusal(command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf'), 'hf', 'another name')
     refusal(command('model.py', f'--export={tmp_path}/other'), '--ckpt')
+    (tmp_path / 'plain/model.onnx').write_text('mine')
+    refusal(command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/plain/model.onnx'), 'model.onnx', 'another name')
+    assert (tmp_path / 'plain/model.onnx').read_text() == 'mine'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'new', 'new.tmp', 'plain', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
 
 
