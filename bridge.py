@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import sys
 import tempfile
 import warnings
 
@@ -284,9 +285,11 @@ def model_card(model, ckpt, hf, tokenizer):
     rows |= {'hardware': hardware, 'software': f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"}
     table = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items() if value)]
     title = '# A GPT' + f" trained on {rows['data set']}" * bool(trained)
+    inside = '' if c.doc_mask_token is None else (' It was trained with attention inside a document, which this format cannot say: behind an end-of-text '
+                                                 'token transformers gives other logits than plainGPT, so give it one document at a time.')
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', title, '', *table, '', '## Limits', '',
                       f'A plain language model: it continues a text, of which it sees the last {c.block_size} tokens. Nothing about it has been measured '
-                      'beyond the losses above; what is false or foul in its training text can come out again.', ''])
+                      'beyond the losses above; what is false or foul in its training text can come out again.' + inside, ''])
 
 
 def folder_beside(path):
@@ -300,6 +303,8 @@ def save_pretrained(model, folder, ckpt):
     hf, save_file, folder = config_json(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder)
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"'{folder}' is there already: another name, or remove it first")
+    if model.config.doc_mask_token is not None:
+        print('NOTE: doc_mask is lost in this format: across documents in one window transformers gives other logits', file=sys.stderr)
     tokenizer = find_tokenizer(ckpt) if ckpt else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:  # which a checkpoint that names none does not say
         tokenizer = None

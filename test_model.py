@@ -1101,7 +1101,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, spec):
     assert sampled[0] and sampled[0] == sampled[1]
 
 
-def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path):
+def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, capsys):
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, tokenizer=None, torch_version='2.9', losses=dict(val=dict(loss=1.25, bits_per_byte=2.5)),
                      config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, eval_iters=5, init_from='scratch'))
     (tmp_path / 'run/run_20260101_000000.json').write_text(json.dumps(dict(startup_info=dict(device='cuda (H200) x 8'))))
@@ -1111,6 +1111,9 @@ def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path):
     for text in ('trained on books', '3,840: 30 iterations of 128', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
                  f'{build().get_num_params(False):,}', 'GPT2LMHeadModel: 2 layers, width 32', '## Limits'):
         assert text in card, text
+    masked = build(doc_mask_token=0)
+    masked.save_pretrained(tmp_path / 'masked')
+    assert 'doc_mask' in capsys.readouterr().err and 'one document at a time' in (tmp_path / 'masked/README.md').read_text()
     build().save_pretrained(tmp_path / 'bare')
     bare = (tmp_path / 'bare/README.md').read_text()
     assert 'trained on' not in bare and 'tokens seen' not in bare and 'hardware' not in bare and 'None' not in bare
