@@ -261,23 +261,43 @@ def tensors_out(model, kind):
     return out
 
 
+def run_logs(ckpt):
+    """What lies beside a checkpoint as run_*.json, a list of dicts, oldest first."""
+    logs = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json'))):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as f:
+            logs.append(json.load(f))
+    return logs
+
+
+def history(ckpt, logs):
+    """(tokens that a checkpoint has seen, the init_from that it began with), or (None, None): its own config knows only the last of several runs."""
+    trained, at, tokens = ckpt.get('config') or {}, ckpt.get('iter_num'), 0
+    sizes = [trained.get(key) for key in ('batch_size', 'gradient_accumulation_steps', 'block_size')]
+    if at is not None and None not in sizes and trained.get('init_from', 'resume') not in ('resume', 'auto'):
+        return at * math.prod(sizes), trained['init_from']
+    for log in reversed(logs if at else []):
+        end = log.get('summary', {}).get('iter_num', 0)
+        start = end - log.get('summary', {}).get('iterations', 0)
+        if start < at <= end:  # it may have gone further than the checkpoint that the next one began with
+            tokens, at = tokens + (at - start) * log['startup_info']['tokens_per_iter'], start
+            if at == 0:
+                return tokens, log['config']['init_from']
+    return None, None
+
+
 def model_card(model, ckpt, hf, tokenizer):
-    """README.md of an exported model, from its checkpoint and the newest log of the run that wrote it; what they do not say is left out."""
-    c, trained, hardware = model.config, ckpt.get('config') or {}, None
-    logs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json')))
-    if logs and trained:
-        with open(logs[-1], encoding='utf-8') as f:
-            hardware = json.load(f).get('startup_info', {}).get('device')
+    """README.md of an exported model, from its checkpoint and the logs of the runs that led to it; what they do not say is left out."""
+    c, trained, logs = model.config, ckpt.get('config') or {}, run_logs(ckpt)
+    hardware = logs[-1].get('startup_info', {}).get('device') if logs and trained else None
     rows = {'architecture': f"{hf['architectures'][0]}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.n_kv_head or c.n_head} key/value heads, "
                             f"{', '.join(str(getattr(c, kind)) for kind in REGISTRY if kind != 'attention_backend')}, {'biases' if c.bias else 'no biases'}",
             'parameters': f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}', 'context': f'{c.block_size} tokens',
             'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''),
             'tokenizer': tokenizer and tokenizer.name, 'data set': trained.get('dataset')}
-    if {'batch_size', 'gradient_accumulation_steps', 'block_size'} <= trained.keys() and ckpt.get('iter_num') is not None:
-        per_iter = trained['batch_size'] * trained['gradient_accumulation_steps'] * trained['block_size']
-        rows['tokens seen'] = f"{ckpt['iter_num'] * per_iter:,}: {ckpt['iter_num']:,} iterations of {per_iter:,}"
-        if trained.get('init_from') not in ('scratch', 'resume', 'auto'):
-            rows['tokens seen'] += f", after the weights of {trained['init_from']}"
+    tokens, began = history(ckpt, logs)
+    if tokens is not None:
+        rows['tokens seen'] = f"{tokens:,} in {ckpt['iter_num']:,} iterations" + f', after the weights of {began}' * (began not in ('scratch', 'resume', 'auto'))
     for split, losses in (ckpt.get('losses') or {}).items():
         per_byte = f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else ''
         rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token{per_byte}" + \

@@ -1108,7 +1108,7 @@ def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, caps
     result = command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf')
     assert result.returncode == 0 and 'without a tokenizer' in result.stderr and not (tmp_path / 'hf/tokenizer.json').exists()
     card = (tmp_path / 'hf/README.md').read_text()
-    for text in ('trained on books', '3,840: 30 iterations of 128', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
+    for text in ('trained on books', '3,840 in 30 iterations |', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
                  f'{build().get_num_params(False):,}', 'GPT2LMHeadModel: 2 layers, width 32', '## Limits'):
         assert text in card, text
     masked = build(doc_mask_token=0)
@@ -1117,6 +1117,20 @@ def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, caps
     build().save_pretrained(tmp_path / 'bare')
     bare = (tmp_path / 'bare/README.md').read_text()
     assert 'trained on' not in bare and 'tokens seen' not in bare and 'hardware' not in bare and 'None' not in bare
+
+
+def test_the_model_card_counts_the_tokens_of_all_runs_or_none(tmp_path):
+    """After a resume the checkpoint's config is that of the last run: another batch, and not where the weights are from."""
+    saved_checkpoint(tmp_path / 'run', build(), iter_num=30, config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, init_from='auto'))
+    for n, (first, last, per_iter, init_from) in enumerate(((0, 15, 64, 'gpt2'), (10, 40, 128, 'auto'))):
+        (tmp_path / f'run/run_2026010{n + 1}_000000.json').write_text(json.dumps(dict(
+            config=dict(init_from=init_from), startup_info=dict(tokens_per_iter=per_iter), summary=dict(iter_num=last, iterations=last - first))))
+    ckpt = load_checkpoint(str(tmp_path / 'run'))
+    build().save_pretrained(tmp_path / 'hf', ckpt)
+    assert '3,200 in 30 iterations, after the weights of gpt2' in (tmp_path / 'hf/README.md').read_text()
+    (tmp_path / 'run/run_20260101_000000.json').write_text('{"cut')
+    build().save_pretrained(tmp_path / 'unknown', ckpt)
+    assert 'tokens seen' not in (tmp_path / 'unknown/README.md').read_text()
 
 
 def test_an_export_never_replaces_anything(tmp_path):
