@@ -124,6 +124,9 @@ def settings_of(hf):
     settings |= {ours: hf[key] for ours, key in keys.items() if hf.get(key) is not None}
     for ours in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') + ('d_ff',) * (kind != 'gpt2'):
         hf[keys[ours]]  # or KeyError
+    for ours in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'n_kv_head'):
+        if ours in settings and not (type(settings[ours]) is int and settings[ours] > 0):
+            raise ValueError(f'its config.json has {keys[ours]}={settings[ours]!r}, which is not a whole number above 0')
     settings['activation'] = ACTIVATIONS[settings['activation']]
     if kind == 'gpt2':
         return settings, None
@@ -196,7 +199,7 @@ def load_pretrained(name, block_size=None):
         if theirs:
             raise ValueError(f"there is no place here for its tensors {', '.join(sorted(theirs)[:3])}" + ', ...' * (len(theirs) > 3))
         tokenizer = tokenizer_of(folder)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError) as e:
         raise ValueError(f"'{folder}' is not a model we can hold: " + (f'it has no {e}' if isinstance(e, KeyError) else first_line(e))) from e
     if tied:
         state['lm_head.weight'] = state['transformer.wte.weight']

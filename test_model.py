@@ -989,7 +989,7 @@ def test_the_hubs_own_gpt2_files_load(tmp_path):
     ('gpt2', dict(model_type='bloom'), ["model_type='bloom'", 'llama']), ('gpt2', dict(activation_function='mish'), ["activation_function='mish'", 'gelu_new']),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), ['scale_attn_by_inverse_layer_idx=True']), ('gpt2', dict(n_embd=None), ["'n_embd'"]),
     ('gpt2', dict(n_layer=3), ["'transformer.h.2.ln_1.weight'"]), ('gpt2', dict(n_layer=1), ['transformer.h.1.', 'no place']),
-    ('gpt2', dict(n_inner=64), ['mlp.c_fc', '(64, 32)']), ('gpt2', dict(n_head='four'), ['n_head']), ('gpt2', dict(quantization_config={'bits': 4}), ['quantization_config']),
+    ('gpt2', dict(n_inner=64), ['mlp.c_fc', '(64, 32)']), ('gpt2', dict(n_head='four'), ['n_head']), ('llama', dict(num_attention_heads=0), ['num_attention_heads=0']), ('gpt2', dict(quantization_config={'bits': 4}), ['quantization_config']),
     ('llama', dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), ['rope_parameters', 'yarn', 'llama3']), ('llama', dict(head_dim=16), ['head_dim=16']),
     ('llama', dict(attention_bias=True), ['attention_bias=True', 'mlp_bias=False'])], ids=str)
 def test_what_cannot_be_held_is_refused_by_its_key(tmp_path, name, changes, parts):
