@@ -88,6 +88,18 @@ def pretrained_folder(name):
         raise ValueError(f"'{name}' is no folder, and from Hugging Face's hub it could not be had: {type(e).__name__}: {first_line(e)[:200]}") from e
 
 
+def read_object(folder, name):
+    """The dict in a JSON file of a folder. ValueError names the file."""
+    with open(os.path.join(folder, name), encoding='utf-8') as f:
+        try:
+            found = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'its {name} is not JSON: {first_line(e)}') from e
+    if not isinstance(found, dict):
+        raise ValueError(f'its {name} is not a JSON object')
+    return found
+
+
 def read_tensors(folder):
     """{name: tensor} of a folder's safetensors, one file or several; pickled ones are read as far as they hold nothing but tensors."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
@@ -95,8 +107,7 @@ def read_tensors(folder):
         try:
             files = [name] * os.path.exists(path)
             if os.path.exists(index):
-                with open(index, encoding='utf-8') as f:
-                    files = sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
+                files = sorted({os.path.basename(file) for file in read_object(folder, name + '.index.json')['weight_map'].values()})
             for path in (os.path.join(folder, file) for file in files):
                 tensors |= (torch.load(path, map_location='cpu', weights_only=True) if name.endswith('.bin') else
                             optional('safetensors.torch', 'to read safetensors').load_file(path))
@@ -153,14 +164,13 @@ def tokenizer_of(folder):
         return None
     about = {}
     if os.path.exists(settings):
-        with open(settings, encoding='utf-8') as f:
-            about = json.load(f)
+        about = read_object(folder, 'tokenizer_config.json')
     if 'plaingpt' in about:
         return about['plaingpt']
     with open(path, encoding='utf-8') as f:
         spec = dict(name='huggingface', json=f.read(), eot=about.get('eos_token'))
     spec['eot'] = spec['eot']['content'] if isinstance(spec['eot'], dict) else spec['eot']
-    vocab = json.loads(spec['json']).get('model', {}).get('vocab')
+    vocab = read_object(folder, 'tokenizer.json').get('model', {}).get('vocab')
     if isinstance(vocab, dict) and len(vocab) == 50257:  # as many as GPT-2's
         table = get_tokenizer('gpt2').table
         if all(vocab.get(''.join(map(BYTE_CHARS.get, token))) == i for i, token in enumerate(table[:-1])):
@@ -175,8 +185,7 @@ def load_pretrained(name, block_size=None):
     """
     folder = pretrained_folder(name)
     try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
+        hf = read_object(folder, 'config.json')
         settings, window = settings_of(hf)
         kind, tied = hf['model_type'], settings['weight_tying']
         if window and (block_size or 0) > window:

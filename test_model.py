@@ -1014,14 +1014,14 @@ def test_a_sliding_window_limits_the_context(tmp_path):
     one_line(e, 'sliding_window=8', f'block_size={T}')
 
 
-@pytest.mark.parametrize('content', [b'', b'not safetensors at all'])
+@pytest.mark.parametrize('content', [b'', b'not safetensors at all', b'[]'])
 def test_damaged_pretrained_files_are_refused(tmp_path, content):
     theirs('llama').save_pretrained(tmp_path)
     for name in ('model.safetensors', 'config.json'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError) as e:
             GPT.from_pretrained(tmp_path)
-        one_line(e, tmp_path)
+        one_line(e, tmp_path, name)
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
