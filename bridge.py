@@ -309,7 +309,8 @@ def model_card(model, ckpt, hf, tokenizer):
             'tokenizer': tokenizer and tokenizer.name, 'data set': trained.get('dataset')}
     tokens, began = history(ckpt, logs)
     if tokens is not None:
-        rows['tokens seen'] = f"{tokens:,} in {ckpt['iter_num']:,} iterations" + f', after the weights of {began}' * (began not in ('scratch', 'resume', 'auto'))
+        after = f', after the weights of {began}' * (began not in ('scratch', 'resume', 'auto'))
+        rows['tokens seen'] = f"{tokens:,} in {ckpt['iter_num']:,} iterations{after}"
     for split, losses in (ckpt.get('losses') or {}).items():
         per_byte = f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else ''
         rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token{per_byte}" + \
