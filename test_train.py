@@ -849,6 +849,7 @@ def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_p
     ('a.jsonl', b'{"text": "a"}\n{"text": \n', [], ['entry 2', 'not JSON']), ('b.jsonl', b'{"body": "a"}\n', [], ['entry 1', "no field 'text'", "'body'", '--field']),
     ('c.jsonl', b'{"text": 7}', [], ["no text in field 'text'"]), ('d.jsonl', b'{"text": "\\ud83d"}', [], ['entry 1', 'not UTF-8']),
     ('a.parquet', b'PAR1 and so on', [], ['not a whole parquet']), ('e.jsonl', b'{"text": "one"}\n', [], ['val', '1 documents', '--val_fraction']),
+    ('t.txt', b'text\n' * 99, ['--tokenizer=missing/tokenizer.json'], ['missing/tokenizer.json', 'no such file']),
     ('out.txt', b'text\n' * 99, ['--out=..'], ['--out=NAME']), ('deep.jsonl', b'[' * 10**6, [], ['entry 1', 'nested too deeply']),
     ('b.parquet.gz', b'text', [], ['unpack it first']),
     ('f.txt', b'text\n' * 99, ['--tokenizer=gtp2'], ["'gtp2'", 'cl100k_base']), ('g.txt', b'text\n' * 99, ['--vocab_size=300'], ['--vocab_size']),

@@ -559,6 +559,8 @@ def find_tokenizer(name, vocab_size=None):
         raise ValueError(f'--vocab_size is for --tokenizer=bpe, not for {name}, which has its own')
     if name == 'bpe' and vocab_size is None:
         raise ValueError('--tokenizer=bpe needs --vocab_size, 4096 say')
+    if not os.path.exists(name) and ('/' in name or name.endswith('.json')):
+        raise ValueError(f'--tokenizer={name}: no such file')
     return name if name in ('char', 'bpe') else tokenizer_from_file(name) if os.path.exists(name) else get_tokenizer(name)
 
 
