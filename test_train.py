@@ -1754,6 +1754,10 @@ def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
     one_line(done.stderr, 'local rank 99', f'--nproc_per_node={torch.cuda.device_count()}')
 
 
+def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path, text_file):
+    refused(train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True'), f'python data/prepare.py --input={tmp_path} --out=NAME')
+
+
 def test_a_large_download_is_never_started_unasked(tmp_path):
     """A first run that fills somebody's disk."""
     (tmp_path / 'prepare.py').write_text('"""Big."""\ndownload_mb = 54000\nopen("started", "w")\n')

@@ -207,6 +207,9 @@ def prepare_data(name, folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
             raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
                              f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
+        elif not os.path.exists(script):
+            raise ValueError(f"'{name}' has no train*.bin; to make a data set of text in it: python data/prepare.py --input="
+                             f"{shlex.quote(name if os.path.isdir(name) else folder)} --out=NAME, then --dataset=NAME")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
             command = f'python {os.path.relpath(script)}'
