@@ -1755,7 +1755,9 @@ def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
 
 
 def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path, text_file):
-    refused(train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True'), f'python data/prepare.py --input={tmp_path} --out=NAME')
+    done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
+    refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
+    assert 'NOTE: --wandb_artifacts=True does nothing' in done.stdout
 
 
 def test_a_large_download_is_never_started_unasked(tmp_path):

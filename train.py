@@ -187,6 +187,8 @@ def check_ranges():
                              overwrite=overwrite and init_from in ('resume', 'auto')).items():
         if useless and given.get(key) == 'on the command line':
             say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --use_fsdp=True' if distributed else 'in one process'))
+    if wandb_artifacts and not wandb_log:
+        say('NOTE: --wandb_artifacts=True does nothing without --wandb_log=True')
     if tensorboard_log:
         optional('tensorboard', 'tensorboard_log=True')
     if arch_preset not in PRESETS:
