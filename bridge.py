@@ -14,7 +14,8 @@ import logging
 import math
 import os
 import re
-import shutil
+import sys
+import tempfile
 import warnings
 
 import torch
@@ -87,6 +88,18 @@ def pretrained_folder(name):
         raise ValueError(f"'{name}' is no folder, and from Hugging Face's hub it could not be had: {type(e).__name__}: {first_line(e)[:200]}") from e
 
 
+def read_object(folder, name):
+    """The dict in a JSON file of a folder. ValueError names the file."""
+    with open(os.path.join(folder, name), encoding='utf-8') as f:
+        try:
+            found = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'its {name} is not JSON: {first_line(e)}') from e
+    if not isinstance(found, dict):
+        raise ValueError(f'its {name} is not a JSON object')
+    return found
+
+
 def read_tensors(folder):
     """{name: tensor} of a folder's safetensors, one file or several; pickled ones are read as far as they hold nothing but tensors."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
@@ -94,8 +107,7 @@ def read_tensors(folder):
         try:
             files = [name] * os.path.exists(path)
             if os.path.exists(index):
-                with open(index, encoding='utf-8') as f:
-                    files = sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
+                files = sorted({os.path.basename(file) for file in read_object(folder, name + '.index.json')['weight_map'].values()})
             for path in (os.path.join(folder, file) for file in files):
                 tensors |= (torch.load(path, map_location='cpu', weights_only=True) if name.endswith('.bin') else
                             optional('safetensors.torch', 'to read safetensors').load_file(path))
@@ -123,6 +135,9 @@ def settings_of(hf):
     settings |= {ours: hf[key] for ours, key in keys.items() if hf.get(key) is not None}
     for ours in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') + ('d_ff',) * (kind != 'gpt2'):
         hf[keys[ours]]  # or KeyError
+    for ours in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'n_kv_head'):
+        if ours in settings and not (type(settings[ours]) is int and settings[ours] > 0):
+            raise ValueError(f'its config.json has {keys[ours]}={settings[ours]!r}, which is not a whole number above 0')
     settings['activation'] = ACTIVATIONS[settings['activation']]
     if kind == 'gpt2':
         return settings, None
@@ -149,14 +164,13 @@ def tokenizer_of(folder):
         return None
     about = {}
     if os.path.exists(settings):
-        with open(settings, encoding='utf-8') as f:
-            about = json.load(f)
+        about = read_object(folder, 'tokenizer_config.json')
     if 'plaingpt' in about:
         return about['plaingpt']
     with open(path, encoding='utf-8') as f:
         spec = dict(name='huggingface', json=f.read(), eot=about.get('eos_token'))
     spec['eot'] = spec['eot']['content'] if isinstance(spec['eot'], dict) else spec['eot']
-    vocab = json.loads(spec['json']).get('model', {}).get('vocab')
+    vocab = read_object(folder, 'tokenizer.json').get('model', {}).get('vocab')
     if isinstance(vocab, dict) and len(vocab) == 50257:  # as many as GPT-2's
         table = get_tokenizer('gpt2').table
         if all(vocab.get(''.join(map(BYTE_CHARS.get, token))) == i for i, token in enumerate(table[:-1])):
@@ -171,8 +185,7 @@ def load_pretrained(name, block_size=None):
     """
     folder = pretrained_folder(name)
     try:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
+        hf = read_object(folder, 'config.json')
         settings, window = settings_of(hf)
         kind, tied = hf['model_type'], settings['weight_tying']
         if window and (block_size or 0) > window:
@@ -195,7 +208,7 @@ def load_pretrained(name, block_size=None):
         if theirs:
             raise ValueError(f"there is no place here for its tensors {', '.join(sorted(theirs)[:3])}" + ', ...' * (len(theirs) > 3))
         tokenizer = tokenizer_of(folder)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError) as e:
         raise ValueError(f"'{folder}' is not a model we can hold: " + (f'it has no {e}' if isinstance(e, KeyError) else first_line(e))) from e
     if tied:
         state['lm_head.weight'] = state['transformer.wte.weight']
@@ -260,23 +273,44 @@ def tensors_out(model, kind):
     return out
 
 
+def run_logs(ckpt):
+    """What lies beside a checkpoint as run_*.json, a list of dicts, oldest first."""
+    logs = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json'))):
+        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as f:
+            logs.append(json.load(f))
+    return logs
+
+
+def history(ckpt, logs):
+    """(tokens that a checkpoint has seen, the init_from that it began with), or (None, None): its own config knows only the last of several runs."""
+    trained, at, tokens = ckpt.get('config') or {}, ckpt.get('iter_num'), 0
+    sizes = [trained.get(key) for key in ('batch_size', 'gradient_accumulation_steps', 'block_size')]
+    if at is not None and None not in sizes and trained.get('init_from', 'resume') not in ('resume', 'auto'):
+        return at * math.prod(sizes), trained['init_from']
+    for log in reversed(logs if at else []):
+        end = log.get('summary', {}).get('iter_num', 0)
+        start = end - log.get('summary', {}).get('iterations', 0)
+        if start < at <= end:  # it may have gone further than the checkpoint that the next one began with
+            tokens, at = tokens + (at - start) * log['startup_info']['tokens_per_iter'], start
+            if at == 0:
+                return tokens, log['config']['init_from']
+    return None, None
+
+
 def model_card(model, ckpt, hf, tokenizer):
-    """README.md of an exported model, from its checkpoint and the newest log of the run that wrote it; what they do not say is left out."""
-    c, trained, hardware = model.config, ckpt.get('config') or {}, None
-    logs = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(ckpt.get('path', ''))), 'run_*.json')))
-    if logs and trained:
-        with open(logs[-1], encoding='utf-8') as f:
-            hardware = json.load(f).get('startup_info', {}).get('device')
+    """README.md of an exported model, from its checkpoint and the logs of the runs that led to it; what they do not say is left out."""
+    c, trained, logs = model.config, ckpt.get('config') or {}, run_logs(ckpt)
+    hardware = logs[-1].get('startup_info', {}).get('device') if logs and trained else None
     rows = {'architecture': f"{hf['architectures'][0]}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, {c.n_kv_head or c.n_head} key/value heads, "
                             f"{', '.join(str(getattr(c, kind)) for kind in REGISTRY if kind != 'attention_backend')}, {'biases' if c.bias else 'no biases'}",
             'parameters': f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}', 'context': f'{c.block_size} tokens',
             'vocabulary': f'{c.vocab_size} ids' + (f', of which {c.unpadded_vocab_size} in use' if c.unpadded_vocab_size else ''),
             'tokenizer': tokenizer and tokenizer.name, 'data set': trained.get('dataset')}
-    if {'batch_size', 'gradient_accumulation_steps', 'block_size'} <= trained.keys() and ckpt.get('iter_num') is not None:
-        per_iter = trained['batch_size'] * trained['gradient_accumulation_steps'] * trained['block_size']
-        rows['tokens seen'] = f"{ckpt['iter_num'] * per_iter:,}: {ckpt['iter_num']:,} iterations of {per_iter:,}"
-        if trained.get('init_from') not in ('scratch', 'resume', 'auto'):
-            rows['tokens seen'] += f", after the weights of {trained['init_from']}"
+    tokens, began = history(ckpt, logs)
+    if tokens is not None:
+        after = f', after the weights of {began}' * (began not in ('scratch', 'resume', 'auto'))
+        rows['tokens seen'] = f"{tokens:,} in {ckpt['iter_num']:,} iterations{after}"
     for split, losses in (ckpt.get('losses') or {}).items():
         per_byte = f", {losses['bits_per_byte']:.4f} bits per byte of text" if 'bits_per_byte' in losses else ''
         rows[f'{split} loss'] = f"{losses['loss']:.4f} nats a token{per_byte}" + \
@@ -284,16 +318,26 @@ def model_card(model, ckpt, hf, tokenizer):
     rows |= {'hardware': hardware, 'software': f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"}
     table = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items() if value)]
     title = '# A GPT' + f" trained on {rows['data set']}" * bool(trained)
+    inside = '' if c.doc_mask_token is None else (' It was trained with attention inside a document, which this format cannot say: behind an end-of-text '
+                                                 'token transformers gives other logits than plainGPT, so give it one document at a time.')
     return '\n'.join(['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '', title, '', *table, '', '## Limits', '',
                       f'A plain language model: it continues a text, of which it sees the last {c.block_size} tokens. Nothing about it has been measured '
-                      'beyond the losses above; what is false or foul in its training text can come out again.', ''])
+                      'beyond the losses above; what is false or foul in its training text can come out again.' + inside, ''])
+
+
+def folder_beside(path):
+    """A context: a folder beside path with a name that was nobody's, removed at the end."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=os.path.basename(path) + '.', suffix='.tmp', dir=os.path.dirname(path) or '.')
 
 
 def save_pretrained(model, folder, ckpt):
     """GPT.save_pretrained: written beside the folder, which is renamed when it is whole."""
-    hf, save_file, temporary = config_json(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder) + '.tmp'
+    hf, save_file, folder = config_json(model), optional('safetensors.torch', 'to write safetensors').save_file, os.path.normpath(folder)
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"'{folder}' is there already: another name, or remove it first")
+    if model.config.doc_mask_token is not None:
+        print('NOTE: doc_mask is lost in this format: across documents in one window transformers gives other logits', file=sys.stderr)
     tokenizer = find_tokenizer(ckpt) if ckpt else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:  # which a checkpoint that names none does not say
         tokenizer = None
@@ -306,18 +350,17 @@ def save_pretrained(model, folder, ckpt):
         texts['tokenizer_config.json'] = dict(
             tokenizer_class='PreTrainedTokenizerFast', model_max_length=model.config.block_size, clean_up_tokenization_spaces=False,
             eos_token=None if eot is None else tokenizer.table[eot].decode()) | ({} if 'json' in tokenizer.spec else dict(plaingpt=tokenizer.spec))
-    shutil.rmtree(temporary, ignore_errors=True)
+    texts['README.md'] = model_card(model, ckpt or {}, hf, tokenizer)
     try:
-        os.makedirs(temporary)
-        save_file(tensors_out(model, hf['model_type']), os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
-        for name, content in texts.items():
-            with open(os.path.join(temporary, name), 'w', encoding='utf-8') as f:
-                f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
-        with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(model, ckpt or {}, hf, tokenizer))
-        os.replace(temporary, folder)
+        with folder_beside(folder) as temporary:
+            whole = os.path.join(temporary, 'whole')  # with the access that mkdir gives, while the one around it is closed to others
+            os.mkdir(whole)
+            save_file(tensors_out(model, hf['model_type']), os.path.join(whole, 'model.safetensors'), metadata={'format': 'pt'})
+            for name, content in texts.items():
+                with open(os.path.join(whole, name), 'w', encoding='utf-8') as f:
+                    f.write(content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False))
+            os.replace(whole, folder)
     except Exception as e:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"'{folder}' could not be written: {first_line(e)}") from e
 
 
@@ -333,11 +376,13 @@ class Logits(nn.Module):
 
 def save_onnx(model, path):
     """Write the model, weights included, for any batch and any length up to block_size: ids (B, T) int64 -> logits (B, T, V) float32."""
+    if os.path.exists(path):
+        raise ValueError(f"'{path}' is there already: another name, or remove it first")
     optional('onnxscript', 'to write ONNX')
     for module in model.modules():
         if hasattr(module, 'attend'):
             module.attend = ATTENTION_BACKEND['manual']  # the fused one wants to know by now whether there is one query or more
-    shape, temporary = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}, path + '.tmp'
+    shape = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # torchvision is not installed, and the like
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter('ignore')
@@ -346,11 +391,7 @@ def save_onnx(model, path):
                                         input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
         except Exception as e:  # of a part that its exporter cannot follow
             raise ValueError(f'torch.onnx cannot export this model: {first_line(e.__cause__ or e)[:200]}') from e
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        os.makedirs(temporary)
+    with folder_beside(path) as temporary:
         program.save(os.path.join(temporary, os.path.basename(path)), external_data=model.get_num_params(False) > 4e8)  # a file of its own may have 2 GB
         for name in sorted(os.listdir(temporary), reverse=True):  # the data first
             os.replace(os.path.join(temporary, name), os.path.join(os.path.dirname(path), name))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -989,7 +989,7 @@ def test_the_hubs_own_gpt2_files_load(tmp_path):
     ('gpt2', dict(model_type='bloom'), ["model_type='bloom'", 'llama']), ('gpt2', dict(activation_function='mish'), ["activation_function='mish'", 'gelu_new']),
     ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), ['scale_attn_by_inverse_layer_idx=True']), ('gpt2', dict(n_embd=None), ["'n_embd'"]),
     ('gpt2', dict(n_layer=3), ["'transformer.h.2.ln_1.weight'"]), ('gpt2', dict(n_layer=1), ['transformer.h.1.', 'no place']),
-    ('gpt2', dict(n_inner=64), ['mlp.c_fc', '(64, 32)']), ('gpt2', dict(n_head='four'), ['n_head']), ('gpt2', dict(quantization_config={'bits': 4}), ['quantization_config']),
+    ('gpt2', dict(n_inner=64), ['mlp.c_fc', '(64, 32)']), ('gpt2', dict(n_head='four'), ['n_head']), ('llama', dict(num_attention_heads=0), ['num_attention_heads=0']), ('gpt2', dict(quantization_config={'bits': 4}), ['quantization_config']),
     ('llama', dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), ['rope_parameters', 'yarn', 'llama3']), ('llama', dict(head_dim=16), ['head_dim=16']),
     ('llama', dict(attention_bias=True), ['attention_bias=True', 'mlp_bias=False'])], ids=str)
 def test_what_cannot_be_held_is_refused_by_its_key(tmp_path, name, changes, parts):
@@ -1014,14 +1014,14 @@ def test_a_sliding_window_limits_the_context(tmp_path):
     one_line(e, 'sliding_window=8', f'block_size={T}')
 
 
-@pytest.mark.parametrize('content', [b'', b'not safetensors at all'])
+@pytest.mark.parametrize('content', [b'', b'not safetensors at all', b'[]'])
 def test_damaged_pretrained_files_are_refused(tmp_path, content):
     theirs('llama').save_pretrained(tmp_path)
     for name in ('model.safetensors', 'config.json'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError) as e:
             GPT.from_pretrained(tmp_path)
-        one_line(e, tmp_path)
+        one_line(e, tmp_path, name)
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
@@ -1101,28 +1101,53 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, spec):
     assert sampled[0] and sampled[0] == sampled[1]
 
 
-def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path):
+def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, capsys):
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, tokenizer=None, torch_version='2.9', losses=dict(val=dict(loss=1.25, bits_per_byte=2.5)),
                      config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, eval_iters=5, init_from='scratch'))
     (tmp_path / 'run/run_20260101_000000.json').write_text(json.dumps(dict(startup_info=dict(device='cuda (H200) x 8'))))
     result = command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf')
     assert result.returncode == 0 and 'without a tokenizer' in result.stderr and not (tmp_path / 'hf/tokenizer.json').exists()
     card = (tmp_path / 'hf/README.md').read_text()
-    for text in ('trained on books', '3,840: 30 iterations of 128', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
+    for text in ('trained on books', '3,840 in 30 iterations |', '1.2500 nats a token, 2.5000 bits per byte', 'at most 20 windows of 16', 'cuda (H200) x 8', 'torch 2.9',
                  f'{build().get_num_params(False):,}', 'GPT2LMHeadModel: 2 layers, width 32', '## Limits'):
         assert text in card, text
+    masked = build(doc_mask_token=0)
+    masked.save_pretrained(tmp_path / 'masked')
+    assert 'doc_mask' in capsys.readouterr().err and 'one document at a time' in (tmp_path / 'masked/README.md').read_text()
     build().save_pretrained(tmp_path / 'bare')
     bare = (tmp_path / 'bare/README.md').read_text()
     assert 'trained on' not in bare and 'tokens seen' not in bare and 'hardware' not in bare and 'None' not in bare
+
+
+def test_the_model_card_counts_the_tokens_of_all_runs_or_none(tmp_path):
+    """After a resume the checkpoint's config is that of the last run: another batch, and not where the weights are from."""
+    saved_checkpoint(tmp_path / 'run', build(), iter_num=30, config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, init_from='auto'))
+    for n, (first, last, per_iter, init_from) in enumerate(((0, 15, 64, 'gpt2'), (10, 40, 128, 'auto'))):
+        (tmp_path / f'run/run_2026010{n + 1}_000000.json').write_text(json.dumps(dict(
+            config=dict(init_from=init_from), startup_info=dict(tokens_per_iter=per_iter), summary=dict(iter_num=last, iterations=last - first))))
+    ckpt = load_checkpoint(str(tmp_path / 'run'))
+    build().save_pretrained(tmp_path / 'hf', ckpt)
+    assert '3,200 in 30 iterations, after the weights of gpt2' in (tmp_path / 'hf/README.md').read_text()
+    (tmp_path / 'run/run_20260101_000000.json').write_text('{"cut')
+    build().save_pretrained(tmp_path / 'unknown', ckpt)
+    assert 'tokens seen' not in (tmp_path / 'unknown/README.md').read_text()
 
 
 def test_an_export_never_replaces_anything(tmp_path):
     saved_checkpoint(tmp_path / 'run', build(), tokenizer={'name': 'byte'})
     (tmp_path / 'hf').mkdir()
     (tmp_path / 'hf/notes').write_text('mine')
+    (tmp_path / 'new.tmp').mkdir()
+    build(vocab_size=256).save_pretrained(tmp_path / 'new')
+    plain = tmp_path / 'plain'
+    plain.mkdir()
+    assert (tmp_path / 'new').stat().st_mode == plain.stat().st_mode
     refusal(command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf'), 'hf', 'another name')
-    refusal(command('model.py', f'--export={tmp_path}/new'), '--ckpt')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
+    refusal(command('model.py', f'--export={tmp_path}/other'), '--ckpt')
+    (tmp_path / 'plain/model.onnx').write_text('mine')
+    refusal(command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/plain/model.onnx'), 'model.onnx', 'another name')
+    assert (tmp_path / 'plain/model.onnx').read_text() == 'mine'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'new', 'new.tmp', 'plain', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
 
 
 @pytest.mark.parametrize('settings', [dict(bias=False), dict(arch_preset='llama', n_kv_head=2, qk_norm=True, logit_softcap=3.0)], ids=str)

@@ -754,6 +754,31 @@ def test_text_for_val_can_be_given_apart(tmp_path):
     assert [bytes(ids_of(tmp_path / 'out', split)) for split in ('train', 'val')] == [b'train text\0', b'val text\0']
 
 
+def test_what_is_written_inside_the_input_is_not_read(tmp_path, text_file):
+    """Shards taken for text would make another data set of the second try."""
+    for said in ('train:', 'nothing to do'):
+        assert said in prepare_text(tmp_path / 'out', f'--input={tmp_path}', '--tokenizer=byte').stdout
+    assert sum(read_meta(tmp_path / 'out')['bytes'].values()) == text_file.stat().st_size
+    refused(prepare_text(tmp_path, f'--input={tmp_path}', '--tokenizer=byte'), 'no file', 'outside')
+
+
+def test_what_another_command_left_unfinished_is_not_lost_to_a_mistyped_flag(tmp_path, text_file):
+    """Nor does it open a finished data set beside it to being replaced."""
+    out, left = tmp_path / 'out', tmp_path / 'out' / 'unfinished'
+    left.mkdir(parents=True)
+    (left / 'state.json').write_text('{"identity": "another"}')
+    refused(prepare_text(out, text_file, '--tokenizer=byte'), left, '--overwrite')
+    assert [path.name for path in left.iterdir() if path.name != 'lock'] == ['state.json']
+    assert prepare_text(out, text_file, '--tokenizer=byte', '--overwrite').returncode == 0 and not left.exists()
+    whole = shards(out)
+    left.mkdir()
+    for name in ('state.json', 'meta.json'):
+        (left / name).write_text('{"identity": "another"}')
+    assert prepare_text(out, text_file, '--tokenizer=byte').returncode == 0 and left.exists()
+    refused(prepare_text(out, text_file, '--tokenizer=char'), 'another data set', '--overwrite')
+    assert shards(out) == whole and left.exists()
+
+
 KILL = '''
 import os, sys, runpy
 left = [int(sys.argv[1])]
@@ -824,6 +849,9 @@ def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_p
     ('a.jsonl', b'{"text": "a"}\n{"text": \n', [], ['entry 2', 'not JSON']), ('b.jsonl', b'{"body": "a"}\n', [], ['entry 1', "no field 'text'", "'body'", '--field']),
     ('c.jsonl', b'{"text": 7}', [], ["no text in field 'text'"]), ('d.jsonl', b'{"text": "\\ud83d"}', [], ['entry 1', 'not UTF-8']),
     ('a.parquet', b'PAR1 and so on', [], ['not a whole parquet']), ('e.jsonl', b'{"text": "one"}\n', [], ['val', '1 documents', '--val_fraction']),
+    ('t.txt', b'text\n' * 99, ['--tokenizer=missing/tokenizer.json'], ['missing/tokenizer.json', 'no such file']),
+    ('out.txt', b'text\n' * 99, ['--out=..'], ['--out=NAME']), ('deep.jsonl', b'[' * 10**6, [], ['entry 1', 'nested too deeply']),
+    ('b.parquet.gz', b'text', [], ['unpack it first']),
     ('f.txt', b'text\n' * 99, ['--tokenizer=gtp2'], ["'gtp2'", 'cl100k_base']), ('g.txt', b'text\n' * 99, ['--vocab_size=300'], ['--vocab_size']),
     ('h.txt', b'text\n' * 99, ['--tokenizer=bpe'], ['--vocab_size']), ('i.txt', b'text\n' * 99, ['--tokenizer=bpe', '--vocab_size=99'], ['257']),
     ('j.txt', b'text\n' * 99, ['--val_fraction=0.9'], ['0.9']), ('k.txt', b'text\n' * 99, ['--val_fraction=0'], ['--val_fraction']),
@@ -843,6 +871,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, data, flags, w
         assert done.returncode == 2
         one_line(done.stderr, 'data/prepare.py', *words)
         assert not (tmp_path / 'out').exists()
+
+
+def test_a_parquet_column_without_text_is_one_line(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    pytest.importorskip('pyarrow.parquet').write_table(pyarrow.table({'text': [1, 2, 3]}), tmp_path / 'a.parquet')
+    refused(prepare_text(tmp_path / 'out', tmp_path / 'a.parquet', '--tokenizer=byte'), 'entry 1', "no text in field 'text'")
 
 
 def test_bad_bytes_can_be_replaced(tmp_path):
@@ -1718,6 +1752,12 @@ def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
     done = train(text_set, tmp_path, '--device=auto', env={'RANK': '0', 'WORLD_SIZE': '2', 'LOCAL_RANK': '99'})
     assert done.returncode == 2
     one_line(done.stderr, 'local rank 99', f'--nproc_per_node={torch.cuda.device_count()}')
+
+
+def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path, text_file):
+    done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
+    refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
+    assert 'NOTE: --wandb_artifacts=True does nothing' in done.stdout
 
 
 def test_a_large_download_is_never_started_unasked(tmp_path):

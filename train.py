@@ -187,6 +187,8 @@ def check_ranges():
                              overwrite=overwrite and init_from in ('resume', 'auto')).items():
         if useless and given.get(key) == 'on the command line':
             say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --use_fsdp=True' if distributed else 'in one process'))
+    if wandb_artifacts and not wandb_log:
+        say('NOTE: --wandb_artifacts=True does nothing without --wandb_log=True')
     if tensorboard_log:
         optional('tensorboard', 'tensorboard_log=True')
     if arch_preset not in PRESETS:
@@ -207,6 +209,9 @@ def prepare_data(name, folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
             raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
                              f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
+        elif not os.path.exists(script):
+            raise ValueError(f"'{name}' has no train*.bin; to make a data set of text in it: python data/prepare.py --input="
+                             f"{shlex.quote(name if os.path.isdir(name) else folder)} --out=NAME, then --dataset=NAME")
         if os.path.exists(script):
             about, megabytes = (prepare_facts(script)[k] for k in ('about', 'download_mb'))
             command = f'python {os.path.relpath(script)}'

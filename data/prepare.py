@@ -1,4 +1,4 @@
-"""Any text as a data set: files, folders, JSON lines and parquet, also gzip or zstd, of any size, encoded on all cores.
+"""Any text as a data set: files, folders, JSON lines, these also as .gz or .zst, and parquet, of any size, encoded on all cores.
 
     python data/prepare.py --input=book.txt --out=book --tokenizer=byte
     python data/prepare.py --input=notes/ --input=more.jsonl.gz --out=notes --tokenizer=gpt2
@@ -50,15 +50,22 @@ Source = collections.namedtuple('Source', 'name path split size version fetch', 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading: files to documents
 
-def find_sources(inputs, split, glob='*'):
-    """A Source for each file that inputs name, of folders those of the pattern glob, at any depth, sorted. ValueError or OSError if there is none."""
-    found = []
+def find_sources(inputs, split, glob='*', out=None):
+    """
+    A Source for each file that inputs name, of folders those of the pattern glob, at any depth, sorted. ValueError or OSError if there is none.
+    out: the folder to write; as part of an input folder it would be text of its own making, so that is left out.
+    """
+    found, out = [], out and Path(out).resolve()
     for path in map(Path, inputs):
         paths = [path] if not path.is_dir() else sorted(p for p in path.rglob(glob) if p.is_file() and not any(
             part.startswith('.') for part in p.relative_to(path).parts))
+        if path.is_dir() and out and out not in path.resolve().parents:
+            paths = [p for p in paths if out not in p.resolve().parents]
         if not paths:
-            raise ValueError(f'{path} holds no file that matches {glob}')
+            raise ValueError(f'{path} holds no file that matches {glob}' + f', outside {out}' * bool(out))
         for p in paths:
+            if kind_of(p.name)[0] == 'parquet' and kind_of(p.name)[1]:
+                raise ValueError(f'{p} is parquet inside .{kind_of(p.name)[1]}, which is read from its end: unpack it first')
             stat = p.stat()
             found.append(Source(str(p), p.resolve(), split, stat.st_size, stat.st_mtime_ns))
     return found
@@ -194,6 +201,8 @@ def text_of(content, name, place, field, bad_bytes):
     except UnicodeError as e:
         where = f'byte {place + e.start}' if isinstance(e, UnicodeDecodeError) and kind_of(name)[0] == 'text' else f'entry {place}'
         raise ValueError(f'{name}, {where}, is not UTF-8 ({e.reason}): convert it, or --bad_bytes=replace puts U+FFFD there') from None
+    except RecursionError:
+        raise ValueError(f'{name}, entry {place}, is JSON nested too deeply to be read') from None
     except ValueError as e:
         raise ValueError(f'{name}, entry {place}, ' + (f'is not JSON ({e.msg})' if isinstance(e, json.JSONDecodeError) else str(e))) from None
 
@@ -327,7 +336,7 @@ class Preparation:
                             split = source.split or ('train' if self.held_out else self.split_of(documents))
                         documents += ends
                         batch.append((content, split, continued, ends, source.name, place))
-                        size += len(content or '')
+                        size += len(content) if isinstance(content, (bytes, str)) else 0  # a row without text, of which text_of says so
                         if size >= BATCH or len(batch) >= 10**4:
                             yield batch, (number, n_items, documents, before + position)
                             batch, size = [], 0
@@ -388,10 +397,12 @@ class Preparation:
         identity = self.identity([made, vocab_size] if made else tokenizer.spec)
         meta = read_meta(self.data_dir)
         if meta.get('prepared_from') == identity and all((self.data_dir / name).exists() for name in meta['files']):
-            shutil.rmtree(self.folder, ignore_errors=True)  # if it was killed at that
+            if self.left_by() in (None, identity):
+                shutil.rmtree(self.folder, ignore_errors=True)  # if it was killed at that
             print(f'{self.data_dir} is prepared already, of this input and with these settings: nothing to do')
             return
-        if not overwrite and not (self.folder / 'meta.json').exists() and (meta or [*self.data_dir.glob('train*.bin')]):
+        publishing = self.left_by() == identity and (self.folder / 'meta.json').exists()  # what is there may be the first part of this one
+        if not overwrite and not publishing and (meta or [*self.data_dir.glob('train*.bin')]):
             raise ValueError(f'{self.data_dir} holds another data set already: --overwrite replaces it, another --out keeps it')
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / 'lock', 'w') as lock:
@@ -399,6 +410,9 @@ class Preparation:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OSError(f'{self.folder} is being written by another process: wait for it, or choose another --out') from None
+            if not overwrite and self.left_by() not in (None, identity):
+                raise ValueError(f'{self.folder} is what a command with another input or other settings has done so far: that command goes on with it, '
+                                 '--overwrite or removing the folder starts anew')
             try:
                 state = self.resume(identity)
                 if not state:
@@ -421,6 +435,13 @@ class Preparation:
 
     def shard(self, split, number):
         return self.folder / f'{split}_{number:05d}.bin'
+
+    def left_by(self):
+        """The identity of what was stopped in folder, None if there is nothing to go on with."""
+        try:
+            return json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))['identity']
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def resume(self, identity):
         """The state that a stopped preparation left, with its shards cut back to it; None, and an empty folder, if there is none for this identity."""
@@ -538,6 +559,8 @@ def find_tokenizer(name, vocab_size=None):
         raise ValueError(f'--vocab_size is for --tokenizer=bpe, not for {name}, which has its own')
     if name == 'bpe' and vocab_size is None:
         raise ValueError('--tokenizer=bpe needs --vocab_size, 4096 say')
+    if not os.path.exists(name) and ('/' in name or name.endswith('.json')):
+        raise ValueError(f'--tokenizer={name}: no such file')
     return name if name in ('char', 'bpe') else tokenizer_from_file(name) if os.path.exists(name) else get_tokenizer(name)
 
 
@@ -596,7 +619,7 @@ def recipe(script, doc, repo, splits, tokens, val_fraction=None):
 
     def sources():
         if args.input:
-            return find_sources(args.input, 'train' if args.val_input else None) + find_sources(args.val_input, 'val')
+            return find_sources(args.input, 'train' if args.val_input else None, out=args.out_dir) + find_sources(args.val_input, 'val', out=args.out_dir)
         found = [Source(f'{repo}/{name}', None, split, size, None, fetch) for split, name, size, fetch in hub_files(repo, splits)]
         download, both = sum(source.size for source in found), sum(sorted(source.size for source in found)[-2:])
         tokens_here = tokens * download / 1e6 / prepare_facts(script)['download_mb']  # should the hub have another part of it by now
@@ -624,8 +647,11 @@ def main():
     inputs = args.input + args.paths
     if not inputs:
         parser.error('no text given: --input=PATH')
-    prepare(parser, args, lambda: find_sources(inputs, 'train' if args.val_input else None, args.glob) + find_sources(args.val_input, 'val', args.glob),
-            Path(args.out) if '/' in args.out else HERE / args.out, args.tokenizer, args.vocab_size)
+    if args.out in ('', '.', '..'):
+        parser.error(f'--out={args.out} is not the name of a data set: --out=NAME writes data/NAME, --out=./NAME a folder NAME here')
+    out, split = Path(args.out) if '/' in args.out else HERE / args.out, 'train' if args.val_input else None
+    prepare(parser, args, lambda: find_sources(inputs, split, args.glob, out) + find_sources(args.val_input, 'val', args.glob, out), out, args.tokenizer,
+            args.vocab_size)
 
 
 if __name__ == '__main__':
