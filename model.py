@@ -837,7 +837,8 @@ def newest_checkpoint(folder):
     names = ['ckpt.pt', 'ckpt_sharded']
     if not os.path.exists(os.path.join(folder, 'ckpt_sharded')):
         names += ['ckpt_sharded_prev']  # a kill came between the two renames that replace a folder
-    found = [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
+    exist = lambda names: [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
+    found = exist(names) or exist(['ckpt_best.pt', 'ckpt_sharded_best'])  # a kill came in the midst of the first save, which is also the best
 
     def reached(path):  # not by their times, which a copy changes
         try:

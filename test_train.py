@@ -844,7 +844,7 @@ def test_killed_in_the_middle_of_many_processes_it_goes_on_and_leaves_none(tmp_p
 
 @pytest.mark.parametrize('name, data, flags, words', [
     ('empty.txt', b'', [], ['is empty']), ('latin.txt', b'caf\xe9 au lait', [], ['byte 3', 'not UTF-8', '--bad_bytes=replace']),
-    ('late.txt', b'a line\n' * 99999 + b'\xff', [], ['byte 699993']), ('cut.txt.gz', gzip.compress(b'text\n' * 999)[:-9], [], ['not a whole .gz']),
+    ('late.txt', b'a line\n' * 99999 + b'\xff', [], ['byte 699993']), ('cut.txt.gz', gzip.compress(b'text\n' * 999, mtime=0)[:-9], [], ['not a whole .gz']),
     ('no.txt.gz', b'text', [], ['not a whole .gz']), ('cut.jsonl.zst', b'\x28\xb5\x2f\xfd\x24', [], ['not a whole .zst']),
     ('a.jsonl', b'{"text": "a"}\n{"text": \n', [], ['entry 2', 'not JSON']), ('b.jsonl', b'{"body": "a"}\n', [], ['entry 1', "no field 'text'", "'body'", '--field']),
     ('c.jsonl', b'{"text": 7}', [], ["no text in field 'text'"]), ('d.jsonl', b'{"text": "\\ud83d"}', [], ['entry 1', 'not UTF-8']),
@@ -1448,6 +1448,7 @@ def test_what_is_further_on_counts_and_not_what_is_newer_or_of_another_run(text_
     assert Path(newest_checkpoint(out_dir)).name == 'ckpt_sharded_prev'
     (out_dir / 'ckpt_sharded_prev').rename(out_dir / 'ckpt_sharded_best')
     (out_dir / 'ckpt.pt').unlink()
+    assert Path(newest_checkpoint(out_dir)).name == 'ckpt_sharded_best'
     refused(train(text_set, out_dir), 'ckpt_sharded_best', '--overwrite=True')
     (out_dir / 'ckpt_prev.pt').write_bytes(b'')
     assert train(text_set, out_dir, '--overwrite=True', '--max_iters=2').returncode == 0
