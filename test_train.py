@@ -1467,6 +1467,97 @@ def test_consolidating_leaves_what_is_there(sharded, finished, tmp_path):
     assert contents(tmp_path) == before
 
 
+FAULTS = """
+import os, signal, time
+replace, fsync, (what, _, where) = os.replace, os.fsync, os.environ['FAULT'].partition(':')
+
+def faulty_replace(src, dst):
+    if str(dst).endswith('.json'):
+        time.sleep(0.1)  # a log that takes long is not written with every iteration
+    replace(src, dst)
+    if what == 'kill' and os.path.basename(dst) == where:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def faulty_fsync(fd):
+    if what == 'flip' and os.readlink(f'/proc/self/fd/{fd}').endswith(where):
+        os.pwrite(fd, b'flip', os.fstat(fd).st_size // 2)
+    fsync(fd)
+
+os.replace, os.fsync = faulty_replace, faulty_fsync
+if what == 'chdir' and os.environ.get('RANK') == '1':
+    os.chdir(where)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """faulty('kill:NAME') or ('flip:END'): the environment of a process that is killed once a file is renamed to NAME, or has bytes changed before it reaches the disk."""
+    (tmp_path / 'faults').mkdir()
+    (tmp_path / 'faults' / 'sitecustomize.py').write_text(FAULTS)
+    return lambda fault: {'FAULT': fault, 'PYTHONPATH': str(tmp_path / 'faults')}
+
+
+def test_a_kill_after_the_rename_leaves_log_and_best_of_the_same_iteration(text_set, tmp_path, faulty):
+    """ckpt_best.pt that stays stale, as a resumed run knows the loss already, or that auto finds alone; iterations that no log has."""
+    out_dir, flags = tmp_path / 'out', ('--eval_interval=5', '--init_from=auto')
+    assert train(text_set, out_dir, *flags, env=faulty('kill:ckpt_best.pt')).returncode == -signal.SIGKILL and not (out_dir / 'ckpt.pt').exists()
+    assert train(text_set, out_dir, *flags, env=faulty('kill:ckpt.pt')).returncode == -signal.SIGKILL
+    assert checkpoint(out_dir)['iter_num'] == checkpoint(out_dir, 'ckpt_best.pt')['iter_num'] == 10
+    assert list(losses(out_dir)) == list(range(10))
+
+
+def test_a_kill_between_the_renames_of_a_sharded_checkpoint_never_goes_back(text_set, finished, tmp_path, faulty):
+    """Another run's ckpt.pt, or an older one of this run, taken for the last; ckpt_sharded_best gone before the next is there; a log that is behind."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    (out_dir / 'ckpt_best.pt').write_bytes(b'')
+    flags = '--eval_interval=5', '--sharded_checkpoint=True'
+    assert train_mode('fsdp', text_set, out_dir, '--overwrite=True', *flags, env=faulty('kill:ckpt_sharded')).returncode
+    assert not contents(out_dir) and list(losses(out_dir)) == [0, 1, 2, 3, 4]
+    saved = load_checkpoint(out_dir)
+    assert saved['iter_num'] == load_checkpoint(out_dir / 'ckpt_sharded_best')['iter_num'] == 5
+    torch.save(saved | {'iter_num': 3}, out_dir / 'ckpt.pt')  # of this run before it was sharded, but copied later
+    assert load_checkpoint(out_dir)['path'] == str(out_dir / 'ckpt_sharded')
+    assert train_mode('fsdp', text_set, out_dir, '--init_from=auto', *flags, env=faulty('kill:.metadata')).returncode
+    assert load_checkpoint(out_dir)['iter_num'] == load_checkpoint(out_dir / 'ckpt_sharded_best')['iter_num'] == 5
+    done = train_mode('fsdp', text_set, out_dir, '--init_from=auto', *flags, env=faulty('kill:ckpt_sharded_prev'))
+    assert done.returncode and 'iteration 5 of 20' in done.stdout
+    assert load_checkpoint(out_dir)['path'] == str(out_dir / 'ckpt_sharded_prev') and load_checkpoint(out_dir / 'ckpt_sharded_best')['iter_num'] == 10
+    done = train_mode('fsdp', text_set, out_dir, '--init_from=auto', *flags)
+    assert done.returncode == 0 and 'iteration 5 of 20' in done.stdout and load_checkpoint(out_dir)['iter_num'] == 20
+    assert list(losses(out_dir)) == list(range(20)) and not list(out_dir.glob('*.old')) and not list(out_dir.glob('*.tmp'))
+
+
+@pytest.mark.parametrize('fault', ['flip:.distcp', 'flip:info.pt', 'ulimit'])
+def test_a_sharded_checkpoint_that_cannot_be_written_leaves_the_last_one(text_set, sharded, tmp_path, faulty, fault):
+    """One that is damaged on its way to the disk; parts that stay on a full one."""
+    out_dir = copy_sharded(sharded['fsdp'], tmp_path / 'out')
+    before = {path: path.read_bytes() for path in (out_dir / 'ckpt_sharded').iterdir()}
+    launcher = ('bash', '-c', LIMITED.format('f', 100), *TORCHRUN) if fault == 'ulimit' else TORCHRUN
+    done = train(text_set, out_dir, '--init_from=resume', '--max_iters=11', '--use_fsdp=True', '--sharded_checkpoint=True', launcher=launcher, env=faulty(fault))
+    assert done.returncode and done.stderr.count('could not be written') == 1 and ('checksum' in done.stderr) == ('flip' in fault), done.stderr
+    assert before == {path: path.read_bytes() for path in (out_dir / 'ckpt_sharded').iterdir()} and not (out_dir / 'ckpt_sharded.tmp').exists()
+
+
+def test_a_plain_checkpoint_is_read_back(text_set, finished, tmp_path, faulty):
+    """One that is damaged on its way to the disk."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    before = contents(out_dir)
+    refused(train(text_set, out_dir, '--init_from=resume', '--max_iters=21', env=faulty('flip:ckpt.pt.tmp')), out_dir / 'ckpt.pt', 'checksum')
+    assert contents(out_dir) == before
+
+
+def test_an_out_dir_that_nodes_do_not_share_is_noticed(text_set, tmp_path, faulty):
+    """Two nodes that keep a half each, and "saved"."""
+    for node in '01':
+        (tmp_path / node).mkdir()
+    done = command(ROOT / 'train.py', *TINY, f'--dataset={text_set}', '--out_dir=out', '--use_fsdp=True', '--sharded_checkpoint=True', '--save_interval=2',
+                   cwd=tmp_path / '0', launcher=TORCHRUN, env=faulty(f'chdir:{tmp_path / "1"}'))
+    assert done.returncode and 'saved' not in done.stdout and 'out_dir must be a folder that all nodes share' in done.stderr
+    assert not list(tmp_path.glob('*/out/ckpt*'))
+
+
+
+
 COUNT_BYTES = """
 import json, os, sys
 import torch

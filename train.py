@@ -687,8 +687,10 @@ def write_sharded(path, facts, best):
                 read_part(temporary, place)
         except Exception as e:
             unread = first_line(e)
-        if all_reduce(torch.tensor(int(unread is not None), device=device)).item():
-            raise OSError(f"{unread or 'another process could not read what was written'}; out_dir must be a folder that all nodes share")
+        reasons = [None] * world_size
+        dist.all_gather_object(reasons, unread)
+        if any(reasons):
+            raise OSError(f"{next(filter(None, reasons))}; out_dir must be a folder that all nodes share")
         if master:
             info = dict(names=names, param_groups=torch.optim.Optimizer.state_dict(optimizer)['param_groups'], metadata_crc32=file_crc32(f'{temporary}/.metadata'))
             save_checked(facts | info, os.path.join(temporary, 'info.pt'))
@@ -707,8 +709,7 @@ def write_sharded(path, facts, best):
             os.replace(temporary, path)
             sync_folder(out_dir)
     except (OSError, RuntimeError, ValueError, CheckpointException) as e:
-        if master:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         why = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint '{path}' could not be written, what was there is untouched: {first_line(why)}") from e
 
