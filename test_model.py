@@ -1079,11 +1079,19 @@ def test_a_mix_that_transformers_has_no_class_for_is_refused_by_part(tmp_path, s
 TEXTS = ['def main(argv):\n    return 0\n', "it's I'll  3 444 don't   \n\n x  ", 'ünïcödé 日本語 🤖👩‍👩‍👧 \u0300Ā', ' \r\n\t', '\x01\x7f\xa0\xad', 'a']
 
 
+def gpt2_tokenizer():
+    """Skips where tiktoken has neither a cache nor a network."""
+    try:
+        return get_tokenizer('gpt2')
+    except ValueError as e:
+        pytest.skip(str(e))
+
+
 @pytest.mark.parametrize('spec', [{'name': 'byte'}, {'name': 'gpt2'}, {'name': 'char', 'chars': ''.join(sorted(set(''.join(TEXTS))))}], ids=lambda spec: spec['name'])
 def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, spec):
     """A server whose tokenizer splits otherwise feeds the model what it never saw."""
     transformers = pytest.importorskip('transformers')
-    tokenizer = get_tokenizer(spec)
+    tokenizer = gpt2_tokenizer() if spec['name'] == 'gpt2' else get_tokenizer(spec)
     model = GPT(GPTConfig(**TINY | dict(vocab_size=50304 if spec['name'] == 'gpt2' else 256, unpadded_vocab_size=tokenizer.vocab_size)))
     saved_checkpoint(tmp_path / 'run', model, tokenizer=tokenizer.spec)
     result = command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf')
@@ -1102,6 +1110,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(tmp_path, spec):
 
 
 def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, capsys):
+    gpt2_tokenizer()  # which a checkpoint that names none has
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, tokenizer=None, torch_version='2.9', losses=dict(val=dict(loss=1.25, bits_per_byte=2.5)),
                      config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, eval_iters=5, init_from='scratch'))
     (tmp_path / 'run/run_20260101_000000.json').write_text(json.dumps(dict(startup_info=dict(device='cuda (H200) x 8'))))
@@ -1121,6 +1130,7 @@ def test_the_model_card_says_what_the_checkpoint_says_and_no_more(tmp_path, caps
 
 def test_the_model_card_counts_the_tokens_of_all_runs_or_none(tmp_path):
     """After a resume the checkpoint's config is that of the last run: another batch, and not where the weights are from."""
+    gpt2_tokenizer()
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, config=dict(dataset='books', batch_size=4, gradient_accumulation_steps=2, block_size=16, init_from='auto'))
     for n, (first, last, per_iter, init_from) in enumerate(((0, 15, 64, 'gpt2'), (10, 40, 128, 'auto'))):
         (tmp_path / f'run/run_2026010{n + 1}_000000.json').write_text(json.dumps(dict(
