@@ -33,10 +33,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from configurator import coerce, configure, fail, read_block
-from data.loader import find_datasets, mean_and_error, read_meta
+from data.loader import find_datasets, mean_and_error, prepare_facts, read_meta
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(HERE, 'train.py')
+OTHER_SETTINGS = "'{}' was run with {}={}, and now it is {}: another --out_dir, or remove that folder"
 AXES = {'steps': 'iter', 'tokens': 'tokens', 'FLOPs': 'flops', 'seconds': 'train_seconds'}  # what loss is drawn against, and its name in an evaluation
 
 
@@ -152,10 +153,12 @@ def read_run(folder):
     for (_, log), (end, _) in zip(chain, chain[1:] + [(math.inf, None)]):
         evals |= {e['iter']: e for e in log['eval_steps'] if e['iter'] <= end and 'window_losses' in e['val']}
         iterations |= {e['iter']: e for e in log['training_iterations'] if e['iter'] < end}
-    evals = [dict(iter=i, tokens=e['tokens'], flops=e['tokens'] * last['startup_info']['flops_per_token'], train_seconds=e['train_seconds'],
-                  loss=e['val']['loss'], losses=np.array(e['val']['window_losses'])) for i, e in sorted(evals.items())]
-    return dict(folder=folder, config=last['config'], startup_info=last['startup_info'], windows=last.get('eval_windows'), evals=evals, outcome=last['summary']['outcome'],
-                iterations=[e for _, e in sorted(iterations.items())], iter_num=last['summary']['iter_num'], smaller_batches='out_of_memory' in last)
+    flops_token, summary = last['startup_info']['flops_per_token'], last['summary']
+    evals = [dict(iter=i, tokens=e['tokens'], flops=e['tokens'] * flops_token, train_seconds=e['train_seconds'], loss=e['val']['loss'],
+                  losses=np.array(e['val']['window_losses'])) for i, e in sorted(evals.items())]
+    return dict(folder=folder, config=last['config'], startup_info=last['startup_info'], windows=last.get('eval_windows'), evals=evals,
+                iterations=[e for _, e in sorted(iterations.items())], outcome=summary['outcome'], iter_num=summary['iter_num'],
+                smaller_batches='out_of_memory' in last)
 
 
 def finished(run, until):
@@ -163,13 +166,14 @@ def finished(run, until):
     done = read_run(run['folder'])
     if done is None:
         return False
-    free = {'out_dir', 'init_from', 'overwrite', 'max_iters', 'device', 'always_save_checkpoint'} | ({'batch_size', 'gradient_accumulation_steps'} if done['smaller_batches'] else set())
+    free = {'out_dir', 'init_from', 'overwrite', 'max_iters', 'device', 'always_save_checkpoint'}
+    free |= {'batch_size', 'gradient_accumulation_steps'} if done['smaller_batches'] else set()
     for key, (default, _, _) in read_block(TRAIN).items():
         asked, had = run['settings'].get(key, default), done['config'].get(key, default)
         if key not in free and asked not in (None, 'auto', had):  # what is None or auto the run has filled in
-            raise ValueError(f"'{run['folder']}' was run with {key}={had}, and now it is {asked}: another --out_dir, or remove that folder")
+            raise ValueError(OTHER_SETTINGS.format(run['folder'], key, had, asked))
     if done['config']['max_iters'] > run['max_iters']:
-        raise ValueError(f"'{run['folder']}' was run to max_iters={done['config']['max_iters']}, and now it is {run['max_iters']}: another --out_dir, or remove that folder")
+        raise ValueError(OTHER_SETTINGS.format(run['folder'], 'max_iters', done['config']['max_iters'], run['max_iters']))
     return bool(done['evals']) and (done['iter_num'] >= until if done['outcome'] == 'finished' else done['outcome'] == 'stopped early')
 
 
@@ -178,8 +182,9 @@ def start(run, until, slot, jobs, gpus):
     os.makedirs(run['folder'], exist_ok=True)
     with open(os.path.join(run['folder'], 'lock'), 'a') as lock:  # a child of one that was killed may be saving yet
         fcntl.flock(lock, fcntl.LOCK_EX)
-    pretrained = run['settings'].get('init_from', 'auto') not in ('scratch', 'resume', 'auto') and not glob.glob(os.path.join(glob.escape(run['folder']), 'ckpt*'))
-    flags = run['settings'] | dict(out_dir=run['folder'], max_iters=until, init_from=run['settings']['init_from'] if pretrained else 'auto')
+    begun = glob.glob(os.path.join(glob.escape(run['folder']), 'ckpt*'))
+    first = run['settings'].get('init_from', 'scratch')  # or whose weights to fine-tune, the first time
+    flags = run['settings'] | dict(out_dir=run['folder'], max_iters=until, init_from='auto' if begun or first == 'scratch' else first)
     env = os.environ | ({'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]} if gpus else {})
     if jobs > 1 and not gpus:
         env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // jobs)))
@@ -228,7 +233,8 @@ def run_all(runs, jobs, gpus, target=math.inf):
             if active and time.time() - shown > (1 if clear else 60):
                 shown, run = time.time(), next(iter(active.values()))[0]
                 left = f', about {duration((time.time() - t0) * (total - share) / share)} left' if share > 0 else ''
-                print(f"{clear}{100 * share / total:.0f}%{left}; {run['cell']}, seed {run['seed']}: {tail(run)[-1][:70]}", end='' if clear else '\n', flush=True)
+                now = f"{100 * share / total:.0f}%{left}; {run['cell']}, seed {run['seed']}: {tail(run)[-1]}"
+                print(clear + now[:os.get_terminal_size().columns - 1 if clear else 150], end='' if clear else '\n', flush=True)
     finally:  # also when a signal came: let the runs save, then the same command goes on with them
         for _, process, _ in active.values():
             process.terminate()
@@ -239,8 +245,8 @@ def run_all(runs, jobs, gpus, target=math.inf):
 
 def halving(runs, jobs, gpus):
     """
-    Successive halving (https://arxiv.org/abs/1502.07943): all cells to 1/16 of max_iters, or less deep for fewer than 16 of them, the better half on to 1/8, and so
-    on. The schedule is that of the whole run throughout. Returns the runs that failed.
+    Successive halving (https://arxiv.org/abs/1502.07943): all cells to 1/16 of max_iters (1/8 for fewer than 16 cells, and so on), the better
+    half of them to twice that, until one rung reaches max_iters. The schedule is that of the whole run. Returns the runs that failed.
     """
     failed, alive = [], list(dict.fromkeys(run['cell'] for run in runs))
     for k in range(min(4, int(math.log2(len(alive)))), -1, -1):
@@ -283,7 +289,7 @@ def estimate(values, variance, df_seed, share, confidence=0.95):
 
 
 def losses_at(run, axis, budget):
-    """Losses (n windows) of a run when it had spent budget on axis, between the two evaluations around; None where those are further apart than a quarter of it."""
+    """Losses (n windows) of a run when it had spent budget on axis, from the evaluations around; None where these are more than a quarter of it apart."""
     x = [e[AXES[axis]] for e in run['evals']]
     i = int(np.searchsorted(x, budget))
     if i == 0 or i == len(x):
@@ -303,8 +309,8 @@ def compare(groups, baseline, confidence=0.95):
     runs = [run for group in groups.values() for run in group]
     for run in runs:
         if run['windows'] != runs[0]['windows']:
-            raise ValueError(f"'{runs[0]['folder']}' and '{run['folder']}' were not evaluated on the same windows: {runs[0]['windows']} and {run['windows']}; "
-                             'the same dataset, block_size and eval_iters * batch_size are needed')
+            raise ValueError(f"'{runs[0]['folder']}' and '{run['folder']}' were not evaluated on the same windows, {runs[0]['windows']} and "
+                             f"{run['windows']}: they need the same dataset, block_size and eval_iters * batch_size")
     at = {'end': {name: [run['evals'][-1]['losses'] for run in group] for name, group in groups.items()}}
     for axis in ('FLOPs', 'seconds'):
         budget = min(run['evals'][-1][AXES[axis]] for run in runs)
@@ -321,9 +327,9 @@ def compare(groups, baseline, confidence=0.95):
         row = dict(cell=name, seeds=[run['config']['seed'] for run in group], folders=[run['folder'] for run in group],
                    iterations=max(run['iter_num'] for run in group), params=group[0]['startup_info']['total_params'],
                    flops_per_token=group[0]['startup_info']['flops_per_token'],
-                   tokens_per_sec=float(np.median([e['mfu']['tokens_per_sec'] for e in iterations])) if iterations else None,
-                   mfu_percent=float(np.median([e['mfu']['mfu_percent'] for e in iterations])) if iterations else None,
-                   peak_bytes=max((max(e['memory'].values()) for e in iterations), default=None),
+                   tokens_per_sec=float(np.median([e['mfu']['tokens_per_sec'] for e in iterations])),
+                   mfu_percent=float(np.median([e['mfu']['mfu_percent'] for e in iterations])),
+                   peak_bytes=max(max(e['memory'].values()) for e in iterations),
                    seconds=float(np.mean([run['evals'][-1]['train_seconds'] for run in group])),
                    val_loss=mean, interval=half, loss_by_seed=[float(x.mean()) for x in end])
         for axis, cells in at.items():
@@ -337,8 +343,8 @@ def compare(groups, baseline, confidence=0.95):
 
 def group_runs(runs):
     """{name: runs} of finished runs: those that differ in nothing but seed are one cell, and a cell is named by what is not the same in all."""
-    ignored = {'seed', 'out_dir', 'init_from', 'overwrite', 'wandb_log', 'wandb_project', 'wandb_run_name', 'wandb_artifacts', 'tensorboard_log', 'sample_interval',
-               'log_interval', 'eval_interval', 'save_interval', 'always_save_checkpoint', 'gradient_log_interval', 'device', 'peak_tflops'}
+    ignored = '''seed out_dir init_from overwrite wandb_log wandb_project wandb_run_name wandb_artifacts tensorboard_log sample_interval log_interval
+                 eval_interval save_interval always_save_checkpoint gradient_log_interval device peak_tflops'''.split()
     shown = [k for k in runs[0]['config'] if k not in ignored and len({str(run['config'].get(k)) for run in runs}) > 1]
     groups = {}
     for run in runs:
@@ -355,35 +361,36 @@ def plus_minus(value, half, sign=''):
 
 
 def verdict(d, confidence):
-    if d['p'] is None:
-        return 'one seed'
+    if d is None or d['p'] is None:
+        return 'one seed' if d else 'baseline'
     return 'no difference' if d['p'] >= 1 - confidence else 'better' if d['difference'] < 0 else 'worse'
 
 
 def table(rows, facts, baseline, failed, confidence):
     """The rows in Markdown, with what one has to know to read them below."""
-    columns = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens/s', 'MFU', 'peak memory', 'val loss', 'difference', 'p', 'verdict', 'at equal FLOPs', 'at equal time']
+    columns = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens/s', 'MFU', 'peak memory', 'val loss', 'difference', 'p', 'verdict',
+               'at equal FLOPs', 'at equal time']
     lines = []
     for row in rows:
-        end = row.get('difference at end')
-        sides = [plus_minus(d['difference'], d['interval'], '+') if d else '' if row['cell'] == baseline else '-'
-                 for d in (row.get('difference at FLOPs'), row.get('difference at seconds'))]
-        speeds = ['-'] * 3 if row['tokens_per_sec'] is None else \
-            [f"{row['tokens_per_sec']:,.0f}", f"{row['mfu_percent']:.1f}%", f"{row['peak_bytes'] / 2**30:.2f} GiB"]
-        lines.append([row['cell'], str(len(row['seeds'])), str(row['iterations']), f"{row['params']:,}", f"{row['flops_per_token'] / 1e6:,.4g}", *speeds,
-                      plus_minus(row['val_loss'], row['interval']), *([plus_minus(end['difference'], end['interval'], '+'), '-' if end['p'] is None else '<0.001' if end['p'] < 0.001
-                                                                        else f"{end['p']:.3f}", verdict(end, confidence)] if end else ['', '', 'baseline']), *sides])
+        ends = [row.get(f'difference at {axis}') for axis in ('end', 'FLOPs', 'seconds')]
+        differences = [plus_minus(d['difference'], d['interval'], '+') if d else '' if row['cell'] == baseline else '-' for d in ends]
+        p = ends[0]['p'] if ends[0] else None
+        lines.append([row['cell'], str(len(row['seeds'])), str(row['iterations']), f"{row['params']:,}", f"{row['flops_per_token'] / 1e6:,.4g}",
+                      f"{row['tokens_per_sec']:,.0f}", f"{row['mfu_percent']:.1f}%", f"{row['peak_bytes'] / 2**30:.2f} GiB",
+                      plus_minus(row['val_loss'], row['interval']), differences[0], '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}', verdict(ends[0], confidence), *differences[1:]])
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     form = lambda line: '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths)) + ' |'
     text = [form(columns), '| ' + ' | '.join('-' * w for w in widths) + ' |', *map(form, lines), '']
     windows, percent = facts['windows'], f'{100 * confidence:g} %'
-    text.append(f"Val loss in nats a token on {windows['n']:,} windows of {windows['tokens_each']} tokens, the same for all; ± is a {percent} interval. Differences are from '{baseline}', window by window.")
+    text.append(f"Val loss in nats a token on {windows['n']:,} windows of {windows['tokens_each']} tokens, the same for all; ± is a {percent} interval. "
+                f"Differences are from '{baseline}', window by window.")
     if facts['seed_df']:
-        text.append(f"They hold for other text and other seeds: seeds of one cell differ by {facts['seed_deviation']:.4f} (standard deviation, pooled, {facts['seed_df']} degrees of freedom).")
+        text.append(f"They hold for other text and other seeds: seeds of one cell differ by {facts['seed_deviation']:.4f} (standard deviation, pooled, "
+                    f"{facts['seed_df']} degrees of freedom).")
     else:
         text.append('Each cell has one seed, so intervals are for other text only, and there are no p-values: --seed=1,2,3 tells what another seed would give.')
-    text.append('At equal FLOPs, at equal time: at what the cheapest run had spent at its end, the others interpolated between evaluations, where their learning rate had not yet come down; '
-                '-: they are more than a quarter of it apart (--eval_interval).')
+    text.append('At equal FLOPs and time: at what the cheapest run had spent at its end, the others between two evaluations, where their learning rate had '
+                'not yet come down as far; -: evaluations more than a quarter of it apart (--eval_interval).')
     text += [f'NOT IN THE TABLE, failed: {name}' for name in failed]
     return '\n'.join(text) + '\n'
 
@@ -424,31 +431,31 @@ def pyplot():
 # scaling
 
 def ladder(config, given):
-    """The cells of a ladder of widths and their runs: heads of the same size, d_ff in proportion, as many iterations as tokens_per_param asks for."""
+    """The runs of a ladder of widths: heads of the same size, d_ff in proportion, and as many iterations as tokens_per_param asks for."""
     from model import meta_model
-    widths, head_dim = config['n_embd'], config['n_embd'] // config['n_head'] if isinstance(config['n_embd'], int) else None
-    if head_dim is None:
-        base = configure(__file__, TRAIN, argv=[config['scaling']], convert=several)[0]
-        head_dim, config['n_head'], config['d_ff'] = base['n_embd'] // base['n_head'], base['n_head'], base['d_ff'] and base['d_ff'] / base['n_embd']
-    else:
-        widths = sorted({head_dim * max(1, round(f * config['n_head'])) for f in (0.5, 0.75, 1, 1.5, 2)})
-        config['d_ff'] = config['d_ff'] and config['d_ff'] / config['n_embd']
-    data_vocab = read_meta(find_datasets(config['dataset'])[0][2]).get('vocab_size')
-    if data_vocab is None and config['vocab_size'] is None:
-        raise ValueError(f"data set '{config['dataset']}' is not prepared yet, and sizes depend on its vocabulary: prepare it, or give --vocab_size")
+    base = configure(__file__, TRAIN, argv=[config['scaling']], convert=several)[0]
+    head_dim = base['n_embd'] // base['n_head']
+    widths = config['n_embd'] if isinstance(config['n_embd'], list) else sorted({head_dim * max(1, round(f * base['n_head'])) for f in (0.5, 0.75, 1, 1.5, 2)})
+    for width in (w for w in widths if w % head_dim):
+        raise ValueError(f"n_embd={width} is no multiple of {head_dim}, the size of a head in '{config['scaling']}'")
+    if len(widths) < 3:
+        raise ValueError(f'a power law needs 3 widths or more, not {len(widths)}: --n_embd=64,96,128')
+    folder = find_datasets(config['dataset'])[0][2]
+    script = folder / 'prepare.py'
+    vocab_size = config['vocab_size'] or read_meta(folder).get('vocab_size') or (prepare_facts(script)['vocab_size'] if script.exists() else None)
+    if vocab_size is None:
+        raise ValueError(f"the vocabulary of data set '{config['dataset']}' is not known before it is prepared, and sizes depend on it: "
+                         'prepare it, or give --vocab_size')
     cells, tokens_per_iter = {}, config['batch_size'] * config['block_size'] * config['gradient_accumulation_steps']
     for width in widths:
-        if width % head_dim:
-            raise ValueError(f'n_embd={width} is no multiple of {head_dim}, the size of a head in {config["scaling"]}')
-        own = dict(n_embd=width, n_head=width // head_dim) | ({'d_ff': round(config['d_ff'] * width)} if config['d_ff'] else {})
-        n = meta_model(config | own | {'vocab_size': config['vocab_size'] or data_vocab}).get_num_params(False)
-        steps = max(10, math.ceil(config['tokens_per_param'] * n / tokens_per_iter))
+        own = dict(n_embd=width, n_head=width // head_dim) | ({'d_ff': round(base['d_ff'] * width / base['n_embd'])} if base['d_ff'] else {})
+        n = meta_model(config | own | dict(vocab_size=vocab_size)).get_num_params(False)
+        steps = math.ceil(config['tokens_per_param'] * n / tokens_per_iter)
         cells[f'width {width}'] = own | dict(max_iters=steps, lr_decay_iters=steps, warmup_iters=min(config['warmup_iters'], steps // 10))
         print(f'width {width}: {n:,} parameters, {steps:,} iterations, {steps * tokens_per_iter:,} tokens', flush=True)
-    config.update(n_embd=widths[0], d_ff=None)
     runs = make_runs(config, given, cells)
     for run in runs:
-        run['cost'] = float(run['settings']['max_iters'] * run['settings']['n_embd'])
+        run['cost'] = float(run['max_iters'] * run['settings']['n_embd'])
     return runs
 
 
@@ -483,8 +490,8 @@ def fit_power_law(n, losses, confidence=0.95):
         slopes = np.stack([(form(x, *(best + step * (np.arange(len(best)) == i))) - form(x, *best)) / step[i] for i in range(len(best))])
         return form(x, *best), t * np.sqrt(np.einsum('i...,ij,j...->...', slopes, covariance, slopes))
     alpha, spread = best[1], half[1]
-    return dict(form=name, alpha=alpha, alpha_interval=spread, A=best[0] * middle ** alpha, loss_at_middle=best[0], middle=middle, df=df,
-                E=best[2] if len(best) == 3 else 0.0, E_interval=half[2] if len(best) == 3 else None, predict=predict)
+    return dict(form=name, alpha=alpha, alpha_interval=spread, A=best[0] * middle ** alpha, df=df, E=best[2] if len(best) == 3 else 0.0,
+                E_interval=half[2] if len(best) == 3 else None, predict=predict)
 
 
 def scaling_report(groups, config, out_dir):
@@ -495,8 +502,10 @@ def scaling_report(groups, config, out_dir):
     x = np.geomspace(min(n) / 1.5, max(n) * 10, 100)
     y, half = fit['predict'](x)
     at_ten = fit['predict'](10 * max(n))
-    text = f"{fit['form']}: alpha {fit['alpha']:.4f} ± {fit['alpha_interval']:.4f}, A {fit['A']:.4g}" + (f", E {fit['E']:.4f} ± {fit['E_interval']:.4f}" if fit['E'] else '') + \
-        f" ({fit['df']} degrees of freedom; N all parameters, {config['tokens_per_param']} tokens each); {10 * max(n):,} parameters would come to {at_ten[0]:.4f} ± {at_ten[1]:.4f}"
+    text = f"{fit['form']}: alpha {fit['alpha']:.4f} ± {fit['alpha_interval']:.4f}, A {fit['A']:.4g}" + \
+        (f", E {fit['E']:.4f} ± {fit['E_interval']:.4f}" if fit['E'] else '') + \
+        f" ({fit['df']} degrees of freedom; N: all parameters, {config['tokens_per_param']:g} tokens each); {10 * max(n):,} of them would come to " \
+        f'{at_ten[0]:.4f} ± {at_ten[1]:.4f}'
     if not fit['E']:
         text += '\nThese sizes do not tell E, what is left at any size, from 0: beyond them the line is too low.'
     plt = pyplot()
@@ -528,11 +537,19 @@ def main():
     config, given = configure(__file__, TRAIN, argv=[arg.removeprefix('--scaling=') for arg in sys.argv[1:] if arg.startswith('--scaling=')] +
                               [arg for arg in sys.argv[1:] if not os.path.isdir(arg)], convert=several)
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-        signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
+        signal.signal(getattr(signal, name), stop)
     try:
         raise SystemExit(run_study(config, given, [arg for arg in sys.argv[1:] if os.path.isdir(arg)]))
     except (ValueError, OSError) as e:
         fail(str(e))
+
+
+def stop(number, frame):
+    """The runs at work save and end, in run_all's finally; a second signal meanwhile changes nothing."""
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    print('\nthe runs at work save and end; the same command goes on from there', flush=True)
+    raise SystemExit(128 + number)
 
 
 def run_study(config, given, folders):
@@ -554,8 +571,9 @@ def run_study(config, given, folders):
     if folders:
         found = [read_run(folder) for folder in folders]
         for folder, run in zip(folders, found):
-            if run is None or not run['evals']:
-                raise ValueError(f"'{folder}' holds no run log with window losses (run_*.json): it is not a run's out_dir, or it ended before its first evaluation")
+            if run is None or not run['evals'] or not run['iterations']:
+                raise ValueError(f"'{folder}' holds no run log with window losses (run_*.json): it is no run's out_dir, or it ended before "
+                                 'its first evaluation')
         groups, planned = group_runs(found), []
     else:
         if config['scaling']:
@@ -566,7 +584,8 @@ def run_study(config, given, folders):
             seed = config['seed'][0] if isinstance(config['seed'], list) else config['seed']
             planned = make_runs(config, given, make_cells(config, np.random.default_rng(seed) if config['search'] else None))
             if len(planned) == 1:
-                raise ValueError('nothing to compare: give a key several values, as in --normalization=layernorm,rmsnorm --seed=1,2,3, or finished runs, as in out-a out-b')
+                raise ValueError('nothing to compare: give a key several values, as in --normalization=layernorm,rmsnorm --seed=1,2,3, or finished runs, '
+                                 'as in out-a out-b')
         jobs, gpus = how_many_jobs(config)
         if config['search']:
             for run in planned:
@@ -582,7 +601,7 @@ def run_study(config, given, folders):
     if not groups:
         raise ValueError('no run has come to its end, see above')
     if config['search']:
-        groups = dict(sorted(groups.items(), key=lambda item: (-item[1][0]['iter_num'], np.mean([run['evals'][-1]['loss'] for run in item[1]]))))
+        groups = dict(sorted(groups.items(), key=lambda cell: (-cell[1][0]['iter_num'], np.mean([run['evals'][-1]['loss'] for run in cell[1]]))))
     baseline = config['baseline'] or next(iter(groups))
     if baseline not in groups:
         raise ValueError(f"baseline '{baseline}' is none of the cells: {'; '.join(groups)}")
@@ -612,16 +631,17 @@ def run_study(config, given, folders):
 
 
 def how_many_jobs(config):
-    """(runs at a time, the GPUs they take in turn)"""
-    if config['device'] == 'auto' or isinstance(config['device'], str) and config['device'].startswith('cuda'):
+    """(runs at a time, the GPUs that they take in turn)"""
+    gpus = []
+    if config['device'] in ('auto', 'cuda'):
         import torch
-        gpus = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
-    gpus = [g for g in gpus.split(',') if g] if config['device'] in ('auto', 'cuda') else []
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count()))))
+        gpus = visible.split(',')[:torch.cuda.device_count()]
     jobs = max(1, len(gpus)) if config['jobs'] == 'auto' else config['jobs']
     if jobs < 1:
         raise ValueError(f'jobs must be positive, not {jobs}')
     if jobs > max(1, len(gpus)):
-        print('NOTE: runs at a time on one device slow each other down, so speed and equal time mean less')
+        print('NOTE: runs that share a device slow each other down, so speed and equal time mean less')
     return jobs, gpus
 
 

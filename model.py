@@ -500,16 +500,6 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0):
         return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad)
 
 
-@torch.no_grad()
-def token_losses(x, weight, targets, softcap=0.0):
-    """The cross-entropy of each row, without gradients and a chunk of logits at a time. x (N, C), weight (V, C), targets (N,) -> (N,) float32, 0 where ignored."""
-    rows, losses = max(1, 2 ** 22 // weight.size(0)), []
-    for part, t in zip(x.split(rows), targets.split(rows)):
-        z = F.linear(part, weight).float()
-        losses.append(F.cross_entropy(softcap * torch.tanh(z / softcap) if softcap else z, t, ignore_index=-1, reduction='none'))
-    return torch.cat(losses)
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -535,7 +525,7 @@ class GPT(nn.Module):
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean'):
+    def forward(self, idx, targets=None, cache=None, all_logits=False):
         """
         idx (B, T) int64 -> (logits, loss). With targets (B, T), -1 ignored, loss is the mean cross-entropy in nats and logits is
         None, because holding (B, T, V) floats is what costs the most memory; without, loss is None and logits are those of
@@ -563,9 +553,7 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
 
         loss = logits = None
-        if targets is not None and reduction == 'none':
-            loss = token_losses(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), self.config.logit_softcap).view(B, T)
-        elif targets is not None:
+        if targets is not None:
             loss = linear_cross_entropy(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), self.config.logit_softcap)
         if targets is None or all_logits:
             logits = self.lm_head(x if all_logits else x[:, [-1], :])

@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from dataclasses import asdict
 from typing import Literal
 
@@ -40,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, Mixture, find_datasets, mean_and_error, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, file_crc32, fill, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_metadata, read_part, release_freed_memory, save_checked)
@@ -577,27 +576,21 @@ def estimate_loss():
         n = min(eval_windows, loader.n_windows)
         steps = math.ceil(n / (batch_size * world_size))
         indices = [np.arange(batch_size) + (i * world_size + rank) * batch_size for i in range(steps)]
-        window_losses, n_bytes, crc = torch.zeros(n, dtype=torch.float64, device=device), 0, 0
+        total, n_bytes = torch.zeros((), device=device), 0
         with autocast():  # outside the loop, so that weights are cast once
             for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
                 if told_to_stop():
                     return None
                 rows = (indices[i] < n).sum().item()
-                window_losses[indices[i][:rows]] = raw_model(X, Y, reduction='none')[1][:rows].mean(1).double()
-                if split not in fingerprints:
-                    crc += sum(zlib.crc32(window.numpy()) for window in torch.cat((X, Y), dim=1)[:rows].cpu())
+                Y[rows:] = -1  # the last batch may reach beyond n; ignored targets keep its shape, for the compiler
+                total += raw_model(X, Y)[1] * rows
                 if bytes_per_id is not None and split not in bytes_per_token:
                     n_bytes += bytes_per_id[Y[:rows].cpu()].sum().item()
                 show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
         if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
             bytes_per_token[split] = all_reduce(torch.tensor(float(n_bytes), device=device)).item() / (n * block_size)
-        if split not in fingerprints:
-            fingerprints[split] = dict(n=n, tokens_each=block_size, crc=all_reduce(torch.tensor(crc, device=device)).item() % 2 ** 53)
-        shard, start = loader.locate(np.arange(n))
-        in_text = all_reduce(window_losses).cpu().numpy()[np.lexsort((start, shard))]
-        loss, error, _ = mean_and_error(in_text)
-        loss = float(loss)
-        out[split] = dict(loss=loss, standard_error=float(error), perplexity=math.exp(min(loss, 700)), window_losses=[round(x, 5) for x in in_text.tolist()])
+        loss = all_reduce(total).item() / n
+        out[split] = dict(loss=loss, perplexity=math.exp(min(loss, 700)))
         if bytes_per_token.get(split):
             out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
     raw_model.train()
@@ -849,8 +842,7 @@ def log_evaluation(best):
     val = last_losses['val']
     say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
         (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
-    entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds, tokens=iter_num * tokens_per_iter, train_seconds=all_seconds)
-    run_log['eval_windows'] = fingerprints['val']
+    entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
     if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and (master or mode == 'fsdp'):  # which gathers weights from all ranks
         entry['sample'] = write_sample()
     log('eval_steps', entry)
@@ -992,7 +984,7 @@ if mode != 'fsdp':  # which moves a block at a time, and keeps a share of it
 block_size = model_config.block_size
 config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
 
-bytes_per_id, bytes_per_token, fingerprints = None, {}, {}
+bytes_per_id, bytes_per_token = None, {}
 if tokenizer is not None:  # padding has no text
     bytes_per_id = torch.zeros(max(model_config.vocab_size, tokenizer.vocab_size), dtype=torch.long)
     bytes_per_id[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
@@ -1108,7 +1100,7 @@ if device.type == 'cuda':
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
-all_seconds, stopping, grad_stats, recent_losses, sum_shards = 0.0, 0, {}, collections.deque(maxlen=100), all_reduce if mode == 'fsdp' else None
+stopping, grad_stats, recent_losses, sum_shards = 0, {}, collections.deque(maxlen=100), all_reduce if mode == 'fsdp' else None
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -1179,7 +1171,6 @@ while True:
     due = iter_num % log_interval == 0 or iter_num + 1 == max_iters or iter_num == first_iter + 2
     mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size) if due else None
     train_seconds += time.time() - t0
-    all_seconds += time.time() - t0
     if due:
         seconds = train_seconds / iters_since_log
         weight = 1.0 if iter_num < first_iter + 10 else min(1.0, iters_since_log / 10)  # the first iterations are slower than the rest

@@ -318,18 +318,6 @@ class Loader:
             yield from map(self._to_device, reading.result() if reading else ())
 
 
-def mean_and_error(losses):
-    """(mean, standard error, degrees of freedom) of losses (n windows in text order): neighbours are alike, so the error is that of the means of
-    floor(sqrt(n)) contiguous blocks (batch means, https://doi.org/10.1214/09-AOS735). nan for fewer than 4."""
-    losses = np.asarray(losses, np.float64)
-    n_blocks = math.isqrt(len(losses))
-    if n_blocks < 2:
-        return losses.mean(), math.nan, 0
-    sizes = np.diff(np.linspace(0, len(losses), n_blocks + 1).astype(int))
-    means = np.add.reduceat(losses, np.cumsum([0, *sizes[:-1]])) / sizes
-    return losses.mean(), means.std(ddof=1) / math.sqrt(n_blocks), n_blocks - 1
-
-
 class Mixture(Loader):
     """Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
 
