@@ -447,13 +447,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     Mean cross-entropy of (x @ weight.T) against targets, -1 ignored, without ever holding the logits of more than a chunk
     of rows: each chunk makes its logits, loss and gradients at once, in forward (Liger Kernel, https://arxiv.org/abs/2410.10989).
     x (N, C), weight (V, C), targets (N,) -> scalar float32. Three matmuls as in the plain way, none repeated; softmax in float32.
+    reduction='none' gives (N,) losses instead, 0 where ignored, which have no gradient.
 
     Why not F.linear_cross_entropy of newer torch: its chunked path ignores autocast, breaks torch.compile's graph, is invisible
     to FlopCounterMode, and was several times slower than plain cross-entropy on a CPU.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad):
-        w, loss, dw = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=x.device), None
+    def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction='mean'):
+        w, loss, losses, dw = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=x.device), [], None
         dx = torch.empty_like(x) if need_grad else None
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
@@ -462,7 +463,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             for z, tz, sz in zip(logits.split(part), t.split(part), seen.split(part)):
                 capped = softcap * torch.tanh(z.float() / softcap) if softcap else z
                 log_probs = F.log_softmax(capped, dim=-1, dtype=torch.float32)
-                loss -= (log_probs.gather(1, tz) * sz).sum()
+                seen_log_probs = log_probs.gather(1, tz) * sz
+                loss -= seen_log_probs.sum()
+                if reduction == 'none':
+                    losses.append(-seen_log_probs[:, 0])
                 if need_grad:
                     g = log_probs.exp_().scatter_add_(1, tz, torch.full_like(tz, -1.0, dtype=torch.float32))  # softmax - one_hot
                     if softcap:
@@ -472,6 +476,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dx[i:i + chunk] = (logits @ w) * seen
                 dw_chunk = logits.T @ (rows * seen)
                 dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # in float32 from the second chunk on
+        if reduction == 'none':
+            return torch.cat(losses)
         count = (targets >= 0).sum().clamp(min=1)
         ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
@@ -481,14 +487,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         grad = (grad / count).view(1, 1)  # with dimensions its float32 wins over dw's dtype
-        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), None, None, None, None, None, None
+        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), *[None] * 7
 
 
-def linear_cross_entropy(x, weight, targets, softcap=0.0):
+def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
     """
     LinearCrossEntropy.apply with what it needs to know from outside: autocast's dtype, how many rows make a chunk of at most 2^26
     logits, 2^27 on a GPU, and of how many a CPU takes the float32 softmax at a time, 2^22 logits, which its cache holds.
-    x (N, C), weight (V, C), targets (N,) -> scalar float32, nats a token.
+    x (N, C), weight (V, C), targets (N,) -> scalar float32, nats a token; (N,) with reduction='none', without gradients only, else ValueError.
     """
     device, V = x.device.type, weight.size(0)
     dtype = torch.get_autocast_dtype(device) if device != 'meta' and torch.is_autocast_enabled(device) else x.dtype
@@ -496,8 +502,10 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0):
     chunk = max(1, math.ceil(x.size(0) / n_chunks))
     part = max(1, 2 ** 22 // V) if device == 'cpu' else chunk
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if reduction not in ('mean', 'none') or reduction == 'none' and need_grad:
+        raise ValueError(f"reduction={reduction!r}: 'mean', or inside torch.no_grad() 'none'")
     with torch.autocast(device, enabled=False) if device != 'meta' else contextlib.nullcontext():
-        return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad)
+        return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
 
 
 class GPT(nn.Module):
@@ -525,12 +533,13 @@ class GPT(nn.Module):
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, all_logits=False):
+    def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean'):
         """
         idx (B, T) int64 -> (logits, loss). With targets (B, T), -1 ignored, loss is the mean cross-entropy in nats and logits is
         None, because holding (B, T, V) floats is what costs the most memory; without, loss is None and logits are those of
         the last position, (B, 1, V). all_logits=True gives (B, T, V) in either case. cache: a list from new_cache(), whose
-        positions come before idx. ValueError if the sequence is longer than block_size.
+        positions come before idx. reduction='none', inside torch.no_grad() only: loss is that of each token, (B, T) float32, 0 where
+        ignored. ValueError if the sequence is longer than block_size.
         """
         start = cache[0].length if cache else 0
         B, T = idx.size()
@@ -554,7 +563,8 @@ class GPT(nn.Module):
 
         loss = logits = None
         if targets is not None:
-            loss = linear_cross_entropy(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), self.config.logit_softcap)
+            loss = linear_cross_entropy(x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), self.config.logit_softcap, reduction)
+            loss = loss.view(B, T) if reduction == 'none' else loss
         if targets is None or all_logits:
             logits = self.lm_head(x if all_logits else x[:, [-1], :])
             if self.config.logit_softcap:

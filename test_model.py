@@ -722,6 +722,34 @@ def test_the_models_loss_is_cross_entropy_of_its_logits(tied):
         close(grad, expected[name])
 
 
+@pytest.mark.parametrize('softcap', [0.0, 2.0])
+@pytest.mark.parametrize('chunk', [1, 7, 40, 1000])
+def test_losses_of_tokens_are_cross_entropy_chunk_by_chunk(chunk, softcap):
+    """A chunk left out or put in another's place, which a mean does not show; an ignored token with a loss."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(40, 16), torch.randn(50, 16), torch.randint(50, (40,))
+    targets[3:17] = -1
+    z = x.double() @ weight.double().T
+    expected = F.cross_entropy(softcap * torch.tanh(z / softcap) if softcap else z, targets, ignore_index=-1, reduction='none')
+    losses = LinearCrossEntropy.apply(x, weight, targets, softcap, torch.float32, chunk, 3, False, 'none')
+    assert losses.dtype == torch.float32 and not losses[3:17].any()
+    close(losses.double(), expected)
+    close(linear_cross_entropy(x, weight, targets, softcap, 'none').double(), expected)
+
+
+def test_the_models_losses_of_tokens_have_the_shape_of_the_targets():
+    """Windows and positions mixed up; a gradient that would silently be none."""
+    model, idx, targets = shaken(logit_softcap=3.0), ids(B, T), ids(B, T, seed=1)
+    targets[0, :4] = -1
+    with torch.no_grad():
+        logits, losses = model(idx, targets, reduction='none')
+        close(losses, F.cross_entropy(model(idx, all_logits=True)[0].transpose(1, 2), targets, ignore_index=-1, reduction='none'))
+        assert logits is None and losses.shape == (B, T)
+    for reduction, context in (('none', torch.enable_grad()), ('sum', torch.no_grad())):
+        with context, pytest.raises(ValueError, match=f"reduction='{reduction}'"):
+            model(idx, targets, reduction=reduction)
+
+
 def test_forward_returns_what_it_says():
     """Callers rely on which of logits and loss is None; nanoGPT's (B, T, V) floats beside the loss are what fills the memory."""
     model, idx = shaken(), ids(B, T)

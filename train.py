@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, Mixture, find_datasets, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, fingerprint, mean_and_error, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, file_crc32, fill, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
                    model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_metadata, read_part, release_freed_memory, save_checked)
@@ -565,34 +565,41 @@ def compile_model():
 @torch.no_grad()
 def estimate_loss():
     """
-    {split: {loss, perplexity, bits_per_byte}} over the first eval_iters * batch_size windows of each split, in an order that
-    depends on nothing but block_size, so that two runs are compared on the same text; all, if there are fewer. Ranks share the
-    work. Loss in nats a token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell.
-    None if a signal came.
+    {split: {loss, standard_error, perplexity, bits_per_byte}} over the first eval_windows[split] windows of each split, in an order
+    that depends on nothing but block_size, so that two runs are compared on the same text. Ranks share the work. Loss in nats a
+    token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell. val also has window_losses,
+    in the order of the text. None if a signal came.
     """
     raw_model.eval()
     out = {}
     for split, loader in eval_loaders.items():
-        n = min(eval_windows, loader.n_windows)
+        n = eval_windows[split]
         steps = math.ceil(n / (batch_size * world_size))
-        indices = [np.arange(batch_size) + (i * world_size + rank) * batch_size for i in range(steps)]
-        total, n_bytes = torch.zeros((), device=device), 0
+        first = [(i * world_size + rank) * batch_size for i in range(steps)]
+        losses = torch.zeros(steps * world_size * batch_size, device=device)  # of a window; all ranks' together, a rank fills in its own
+        n_bytes = crc = 0
         with autocast():  # outside the loop, so that weights are cast once
-            for i, (X, Y) in enumerate(loader.stream(index % loader.n_windows for index in indices)):
+            for i, (X, Y) in enumerate(loader.stream((at + np.arange(batch_size)) % loader.n_windows for at in first)):
                 if told_to_stop():
                     return None
-                rows = (indices[i] < n).sum().item()
-                Y[rows:] = -1  # the last batch may reach beyond n; ignored targets keep its shape, for the compiler
-                total += raw_model(X, Y)[1] * rows
-                if bytes_per_id is not None and split not in bytes_per_token:
-                    n_bytes += bytes_per_id[Y[:rows].cpu()].sum().item()
+                losses[first[i]:first[i] + batch_size] = raw_model(X, Y, reduction='none')[1].mean(1)
+                if split not in eval_facts:
+                    x, y = (t[:max(0, n - first[i])].cpu() for t in (X, Y))  # the last batch may reach beyond n: it keeps its shape, for the compiler
+                    n_bytes += bytes_per_id[y].sum().item() if bytes_per_id is not None else 0
+                    crc += fingerprint(torch.cat((x, y[:, -1:]), dim=1))
                 show_progress(f'evaluating {split}: batch {i + 1}/{steps}')
-        if bytes_per_id is not None and split not in bytes_per_token:  # the windows are fixed, so this is too
-            bytes_per_token[split] = all_reduce(torch.tensor(float(n_bytes), device=device)).item() / (n * block_size)
-        loss = all_reduce(total).item() / n
-        out[split] = dict(loss=loss, perplexity=math.exp(min(loss, 700)))
-        if bytes_per_token.get(split):
-            out[split]['bits_per_byte'] = loss / math.log(2) / bytes_per_token[split]
+        if split not in eval_facts:  # the windows are fixed, so these are too
+            n_bytes, crc = all_reduce(torch.tensor([n_bytes, crc], device=device)).tolist()
+            eval_facts[split] = dict(bytes_per_token=n_bytes / (n * block_size), crc=crc % 2 ** 53)  # JSON's readers have exact integers up to there
+        shard, offset = loader.locate(np.arange(n))
+        losses = all_reduce(losses)[:n].double().cpu().numpy()[np.lexsort((offset, shard))]
+        loss, error, _ = mean_and_error(losses)
+        out[split] = dict(loss=loss, standard_error=error if math.isfinite(error) else None, perplexity=math.exp(min(loss, 700)))
+        if eval_facts[split]['bytes_per_token']:
+            out[split]['bits_per_byte'] = loss / math.log(2) / eval_facts[split]['bytes_per_token']
+        if split == 'val':
+            run_log['eval_windows'] = dict(n=n, tokens_each=block_size, crc=eval_facts[split]['crc'])
+            out[split]['window_losses'] = losses.round(5).tolist()
     raw_model.train()
     release_gathered()
     return out
@@ -625,7 +632,7 @@ def save_checkpoint(best):
     t0, error, path = time.time(), None, os.path.join(out_dir, 'ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')
     facts = {'scaler': scaler.state_dict(), 'model_args': asdict(raw_model.config), 'config': config, 'tokenizer': tokenizer.spec if tokenizer else
              meta.get('tokenizer'), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'losses': last_losses, 'stale_evals': stale_evals,
-             'last_eval_iter': last_eval_iter, 'torch_version': str(torch.__version__)}
+             'last_eval_iter': last_eval_iter, 'train_seconds': train_seconds, 'torch_version': str(torch.__version__)}
     try:
         if sharded_checkpoint:
             write_sharded(path, facts, best)
@@ -837,12 +844,12 @@ def write_log():
         log_written, log_cost = time.time(), time.time() - t0
 
 
-def log_evaluation(best):
+def log_evaluation(evaluated, best):
     """The console line, the text sample and the run log's entry of the evaluation at hand."""
     val = last_losses['val']
     say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
         (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
-    entry = dict(iter=iter_num, lr=lr, **last_losses, seconds=eval_seconds)
+    entry = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, train_seconds=train_seconds, lr=lr, **evaluated, seconds=eval_seconds)
     if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and (master or mode == 'fsdp'):  # which gathers weights from all ranks
         entry['sample'] = write_sample()
     log('eval_steps', entry)
@@ -984,7 +991,7 @@ if mode != 'fsdp':  # which moves a block at a time, and keeps a share of it
 block_size = model_config.block_size
 config.update({k: v for k, v in asdict(model_config).items() if k in config}, device=str(device), dtype=dtype)
 
-bytes_per_id, bytes_per_token = None, {}
+bytes_per_id, eval_facts = None, {}
 if tokenizer is not None:  # padding has no text
     bytes_per_id = torch.zeros(max(model_config.vocab_size, tokenizer.vocab_size), dtype=torch.long)
     bytes_per_id[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
@@ -993,7 +1000,7 @@ if tokenizer is not None:  # padding has no text
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 model, optimizer = parallelize(raw_model)
-iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter = 0, math.inf, {}, 0, -1
+iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter, train_seconds = 0, math.inf, {}, 0, -1, 0.0
 ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
     with one_line_errors():
@@ -1001,7 +1008,7 @@ if ckpt is not None:
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
-    stale_evals, last_eval_iter = ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', iter_num)
+    stale_evals, last_eval_iter, train_seconds = ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', iter_num), ckpt.get('train_seconds', 0.0)
     if 'compile' not in given and 'tokenizer' in ckpt:  # the same arithmetic as before
         compile = ckpt['config'].get('compile', compile)
 ckpt = None  # free the memory
@@ -1014,8 +1021,8 @@ peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_fl
 if distributed:  # ranks must come to the same conclusions
     peak = all_reduce(torch.tensor(peak, dtype=torch.float64, device=device)).item() / world_size
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
-eval_windows = eval_iters * batch_size  # of each split, also if micro-batches have to shrink
-eval_tokens = sum(min(eval_windows, loader.n_windows) * block_size for loader in eval_loaders.values())
+eval_windows = {split: min(eval_iters * batch_size, loader.n_windows) for split, loader in eval_loaders.items()}  # also if micro-batches have to shrink
+eval_tokens = sum(eval_windows.values()) * block_size
 evals = (max_iters - iter_num) // eval_interval + 1
 expected = ((max_iters - iter_num) * tokens_per_iter + evals * eval_tokens / 3) / tokens_at_half_peak  # seconds; an evaluation is forward only
 why = 'as asked' if 'compile' in given else 'as before' if compile != 'auto' else 'default on a GPU' if device.type == 'cuda' else \
@@ -1099,7 +1106,7 @@ if device.type == 'cuda':
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
-loss_sum, iters_since_log, train_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, 0.0, None, 0.0
+loss_sum, iters_since_log, logged_seconds, mean_seconds, eval_seconds = torch.zeros((), device=device), 0, train_seconds, None, 0.0
 stopping, grad_stats, recent_losses, sum_shards = 0, {}, collections.deque(maxlen=100), all_reduce if mode == 'fsdp' else None
 while True:
     lr = get_lr(iter_num)
@@ -1120,13 +1127,13 @@ while True:
             outcome, last_losses = 'not finite', {}
             break
         else:
-            last_losses, val_loss = evaluated, evaluated['val']['loss']
+            last_losses, val_loss = {split: numbers_in(values) for split, values in evaluated.items()}, evaluated['val']['loss']
             best = val_loss < best_val_loss
             if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
                 best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
             save = save or best or always_save_checkpoint
             eval_seconds = time.time() - t0
-            log_evaluation(best)
+            log_evaluation(evaluated, best)
             if patience and stale_evals >= patience:
                 say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
                 finished = True
@@ -1172,7 +1179,7 @@ while True:
     mean_loss = all_reduce(loss_sum).item() / (iters_since_log * world_size) if due else None
     train_seconds += time.time() - t0
     if due:
-        seconds = train_seconds / iters_since_log
+        seconds = (train_seconds - logged_seconds) / iters_since_log
         weight = 1.0 if iter_num < first_iter + 10 else min(1.0, iters_since_log / 10)  # the first iterations are slower than the rest
         mean_seconds = weight * seconds + (1 - weight) * (mean_seconds or 0.0)
         left = mean_seconds * (max_iters - iter_num - 1) + eval_seconds * ((max_iters - iter_num - 2) // eval_interval + 1)
@@ -1183,7 +1190,7 @@ while True:
             run_log['startup_info']['memory_measured'] = measured
         if iter_num == first_iter + 2 and left > 3600:
             say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
-        iters_since_log, train_seconds, last_line = 0, 0.0, time.time()
+        iters_since_log, logged_seconds, last_line = 0, train_seconds, time.time()
         loss_sum.zero_()
     iter_num += 1
 

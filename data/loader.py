@@ -218,6 +218,25 @@ def check_shard(path, meta, block_size, checked):
     return dtype, header_bytes, n_tokens
 
 
+def fingerprint(ids):
+    """An int that tells which windows these are, (B, T + 1) ids each: fingerprints add up, so neither order nor batches matter."""
+    return sum(zlib.crc32(window.tobytes()) for window in np.asarray(ids, '<i8'))
+
+
+def mean_and_error(losses):
+    """(mean, standard error of the mean, its degrees of freedom) of losses (n,) in the order of the text, where neighbours are alike.
+
+    Batch means: the deviations of floor(sqrt(n)) stretches of as many losses, or of one more in the first of them (Flegal and Jones
+    2010, https://doi.org/10.1214/09-AOS735). Below 4 losses there is one stretch and no telling: the error is nan."""
+    losses = np.asarray(losses, np.float64)
+    n, mean = len(losses), float(losses.mean())
+    blocks = math.isqrt(n)
+    if blocks < 2:
+        return mean, math.nan, 0
+    deviations = np.array([(block - mean).sum() for block in np.array_split(losses, blocks)]) / n  # each block's part in the mean's error
+    return mean, math.sqrt(blocks / (blocks - 1) * float(np.square(deviations).sum())), blocks - 1
+
+
 class Loader:
     """Batches from one split of a data set, as a pure function of (seed, sample index): there is no state to save.
 
