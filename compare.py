@@ -311,6 +311,8 @@ def compare(groups, baseline, confidence=0.95):
         if run['windows'] != runs[0]['windows']:
             raise ValueError(f"'{runs[0]['folder']}' and '{run['folder']}' were not evaluated on the same windows, {runs[0]['windows']} and "
                              f"{run['windows']}: they need the same dataset, block_size and eval_iters * batch_size")
+    if runs[0]['windows']['n'] < 4:
+        raise ValueError(f"{runs[0]['windows']['n']} windows of val are too few to tell anything: a higher --eval_iters")
     at = {'end': {name: [run['evals'][-1]['losses'] for run in group] for name, group in groups.items()}}
     for axis in ('FLOPs', 'seconds'):
         budget = min(run['evals'][-1][AXES[axis]] for run in runs)
@@ -377,7 +379,8 @@ def table(rows, facts, baseline, failed, confidence):
         p = ends[0]['p'] if ends[0] else None
         lines.append([row['cell'], str(len(row['seeds'])), str(row['iterations']), f"{row['params']:,}", f"{row['flops_per_token'] / 1e6:,.4g}",
                       f"{row['tokens_per_sec']:,.0f}", f"{row['mfu_percent']:.1f}%", f"{row['peak_bytes'] / 2**30:.2f} GiB",
-                      plus_minus(row['val_loss'], row['interval']), differences[0], '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}', verdict(ends[0], confidence), *differences[1:]])
+                      plus_minus(row['val_loss'], row['interval']), differences[0], '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}',
+                      verdict(ends[0], confidence), *differences[1:]])
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     form = lambda line: '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths)) + ' |'
     text = [form(columns), '| ' + ' | '.join('-' * w for w in widths) + ' |', *map(form, lines), '']

@@ -1114,7 +1114,7 @@ def main():
             folder = os.path.join(HERE, 'config')
             print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} "
                   f"{'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
-            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py')):
+            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py') and not n.startswith('ablate_')):  # which are several models each
                 settings, _ = configure(__file__, os.path.join(HERE, 'train.py'), argv=[os.path.join(folder, name)])
                 model = meta_model(settings)
                 c = model.config
