@@ -392,6 +392,8 @@ def table(rows, facts, baseline, failed, confidence):
                     f"{facts['seed_df']} degrees of freedom).")
     else:
         text.append('Each cell has one seed, so intervals are for other text only, and there are no p-values: --seed=1,2,3 tells what another seed would give.')
+    if len(rows) == 1:
+        text.append('No difference: these runs differ in nothing but their seed. Their losses: ' + ', '.join(f'{x:.4f}' for x in rows[0]['loss_by_seed']) + '.')
     text.append('At equal FLOPs and time: at what the cheapest run had spent at its end, the others between two evaluations, where their learning rate had '
                 'not yet come down as far; -: evaluations more than a quarter of it apart (--eval_interval).')
     text += [f'NOT IN THE TABLE, failed: {name}' for name in failed]
