@@ -616,7 +616,11 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+        adamw = torch.optim.AdamW
+        keep_dynamo_out(adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict)
+        if adamw.step is torch.optim.Adam.step:  # a step, but for hooks, is its innermost function without gradients; what is around it imports the same
+            adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))
+        return adamw(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
 
     def crop_block_size(self, block_size):
         """Change the context length of a trained model, e.g. to fine-tune at a smaller one. ValueError where learned positions would have to grow."""
@@ -983,6 +987,15 @@ def memory(device):
         return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
 
 
+def keep_dynamo_out(*functions):
+    """
+    Functions of torch that are never compiled import all of torch.compile's front end at their first call, a second on a CPU, only to learn how not to
+    be: tell them (torch._disable_dynamo looks for this mark).
+    """
+    for function in map(inspect.unwrap, functions):
+        setattr(function, '__dynamo_disable', function)
+
+
 class LiveBytes(TorchDispatchMode):
     """While entered: the bytes of the tensors made inside that are alive (now) and were at most (peak); views count with what they are of."""
     def __init__(self):
@@ -1005,16 +1018,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
+keep_dynamo_out(LiveBytes.__torch_dispatch__)
+
+
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1):
     """
     {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
-    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run on
-    tensors without data, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
+    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run, on
+    tensors without data unless it is a small one, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
     temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
     embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import, and only this needs it
-    with FakeTensorMode(), torch.device(device), LiveBytes() as live:
+    fake, work = contextlib.nullcontext(), batch_size * config.block_size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
+    if work > 2 ** 32 or device.type != 'cpu':  # else the step itself, a tenth of a second, is sooner done than this is imported
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        fake = FakeTensorMode()
+    with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
         states = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)

@@ -1192,6 +1192,12 @@ def test_resume_continues_bit_for_bit(text_set, finished, tmp_path):
     assert losses(half) == {i: loss for i, loss in losses(out_dir).items() if i >= 10}
 
 
+def test_a_small_run_does_not_import_the_compiler(text_set, tmp_path):
+    """A second of every start goes into torch.compile's front end, where nothing is compiled."""
+    done = train(text_set, tmp_path, '--max_iters=3', '--compile=False', launcher=(sys.executable, '-X', 'importtime'))
+    assert done.returncode == 0 and re.search(r'\| +torch\n', done.stderr) and not re.search(r'torch\._dynamo|sympy', done.stderr), done.stderr[-2000:]
+
+
 def test_eval_and_log_intervals_do_not_change_training(text_set, finished, tmp_path):
     """Evaluation or sampling drawing from the generator of training, or taking its batches."""
     assert train(text_set, tmp_path, '--eval_interval=3', '--log_interval=7', '--gradient_log_interval=0', '--sample_interval=1').returncode == 0

@@ -1033,13 +1033,13 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+present = memory(device)
 try:
     estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
 except Exception as e:  # of a part that tensors without data do not go through, say: no reason not to train
     say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
     estimate = dict(weights=0, moments=0, peak=0)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
-    present = memory(device)
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
     estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
     estimate['peak'] += estimate['holes'] + estimate['process']
