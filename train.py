@@ -550,7 +550,7 @@ def compile_model():
     except Exception as e:  # whatever the compiler and its tools raise
         if out_of_memory(e):
             raise
-        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
+        say(f"WARNING: torch.compile failed on this machine, going on without it, slower{', with a dense doc_mask' * (doc_mask and flex)}: {first_line(e)}")
         for module in compiled:
             module._compiled_call_impl = None
         if mode == 'fsdp':
@@ -1036,6 +1036,7 @@ if device.type == 'cpu':  # where memory() is all of the process: Python, torch 
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
     estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
     estimate['peak'] += estimate['holes'] + estimate['process']
+flex = compile and mode != 'fsdp' and raw_model.takes_flex(device.type)  # FSDP compiles block by block, and the mask is made outside them
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
@@ -1043,7 +1044,8 @@ startup_info = {
             ''.join(f'; {share:.3g} from {name}, {max_iters * tokens_per_iter * share / loader.n_tokens:.2f} epochs of its {loader.n_tokens:,} tokens'
                     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
-                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
+                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}" +
+                    f", doc_mask by {'flex attention' if flex else 'a dense mask'}" * doc_mask,
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
     'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, '
              f'{model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
