@@ -1944,6 +1944,13 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
     assert train(mixed, tmp_path / 'parts', '--init_from=resume').returncode == 0
     assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(tmp_path / 'parts'))
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
+    resumed = train(mixed, tmp_path / 'parts', '--init_from=resume', '--max_iters=21', '--batch_size=8', '--gradient_accumulation_steps=1')
+    assert resumed.returncode == 0 and 'NOTE: resumed' not in resumed.stdout  # the same windows in other micro-batches
+    swapped = mixed.replace('0.7', '0.4').replace('0.3', '0.6')
+    resumed = train(swapped, tmp_path / 'parts', '--init_from=resume', '--max_iters=22', '--batch_size=6')
+    [note] = [line for line in resumed.stdout.splitlines() if line.startswith('NOTE: resumed')]
+    one_line(note, f'dataset {swapped} instead of {mixed}', 'sequences an iteration 12 instead of 8')
+    assert 'seed' not in note
 
 
 DOC = dict(block_size=48, vocab_size=60, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=7)
