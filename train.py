@@ -207,7 +207,8 @@ def prepare_data(name, folder):
                 '--tokenizer=... --out=NAME, then --dataset=NAME')
         elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+            shares = ', or with shares, as in a:0.7,b:0.3,' * (',' in name)
+            raise ValueError(f"no data set '{name}' in data/{shares} and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
                              f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
         elif not os.path.exists(script):
             raise ValueError(f"'{name}' has no train*.bin; to make a data set of text in it: python data/prepare.py --input="
