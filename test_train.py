@@ -2037,6 +2037,21 @@ def test_flex_attention_is_the_dense_mask(options, monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_flex_attention_on_a_gpu_is_the_dense_mask():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**DOC | dict(block_size=200, n_embd=64, position_encoding='rope', n_kv_head=2), doc_mask_token=0)).cuda().train()
+    idx = torch.randint(0, 60, (3, 200), device='cuda')
+    results = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        logits, loss = forward(idx, idx.roll(-1, 1), all_logits=True)
+        loss.backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert model.takes_flex('cuda')
+    torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-2)
+
+
 def test_doc_mask_holds_with_a_cache_too():
     """Keys before the end of a text are still in the cache."""
     torch.manual_seed(0)
