@@ -35,6 +35,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,7 @@ NORMALIZATION = {}      # Module(dim, config): forward (..., dim) -> same shape
 ACTIVATION = {}         # function, elementwise
 POSITION_ENCODING = {}  # Module(config): forward x (B, T, C), pos (T,) -> x, rotate; rotate is None or a function on q and k (B, H, T, D)
 ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions.
-                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too
+                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too; see document_mask
 NORM_POSITION = {}      # function x, norm, sublayer -> x; attribute final_norm says whether the last block's output still needs a norm
 FFN_TYPE = {}           # Module(config): forward (B, T, C) -> same shape
 REGISTRY = dict(normalization=NORMALIZATION, activation=ACTIVATION, position_encoding=POSITION_ENCODING,
@@ -257,9 +258,22 @@ def causal_mask(T, S, device):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def document_mask(doc, T, flex):
+    """
+    Where the last T of S positions may look, which is not ahead and not into another document; doc (B, S) numbers them. (B, 1, T, S) bool, or with
+    flex, for T == S, a BlockMask, with which flex attention leaves out the 128 x 128 blocks where nothing is to be seen: https://arxiv.org/abs/2412.05496.
+    """
+    if flex:
+        return create_block_mask(lambda b, h, i, j: (j <= i) & (doc[b, i] == doc[b, j]), doc.size(0), None, T, T, device=doc.device)
+    return (causal_mask(T, doc.size(1), doc.device) & (doc[:, -T:, None] == doc[:, None])).unsqueeze(1)
+
+
 @register(ATTENTION_BACKEND, 'sdpa')
 def sdpa_attention(q, k, v, dropout, config, mask=None):
     T, S = q.size(2), k.size(2)
+    if isinstance(mask, BlockMask):
+        q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))  # qk_norm gives float32 under autocast; in torch 2.13 unlike strides gave wrong results
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
         with torch.autocast('cpu', enabled=False):  # there the 16-bit backward is several times slower on short sequences
             return sdpa_attention(q.float(), k.float(), v.float(), dropout, config, mask).type_as(q)
@@ -553,7 +567,7 @@ class GPT(nn.Module):
             doc = (idx == self.config.doc_mask_token).cumsum(1)  # (B, T), the number of its document in the row
             if cache:
                 doc = cache[0].doc = torch.cat((cache[0].doc, doc + cache[0].doc[:, -1:]), dim=1) if start else doc
-            mask = (causal_mask(T, start + T, idx.device) & (doc[:, start:, None] == doc[:, None])).unsqueeze(1)  # (B, 1, T, S)
+            mask = document_mask(doc, T, torch.compiler.is_compiling() and not cache and self.takes_flex(idx.device.type))
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 x = checkpoint(block, x, rotate, None, mask, use_reentrant=False)  # keep a block's input, recompute the rest in backward
@@ -570,6 +584,11 @@ class GPT(nn.Module):
             if self.config.logit_softcap:
                 logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)  # https://arxiv.org/abs/2408.00118
         return logits, loss
+
+    def takes_flex(self, device_type):
+        """Whether doc_mask goes through flex attention where forward is compiled: a GPU's kernels are not for less than these sizes, and have no dropout."""
+        c = self.config
+        return device_type == 'cuda' and c.attention_backend == 'sdpa' and not c.dropout and c.block_size >= 128 and c.n_embd // c.n_head >= 16
 
     def get_num_params(self, non_embedding=True):
         """

@@ -207,7 +207,8 @@ def prepare_data(name, folder):
                 '--tokenizer=... --out=NAME, then --dataset=NAME')
         elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+            shares = ', or with shares, as in a:0.7,b:0.3,' * (',' in name)
+            raise ValueError(f"no data set '{name}' in data/{shares} and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
                              f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
         elif not os.path.exists(script):
             raise ValueError(f"'{name}' has no train*.bin; to make a data set of text in it: python data/prepare.py --input="
@@ -550,7 +551,7 @@ def compile_model():
     except Exception as e:  # whatever the compiler and its tools raise
         if out_of_memory(e):
             raise
-        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
+        say(f"WARNING: torch.compile failed on this machine, going on without it, slower{', with a dense doc_mask' * (doc_mask and flex)}: {first_line(e)}")
         for module in compiled:
             module._compiled_call_impl = None
         if mode == 'fsdp':
@@ -975,6 +976,10 @@ with one_line_errors():
             raise ValueError(f"batch_size='auto' takes the checkpoint's gradient_accumulation_steps={gradient_accumulation_steps}, which must be a multiple of "
                              f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+    if ckpt is not None and 'tokenizer' in ckpt and not eval_only:  # nanoGPT's order is random anyway
+        before, now = ({'dataset': c['dataset'], 'seed': c['seed'], 'sequences an iteration': c['batch_size'] * c['gradient_accumulation_steps']} for c in (ckpt['config'], config))
+        if changed := [f'{key} {now[key]} instead of {value}' for key, value in before.items() if now[key] != value]:
+            say(f"NOTE: resumed with {', '.join(changed)}: what is read from here on is not what the run would have read next, and some of it may have been read before")
     train_loader = load('train', seed=seed)
     eval_loaders = {split: load(split, seed=0, shift=False) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and ckpt.get('last_eval_iter', ckpt['iter_num']) == ckpt['iter_num'] and not eval_only:
@@ -1043,6 +1048,7 @@ if device.type == 'cpu':  # where memory() is all of the process: Python, torch 
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
     estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
     estimate['peak'] += estimate['holes'] + estimate['process']
+flex = compile and mode != 'fsdp' and raw_model.takes_flex(device.type)  # FSDP compiles block by block, and the mask is made outside them
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
@@ -1050,7 +1056,8 @@ startup_info = {
             ''.join(f'; {share:.3g} from {name}, {max_iters * tokens_per_iter * share / loader.n_tokens:.2f} epochs of its {loader.n_tokens:,} tokens'
                     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
-                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
+                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}" +
+                    f", doc_mask by {'flex attention' if flex else 'a dense mask'}" * doc_mask,
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
     'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, '
              f'{model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
