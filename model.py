@@ -35,7 +35,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -264,6 +263,7 @@ def document_mask(doc, T, flex):
     flex, for T == S, a BlockMask, with which flex attention leaves out the 128 x 128 blocks where nothing is to be seen: https://arxiv.org/abs/2412.05496.
     """
     if flex:
+        from torch.nn.attention.flex_attention import create_block_mask  # which imports torch.compile's front end
         return create_block_mask(lambda b, h, i, j: (j <= i) & (doc[b, i] == doc[b, j]), doc.size(0), None, T, T, device=doc.device)
     return (causal_mask(T, doc.size(1), doc.device) & (doc[:, -T:, None] == doc[:, None])).unsqueeze(1)
 
@@ -271,7 +271,8 @@ def document_mask(doc, T, flex):
 @register(ATTENTION_BACKEND, 'sdpa')
 def sdpa_attention(q, k, v, dropout, config, mask=None):
     T, S = q.size(2), k.size(2)
-    if isinstance(mask, BlockMask):
+    if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
+        from torch.nn.attention.flex_attention import flex_attention
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))  # qk_norm gives float32 under autocast; in torch 2.13 unlike strides gave wrong results
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
