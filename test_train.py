@@ -916,7 +916,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, text_file):
     one_line(done.stderr, tmp_path / 'file')
     text_file.write_bytes(text_file.read_bytes() * 2)
     flags = f'--out={tmp_path / "out"}', f'--input={text_file}', '--tokenizer=byte'
-    refused(command('data/prepare.py', *flags, launcher=('bash', '-c', LIMITED.format('f', 1), sys.executable)), tmp_path / 'out', 'File too large', 'goes on from here')
+    limited = 'bash', '-c', LIMITED.format('f', 1), sys.executable
+    refused(command('data/prepare.py', *flags, launcher=limited), tmp_path / 'out', 'File too large', 'goes on from here')
     assert prepare_text(tmp_path / 'out', *flags[1:]).returncode == 0
 
 
@@ -2082,7 +2083,11 @@ def test_flex_attention_is_the_dense_mask(options, monkeypatch):
     taken = []
     monkeypatch.setattr(model, 'takes_flex', lambda device_type: True)
     monkeypatch.setattr('torch.nn.attention.flex_attention._validate_device', lambda *tensors: None)
-    compiled = torch.compile(model, backend=lambda graph, inputs: taken.append(any('flex_attention' in getattr(m, 'code', '') for m in graph.modules())) or graph.forward)
+
+    def backend(graph, inputs):
+        taken.append(any('flex_attention' in getattr(m, 'code', '') for m in graph.modules()))
+        return graph.forward
+    compiled = torch.compile(model, backend=backend)
     torch.testing.assert_close(run(compiled), dense, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(run(compiled, True), dense16, atol=2e-2, rtol=2e-2)
     assert taken == [True, True]

@@ -977,9 +977,10 @@ with one_line_errors():
                              f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
     if ckpt is not None and 'tokenizer' in ckpt and not eval_only:  # nanoGPT's order is random anyway
-        before, now = ({'dataset': c['dataset'], 'seed': c['seed'], 'sequences an iteration': c['batch_size'] * c['gradient_accumulation_steps']} for c in (ckpt['config'], config))
+        before, now = ({'dataset': c['dataset'], 'seed': c['seed'], 'sequences an iteration': c['batch_size'] * c['gradient_accumulation_steps']}
+                       for c in (ckpt['config'], config))
         if changed := [f'{key} {now[key]} instead of {value}' for key, value in before.items() if now[key] != value]:
-            say(f"NOTE: resumed with {', '.join(changed)}: what is read from here on is not what the run would have read next, and some of it may have been read before")
+            say(f"NOTE: resumed with {', '.join(changed)}: from here on it reads other windows than it would have read, some of them perhaps again")
     train_loader = load('train', seed=seed)
     eval_loaders = {split: load(split, seed=0, shift=False) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and ckpt.get('last_eval_iter', ckpt['iter_num']) == ckpt['iter_num'] and not eval_only:
