@@ -539,14 +539,21 @@ def main():
     tokens_per_param = 20.0  # of scaling: training tokens for each parameter
     confidence = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove a run's checkpoints when all are finished
-    config, given = configure(__file__, TRAIN, argv=[arg.removeprefix('--scaling=') for arg in sys.argv[1:] if arg.startswith('--scaling=')] +
-                              [arg for arg in sys.argv[1:] if not os.path.isdir(arg)], convert=several)
+    config, given = configure(__file__, TRAIN, argv=settings_in(sys.argv[1:]), convert=several)
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
         signal.signal(getattr(signal, name), stop)
     try:
         raise SystemExit(run_study(config, given, [arg for arg in sys.argv[1:] if os.path.isdir(arg)]))
     except (ValueError, OSError) as e:
         fail(str(e))
+
+
+def settings_in(argv):
+    """The arguments that are no run's folder, after the config file that scaling names."""
+    for arg in argv:
+        if not (arg.startswith('-') or '=' in arg or arg.endswith('.py') or os.path.isdir(arg)):
+            fail(f"'{arg}' is neither a config file nor a run's folder")
+    return [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')] + [arg for arg in argv if not os.path.isdir(arg)]
 
 
 def stop(number, frame):
@@ -566,13 +573,6 @@ def run_study(config, given, folders):
     out_dir, failed, confidence = config['out_dir'], [], config['confidence']
     if not 0 < confidence < 1:
         raise ValueError(f'confidence must be between 0 and 1, not {confidence}')
-    os.makedirs(out_dir, exist_ok=True)
-    lock = open(os.path.join(out_dir, 'lock'), 'a')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"out_dir '{out_dir}' is in use by another run; --out_dir=... gives this one another") from None
-
     if folders:
         found = [read_run(folder) for folder in folders]
         for folder, run in zip(folders, found):
@@ -581,6 +581,7 @@ def run_study(config, given, folders):
                                  'its first evaluation')
         groups, planned = group_runs(found), []
     else:
+        jobs, gpus = how_many_jobs(config)
         if config['scaling']:
             planned = ladder(config, given)
         else:
@@ -591,7 +592,14 @@ def run_study(config, given, folders):
             if len(planned) == 1:
                 raise ValueError('nothing to compare: give a key several values, as in --normalization=layernorm,rmsnorm --seed=1,2,3, or finished runs, '
                                  'as in out-a out-b')
-        jobs, gpus = how_many_jobs(config)
+    os.makedirs(out_dir, exist_ok=True)
+    lock = open(os.path.join(out_dir, 'lock'), 'a')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"out_dir '{out_dir}' is in use by another run; --out_dir=... gives this one another") from None
+
+    if planned:
         if config['search']:
             for run in planned:
                 run['settings'].setdefault('lr_decay_iters', config['lr_decay_iters'])

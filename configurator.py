@@ -124,7 +124,8 @@ def configure(script, *also, argv=None, convert=lambda name, value, default, kin
             config[name] = convert(name, value, default, kind)
         except ValueError as expected:
             hint = difflib.get_close_matches(str(value), map(str, choices(kind)), n=1)
-            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else ''))
+            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else '') +
+                 '; several values are for compare.py' * isinstance(value, (list, tuple)))
         given[name] = where
 
     flags = []
