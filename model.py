@@ -876,11 +876,19 @@ def newest_checkpoint(folder):
 
     def reached(path):  # not by their times, which a copy changes
         try:
-            facts = torch.load(os.path.join(path, 'info.pt') if os.path.isdir(path) else path, map_location='cpu', weights_only=True, mmap=True)
-            return facts['iter_num']
-        except Exception:  # a damaged one comes first, so that it is noticed
+            return read_facts(path)['iter_num']
+        except (ValueError, KeyError):  # a damaged one comes first, so that it is noticed
             return math.inf
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
+
+
+def read_facts(path):
+    """The dict in a checkpoint file, or in a sharded one's info.pt, at once: tensors are not read, CRCs not checked. ValueError names a file without one."""
+    try:
+        facts = torch.load(os.path.join(path, 'info.pt') if os.path.isdir(path) else path, map_location='cpu', weights_only=True, mmap=True)
+        return dict(facts)
+    except Exception as e:  # zip, pickle and torch each have their own
+        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
 
 
 def load_checkpoint(path, moments=True):

@@ -39,10 +39,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, Mixture, find_datasets, fingerprint, mean_and_error, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, find_trained_on, fingerprint, mean_and_error, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from model import (GPT, PRESETS, GPTConfig, file_crc32, fill, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_metadata, read_part, release_freed_memory, save_checked)
+                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_facts, read_metadata, read_part, release_freed_memory,
+                   save_checked)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -51,7 +52,7 @@ out_dir = 'out'  # checkpoints and the run log go here
 eval_interval = 2000  # iterations between evaluations
 log_interval = 1  # iterations between log lines
 eval_iters = 200  # batches an evaluation reads of each split, over all processes together, the same ones every time
-eval_only = False  # evaluate once and leave
+eval_only = False  # evaluate once and leave, on all of val unless eval_iters is given with it; a run's data and batch are its checkpoint's
 always_save_checkpoint = True  # save at every evaluation, not only when val loss is the lowest so far
 save_interval = 0  # iterations between checkpoints besides those at evaluations; 0: none
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint); to fine-tune: another run's out_dir, a Hugging Face folder or id (gpt2)
@@ -193,6 +194,21 @@ def check_ranges():
         optional('tensorboard', 'tensorboard_log=True')
     if arch_preset not in PRESETS:
         raise ValueError(f"unknown arch_preset '{arch_preset}'; choose from {', '.join(PRESETS)}")
+
+
+def take_settings_of_run():
+    """To evaluate a run is to evaluate it on its own data: what nobody set of these comes from its checkpoint."""
+    path = init_from if init_from not in ('scratch', 'resume', 'auto') else out_dir
+    path = path if os.path.isfile(path) else newest_checkpoint(path)
+    asked = {key for key in ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps') if key not in given}
+    saved = (read_facts(path).get('config') or {}) if path and init_from != 'scratch' and asked else {}
+    if 'dataset' in asked & saved.keys():
+        try:
+            find_trained_on(saved)
+        except ValueError as e:
+            raise ValueError(f"{e}; --dataset=... names another ('{path}')") from None
+    config.update({key: saved[key] for key in asked & saved.keys()})
+    globals().update(config)
 
 
 def prepare_data(name, folder):
@@ -563,27 +579,36 @@ def compile_model():
     return True
 
 
+def loss_and_error(losses):
+    """{loss, standard_error} of windows' losses in the order of the text; None for an error that so few cannot tell."""
+    loss, error, _ = mean_and_error(losses)
+    return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
+
+
 @torch.no_grad()
 def estimate_loss():
     """
     {split: {loss, standard_error, perplexity, bits_per_byte}} over the first eval_windows[split] windows of each split, in an order
     that depends on nothing but block_size, so that two runs are compared on the same text. Ranks share the work. Loss in nats a
     token; bits a byte of UTF-8 text, which does not depend on the tokenizer, where the tokenizer can tell. val also has window_losses,
-    in the order of the text. None if a signal came.
+    in the order of the text, and by_position, loss and error from the first to the last position of each part of the context. Means over
+    windows are taken in float64, so that neither batches nor ranks show in them. None if a signal came.
     """
     raw_model.eval()
-    out = {}
+    starts = [0] + [2 ** i for i in range(block_size.bit_length()) if 2 ** i < block_size]  # 0, 1, 2-3, 4-7, ...
+    out, sizes = {}, np.diff([*starts, block_size]).tolist()
     for split, loader in eval_loaders.items():
         n = eval_windows[split]
         steps = math.ceil(n / (batch_size * world_size))
         first = [(i * world_size + rank) * batch_size for i in range(steps)]
-        losses = torch.zeros(steps * world_size * batch_size, device=device)  # of a window; all ranks' together, a rank fills in its own
+        losses = torch.zeros(steps * world_size * batch_size, len(sizes), device=device)  # a window's, by position; each rank fills in its own rows
         n_bytes = crc = 0
         with autocast():  # outside the loop, so that weights are cast once
             for i, (X, Y) in enumerate(loader.stream((at + np.arange(batch_size)) % loader.n_windows for at in first)):
                 if told_to_stop():
                     return None
-                losses[first[i]:first[i] + batch_size] = raw_model(X, Y, reduction='none')[1].mean(1)
+                parts = raw_model(X, Y, reduction='none')[1].split(sizes, dim=1)
+                losses[first[i]:first[i] + batch_size] = torch.stack([part.mean(1) for part in parts], dim=1)
                 if split not in eval_facts:
                     x, y = (t[:max(0, n - first[i])].cpu() for t in (X, Y))  # the last batch may reach beyond n: it keeps its shape, for the compiler
                     n_bytes += bytes_per_id[y].sum().item() if bytes_per_id is not None else 0
@@ -593,14 +618,17 @@ def estimate_loss():
             n_bytes, crc = all_reduce(torch.tensor([n_bytes, crc], device=device)).tolist()
             eval_facts[split] = dict(bytes_per_token=n_bytes / (n * block_size), crc=crc % 2 ** 53)  # JSON's readers have exact integers up to there
         shard, offset = loader.locate(np.arange(n))
-        losses = all_reduce(losses)[:n].double().cpu().numpy()[np.lexsort((offset, shard))]
-        loss, error, _ = mean_and_error(losses)
-        out[split] = dict(loss=loss, standard_error=error if math.isfinite(error) else None, perplexity=math.exp(min(loss, 700)))
+        losses = all_reduce(losses)[:n].cpu().double().numpy()[np.lexsort((offset, shard))]
+        window_losses = losses @ sizes / block_size
+        out[split] = loss_and_error(window_losses)
+        loss = out[split]['loss']
+        out[split]['perplexity'] = math.exp(min(loss, 700))
         if eval_facts[split]['bytes_per_token']:
             out[split]['bits_per_byte'] = loss / math.log(2) / eval_facts[split]['bytes_per_token']
         if split == 'val':
             run_log['eval_windows'] = dict(n=n, tokens_each=block_size, crc=eval_facts[split]['crc'])
-            out[split]['window_losses'] = losses.round(5).tolist()
+            out[split]['by_position'] = [dict(first=at, last=at + size - 1) | loss_and_error(part) for at, size, part in zip(starts, sizes, losses.T)]
+            out[split]['window_losses'] = window_losses.round(5).tolist()
     raw_model.train()
     release_gathered()
     return out
@@ -847,13 +875,26 @@ def write_log():
 
 def log_evaluation(evaluated, best):
     """The console line, the text sample and the run log's entry of the evaluation at hand."""
-    val = last_losses['val']
+    val = evaluated['val']
     say(f'step {iter_num}: train loss {last_losses["train"]["loss"]:.4f}, val loss {val["loss"]:.4f}, perplexity {val["perplexity"]:.2f}' +
         (f', {val["bits_per_byte"]:.4f} bits per byte' if 'bits_per_byte' in val else '') + (' (best)' if best else ''))
+    if eval_only:
+        show_evaluation(val)
     entry = dict(iter=iter_num, tokens=iter_num * tokens_per_iter, train_seconds=train_seconds, lr=lr, **evaluated, seconds=eval_seconds)
     if sample_interval and len(run_log['eval_steps']) % sample_interval == 0 and tokenizer and (master or mode == 'fsdp'):  # which gathers weights from all ranks
         entry['sample'] = write_sample()
     log('eval_steps', entry)
+
+
+def show_evaluation(val):
+    """All that an evaluation of val found, in lines."""
+    n, total = eval_windows['val'], eval_loaders['val'].n_windows
+    line = lambda values: f"loss {values['loss']:.4f}" + ('' if values['standard_error'] is None else f", standard error {values['standard_error']:.4f}")
+    say(f"val, {f'all {n:,}' if n == total else f'{n:,} of {total:,}'} windows of {block_size} tokens: {line(val)}, perplexity {val['perplexity']:.2f}" +
+        (f", {val['bits_per_byte']:.4f} bits per byte" if 'bits_per_byte' in val else ''))
+    for part in val['by_position']:
+        at = f"{part['first']}-{part['last']}" if part['last'] > part['first'] else f"{part['first']}"
+        say(f'  position {at:<11} {line(part)}')
 
 
 def log_iteration(mean_loss, seconds, left):
@@ -924,13 +965,15 @@ for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's wish
         signal.signal(getattr(signal, name), on_signal)
 with one_line_errors():
+    if eval_only:
+        take_settings_of_run()
     check_ranges()
     if distributed and device in ('auto', 'cuda') and torch.cuda.is_available():
         device, gpus, processes = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count(), int(os.environ['LOCAL_WORLD_SIZE'])
         if processes > gpus:
             raise ValueError(f'{processes} processes on this machine, which has {gpus} GPUs; --nproc_per_node={gpus}')
     device, dtype = pick_device('cpu' if distributed and device == 'auto' and not torch.cuda.is_available() else device, dtype)  # gloo has no mps
-    if gradient_accumulation_steps % world_size:
+    if gradient_accumulation_steps % world_size and not eval_only:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} processes that share it')
     if device.type == 'cpu':
         keep_freed_memory()
@@ -1020,7 +1063,7 @@ if ckpt is not None:
 ckpt = None  # free the memory
 
 # what it will cost
-accumulation = gradient_accumulation_steps // world_size
+accumulation = max(1, gradient_accumulation_steps // world_size)  # at least 1 also where it only evaluates
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 flops_token, parts = raw_model.flops_per_token(), raw_model.flops_by_part()
 peak, peak_source = (peak_tflops * 1e12, 'as given') if peak_tflops else peak_flops(device, dtype)
@@ -1028,9 +1071,11 @@ if distributed:  # ranks must come to the same conclusions
     peak = all_reduce(torch.tensor(peak, dtype=torch.float64, device=device)).item() / world_size
 tokens_at_half_peak = 0.5 * peak * world_size / flops_token
 eval_windows = {split: min(eval_iters * batch_size, loader.n_windows) for split, loader in eval_loaders.items()}  # also if micro-batches have to shrink
-eval_tokens = sum(eval_windows.values()) * block_size
-evals = (max_iters - iter_num) // eval_interval + 1
-expected = ((max_iters - iter_num) * tokens_per_iter + evals * eval_tokens / 3) / tokens_at_half_peak  # seconds; an evaluation is forward only
+if eval_only and given.get('eval_iters') not in ('on the command line', given.get('eval_only')):  # a config file's is for training, unless it is for evaluation
+    eval_windows['val'] = eval_loaders['val'].n_windows
+eval_tokens, iters_left = sum(eval_windows.values()) * block_size, 0 if eval_only else max_iters - iter_num
+evals = iters_left // eval_interval + 1
+expected = (iters_left * tokens_per_iter + evals * eval_tokens / 3) / tokens_at_half_peak  # seconds; an evaluation is forward only
 why = 'as asked' if 'compile' in given else 'as before' if compile != 'auto' else 'default on a GPU' if device.type == 'cuda' else \
     'not tried on mps' if device.type == 'mps' else 'a long run' if expected > 600 else 'the run is too short to pay for it'
 if compile == 'auto':

@@ -99,6 +99,16 @@ def find_datasets(dataset):
     return [(name, share / sum(s for _, s, _ in found), folder) for name, share, folder in found]
 
 
+def find_trained_on(config):
+    """find_datasets of what the config in a checkpoint names. A checkpoint's word is good for reading ids and not for running a prepare.py, so
+    ValueError where they are not there."""
+    dataset = (config or {}).get('dataset')
+    found = find_datasets(dataset) if isinstance(dataset, str) and dataset else []
+    if not found or not all(folder.is_dir() and any(folder.glob('val*.bin')) for _, _, folder in found):
+        raise ValueError(f'the data set that the checkpoint was trained on, {dataset!r:.100}, is not here')
+    return found
+
+
 def write_dataset(data_dir, splits, meta):
     """Write train.bin, val.bin, ... and meta.json into data_dir, all of them or, when something fails, none.
 
