@@ -29,6 +29,6 @@ min_lr = 1e-4
 beta2 = 0.99
 
 eval_interval = 60
-eval_iters = 60  # 480 windows
+eval_iters = 40  # 320 windows
 log_interval = 20
 sample_interval = 0
