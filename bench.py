@@ -77,8 +77,9 @@ def train_side(model, s):
     """A training step as train.py takes it: a function of whether to time its parts, which waits for the device between them."""
     device, dtype = torch.device(s['device']), getattr(torch, s['dtype'])
     with contextlib.redirect_stdout(io.StringIO()):
-        # nanoGPT fuses AdamW where it is told 'cuda'
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda' if s['fused'] and s['versus'] else device.type)
+        # nanoGPT fuses AdamW where it is told 'cuda', and has no Muon
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda' if s['fused'] and s['versus'] else device.type,
+                                               *[dict(lr=0.02, momentum=0.95)] * (s['optimizer'] == 'muon' and not s['versus']))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     x, y = torch.randint(s['model']['vocab_size'], (2, s['batch_size'], s['model']['block_size']), device=device)
     raw_model, model = model, torch.compile(model) if s['compile'] else model
@@ -385,7 +386,7 @@ def figures(side, model, peak, source, bandwidth):
         numbers['waiting_share'] = sum(side.times['waiting']) / sum(side.times['whole'])
         rows['waiting for data'] = f"{100 * numbers['waiting_share']:.2f}% of the steps"
     if s['what'] == 'memory' and not s['versus']:
-        sizes = memory_estimate(c, s['batch_size'], s['dtype'], torch.device(s['device']), s['accumulation'])
+        sizes = memory_estimate(c, s['batch_size'], s['dtype'], torch.device(s['device']), s['accumulation'], optimizer=s['optimizer'])
         if s['device'] == 'cpu':  # as train.py's start-up report has it
             sizes |= dict(holes=round(0.2 * sizes['peak']), process=side.base.get('resident', side.base['peak']))
         sizes['peak'] = sum(size for part, size in sizes.items() if part != 'peak')
@@ -454,7 +455,7 @@ def plan(config, settings, model, device, machine):
         sent = {'ddp': 8 * n_params * share, 'zero1': 12 * n_params * share,
                 'fsdp': micro_batches * ((2 * size + 4) * in_blocks + 8 * (n_params - in_blocks)) * share}
         for mode, volume in sent.items():
-            estimate = memory_estimate(c, settings['batch_size'], dtype, device, micro_batches, mode, n)
+            estimate = memory_estimate(c, settings['batch_size'], dtype, device, micro_batches, mode, n, settings['optimizer'])
             sending = volume / (config['interconnect_gbps'] * 1e9 / 8)
             low, high = max(computing, sending), computing + sending
             rows.append(dict(ranks=n, mode=mode, micro_batches=micro_batches, tokens=tokens, memory=estimate['peak'], sent=volume, seconds=(low, high)))
@@ -514,7 +515,7 @@ def bench(config):
             print(f"data set '{asked['dataset']}' is not prepared: 10 million random ids in its place")
             write_dataset(data_dir, {'train': np.random.default_rng(0).integers(0, model.config.vocab_size, 10 ** 7)},
                           dict(vocab_size=model.config.vocab_size, tokenizer={'name': 'gpt2'}))
-        settings = {key: asked[key] for key in ('batch_size', 'seed', 'gradient_log_interval')} | dict(
+        settings = {key: asked[key] for key in ('batch_size', 'seed', 'gradient_log_interval', 'optimizer')} | dict(
             what=what, versus='', quantize='', device=str(device), dtype=dtype, compile=compiled, fused=True, model=asdict(model.config), data_dir=data_dir,
             accumulation=config['accumulation'], config_accumulation=asked['gradient_accumulation_steps'], prompt_tokens=config['prompt_tokens'],
             new_tokens=config['new_tokens'], trace='trace.json')

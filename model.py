@@ -75,6 +75,8 @@ PRESETS = {
                    norm_position='pre', ffn_type='standard', bias=False, weight_tying=True),
 }
 PRESETS['team'] = PRESETS['llama']
+# What the records of https://github.com/KellerJordan/modded-nanogpt have in common, as far as it is a part here
+PRESETS['modern'] = PRESETS['llama'] | dict(activation='relu_squared', ffn_type='standard', qk_norm=True, zero_init_residual=True, logit_softcap=15.0)
 
 
 ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
@@ -99,7 +101,8 @@ class GPTConfig:
     weight_tying: bool = True
     n_kv_head: int = None            # None: n_head
     d_ff: int = None                 # None: 4 C, or for gated FFNs 8/3 C rounded up to a multiple of 256
-    qk_norm: bool = False
+    qk_norm: bool = False            # https://arxiv.org/abs/2010.04245
+    zero_init_residual: bool = False  # what writes to the residual stream starts at 0, so a block starts as the identity: https://arxiv.org/abs/1901.09321
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     logit_softcap: float = 0.0
@@ -523,6 +526,27 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
         return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
 
 
+# Who steps what with optimizer='muon': Muon the matrices from hidden states to hidden states, AdamW the rest. Each name has to be in one, whole.
+MUON_POLICY = dict(muon=r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight',
+                   adamw=r'(transformer\.wte|transformer\.wpe|lm_head)\.weight|.*(ln_1|ln_2|ln_f|q_norm|k_norm)\.(weight|bias)|.*(c_attn|c_fc|c_proj)\.bias')
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/) for the groups that have a momentum, and torch.optim.AdamW, as one optimizer with one
+    state dict, so that ZeRO-1, fp16's scaler and checkpoints need not know.
+    """
+    def __init__(self, groups, **adamw):
+        self.parts = torch.optim.AdamW([g for g in groups if 'momentum' not in g], **adamw), torch.optim.Muon([g for g in groups if 'momentum' in g])
+        super().__init__(groups, {})  # the parts have filled in their defaults
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [g for g in self.param_groups if ('momentum' in g) == isinstance(part, torch.optim.Muon)]
+            part.step()
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -540,10 +564,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: N(0, 0.02), biases 0, and what writes to the residual stream smaller by sqrt(2 n_layer), so that depth does not add up."""
+        """GPT-2's: N(0, 0.02), biases 0, and what writes to the residual stream smaller by sqrt(2 n_layer), so that depth does not add up, or 0."""
+        residual = math.inf if self.config.zero_init_residual else math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj') else 1.0
+                shrink = residual if name.endswith('c_proj') else 1.0
                 nn.init.normal_(module.weight, mean=0.0, std=0.02 / shrink)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
@@ -631,16 +656,36 @@ class GPT(nn.Module):
         """Training FLOPs a token, forward and backward: 3 x forward. Recomputation by activation checkpointing is not counted."""
         return 3 * sum(self.flops_by_part(seq_len, causal).values())
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where torch has it for the device; matrices and embeddings decay, biases and norms do not."""
+    def muon_parameters(self):
+        """The list of parameters that optimizer='muon' gives to Muon. ValueError names a parameter that MUON_POLICY gives to nobody, or to both."""
+        found = []
+        for name, p in self.named_parameters():
+            whose = [who for who, names in MUON_POLICY.items() if re.fullmatch(names, name)]
+            if len(whose) != 1:
+                raise ValueError(f"optimizer='muon' does not know whose parameter '{name}' is: MUON_POLICY in model.py has to name it, once")
+            found += [p] * (whose == ['muon'])
+        return found
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=None):
+        """
+        AdamW, fused where torch has it for the device; matrices and embeddings decay, biases and norms do not. With muon, a dict of its lr and momentum,
+        the parameters that MUON_POLICY says go to torch.optim.Muon, whose steps then measure lr * sqrt(max(1, rows / columns)) in spectral norm.
+        """
+        if muon and not hasattr(torch.optim, 'Muon'):
+            raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}")
+        hidden = {id(p) for p in self.muon_parameters()} if muon else ()
         params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        rest, fused = [p for p in params if id(p) not in hidden], device_type in ('cuda', 'cpu', 'mps')
+        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
         adamw = torch.optim.AdamW
         keep_dynamo_out(adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict)
         if adamw.step is torch.optim.Adam.step:  # a step, but for hooks, is its innermost function without gradients; what is around it imports the same
             adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))
-        return adamw(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+        if not muon:
+            return adamw(groups, lr=learning_rate, betas=betas, fused=fused)
+        groups.append({'params': [p for p in params if id(p) in hidden], 'weight_decay': weight_decay} | muon)
+        return MuonAdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def crop_block_size(self, block_size):
         """Change the context length of a trained model, e.g. to fine-tune at a smaller one. ValueError where learned positions would have to grow."""
@@ -1049,12 +1094,12 @@ class LiveBytes(TorchDispatchMode):
 keep_dynamo_out(LiveBytes.__torch_dispatch__)
 
 
-def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1):
+def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1, optimizer='adamw'):
     """
-    {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
-    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run, on
-    tensors without data unless it is a small one, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
-    temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
+    {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of batch_size
+    sequences of block_size under dtype's autocast, the optimizer's moments included (AdamW two, Muon one), without torch.compile, which needs less. The step
+    is run, on tensors without data unless it is a small one, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's
+    copies of weights, temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
     embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
     """
     fake, work = contextlib.nullcontext(), batch_size * config.block_size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
@@ -1072,6 +1117,8 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, paralleli
     shard = 1 / world_size
     shares = {'none': (1, 1, 2), 'ddp': (1, 1, 2), 'zero1': (1, 1, 2 * shard), 'fsdp': (shard, shard, 2 * shard)}[parallelism]
     sizes = dict(zip(('weights', 'gradients', 'moments'), (round(states * share) for share in shares)), gathered=0)
+    if optimizer == 'muon':
+        sizes['moments'] -= round(sum(4 * p.numel() for p in model.muon_parameters()) * shares[2] / 2)
     if parallelism == 'fsdp':
         in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
         sizes['gathered'] = 12 * (model.get_num_params(False) - in_blocks) + (3 * getattr(torch, dtype).itemsize + 4) * in_blocks // config.n_layer
@@ -1128,9 +1175,10 @@ def describe(model, settings, device, dtype):
     batch_size = 1 if batch_size == 'auto' else batch_size
     if batch_size < 1:
         raise ValueError(f'batch_size must be positive, not {batch_size}')
-    training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1))
+    optimizer = settings.get('optimizer', 'adamw')
+    training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1), optimizer=optimizer)
     training = {k: v for k, v in training.items() if k in ('weights', 'gradients', 'moments', 'activations')}
-    for title, sizes in ((f'memory to train, AdamW, {dtype} on {device}, batch_size {batch_size}, one process, estimated', training),
+    for title, sizes in ((f'memory to train, {optimizer}, {dtype} on {device}, batch_size {batch_size}, one process, estimated', training),
                          ('memory to sample, bfloat16', {'weights': 2 * n, f'KV cache, {c.block_size} tokens': cache})):
         lines += [title] + [f'  {k:<24} {v / 1e9:>12,.3f} GB' for k, v in (sizes | {'total': sum(sizes.values())}).items()]
     return '\n'.join(lines)

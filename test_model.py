@@ -79,7 +79,8 @@ def one_line(error, *parts):
 # which combinations
 
 FACTORS = {kind: list(parts) for kind, parts in REGISTRY.items()} | dict(
-    n_kv_head=[None, 2, 1], d_ff=[None, 24], bias=[True, False], qk_norm=[False, True], logit_softcap=[0.0, 3.0], weight_tying=[True, False])
+    n_kv_head=[None, 2, 1], d_ff=[None, 24], bias=[True, False], qk_norm=[False, True], logit_softcap=[0.0, 3.0], weight_tying=[True, False],
+    zero_init_residual=[False, True])
 
 
 def pairs(row, factors):
@@ -222,12 +223,13 @@ def test_two_steps_train_every_parameter(parts):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     before = model(idx, targets)[1].item()
     assert abs(before - math.log(V)) < 0.3  # an untrained model knows nothing
-    for _ in range(2):
+    for step in range(2):
         optimizer.zero_grad()
         model(idx, targets)[1].backward()
         for name, p in model.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all(), name
-            assert p.grad.any() or 'k_norm.bias' in name, f'{name} has a gradient of nothing but 0'  # softmax cancels what all keys share
+            asleep = 'k_norm.bias' in name or step == 0 and parts['zero_init_residual']  # softmax cancels what all keys share; a block of 0 learns its output first
+            assert p.grad.any() or asleep, f'{name} has a gradient of nothing but 0'
         optimizer.step()
     assert model(idx, targets)[1].item() < before
 
@@ -400,6 +402,9 @@ def test_memory_estimate_shares_out_states_by_parallelism():
         e = memory_estimate(config, B, 'float32', device, 1, parallelism, 4)
         assert e['weights'] + e['gradients'] + e['moments'] == per_parameter * n
         assert e['peak'] == sum(v for k, v in e.items() if k != 'peak') and (e['gathered'] > 0) == (parallelism == 'fsdp')
+    hidden = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)  # the matrices of 2 blocks of width 32: Muon has one moment for each, not two
+    for parallelism, share in (('none', 1), ('zero1', 1 / 4), ('fsdp', 1 / 4)):
+        assert memory_estimate(config, B, 'float32', device, 1, parallelism, 4, 'muon')['moments'] == (8 * n - 4 * hidden) * share
     once, twice, thrice = (memory_estimate(config, 32, 'float32', device, accumulation)['activations'] for accumulation in (1, 2, 3))
     assert once < twice == thrice
 
@@ -636,6 +641,8 @@ def test_a_part_added_with_the_decorator_gets_everything_else():
         assert model.params_by_part()['ffn'] == 2 * (2 * 128 * 100 + 100 + 128 + 1)
         decayed = {id(p) for p in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups[0]['params']}
         assert id(ffn.down.weight) in decayed and id(ffn.scale) not in decayed
+        with pytest.raises(ValueError, match="transformer.h.0.mlp.scale.*MUON_POLICY"):  # not every matrix is between hidden states, so nobody guesses
+            model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', dict(lr=0.02, momentum=0.95))
         with pytest.raises(ValueError, match='standard, swiglu.*lowrank'):
             GPTConfig(ffn_type='lowrnk')
     finally:
@@ -782,13 +789,14 @@ def test_a_sequence_beyond_block_size_is_refused():
 # config and presets
 
 MEANING = {
-    'custom': ('layernorm', 'gelu', 'learned_absolute', 'sdpa', 'pre', 'standard', False, True),
-    'gpt2': ('layernorm', 'gelu_tanh', 'learned_absolute', 'sdpa', 'pre', 'standard', True, True),
-    'llama': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False),
-    'team': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False),
-    'hybrid': ('layernorm', 'gelu', 'rope', 'sdpa', 'pre', 'standard', False, True),
+    'custom': ('layernorm', 'gelu', 'learned_absolute', 'sdpa', 'pre', 'standard', False, True, False, False, 0.0),
+    'gpt2': ('layernorm', 'gelu_tanh', 'learned_absolute', 'sdpa', 'pre', 'standard', True, True, False, False, 0.0),
+    'llama': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False, False, False, 0.0),
+    'team': ('rmsnorm', 'silu', 'rope', 'sdpa', 'pre', 'swiglu', False, False, False, False, 0.0),
+    'hybrid': ('layernorm', 'gelu', 'rope', 'sdpa', 'pre', 'standard', False, True, False, False, 0.0),
+    'modern': ('rmsnorm', 'relu_squared', 'rope', 'sdpa', 'pre', 'standard', False, False, True, True, 15.0),
 }
-COMPONENTS = [*REGISTRY, 'bias', 'weight_tying']
+COMPONENTS = [*REGISTRY, 'bias', 'weight_tying', 'qk_norm', 'zero_init_residual', 'logit_softcap']
 
 
 @pytest.mark.parametrize('preset', MEANING)
@@ -806,7 +814,7 @@ def test_a_key_set_by_hand_wins_over_the_preset(preset):
     """--arch_preset=llama --bias=True has to have biases; False must not pass for 'nobody set it'."""
     for key in COMPONENTS:
         preset_says = getattr(GPTConfig.from_settings({'arch_preset': preset}), key)
-        for value in REGISTRY.get(key, (True, False)):
+        for value in REGISTRY.get(key, (0.0, 5.0) if key == 'logit_softcap' else (True, False)):
             config = GPTConfig.from_settings({'arch_preset': preset, key: value})
             assert getattr(config, key) == value
             same = GPTConfig.from_settings({'arch_preset': preset})
@@ -816,7 +824,7 @@ def test_a_key_set_by_hand_wins_over_the_preset(preset):
 
 def test_settings_that_are_no_part_pass_through_and_those_of_training_do_not():
     """A size that from_settings forgets would silently be GPT-2's."""
-    given = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=64, dropout=0.1, n_kv_head=2, d_ff=99, qk_norm=True, rope_theta=5e5,
+    given = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=64, dropout=0.1, n_kv_head=2, d_ff=99, qk_norm=True, zero_init_residual=True, rope_theta=5e5,
                  norm_eps=1e-6, logit_softcap=30.0, attention_chunk_size=8, activation_checkpointing=True)
     config = GPTConfig.from_settings(given | {'learning_rate': 1.0, 'out_dir': 'x'})
     assert {k: getattr(config, k) for k in given} == given
@@ -884,9 +892,9 @@ def test_initialisation_is_gpt2s(preset):
             assert p.eq(1.0 if name.endswith('weight') else 0.0).all(), name
         else:
             matrices += 1
-            std = 0.02 / math.sqrt(2 * 3) if name.endswith('c_proj.weight') else 0.02
+            std = 0.02 if not name.endswith('c_proj.weight') else 0.0 if model.config.zero_init_residual else 0.02 / math.sqrt(2 * 3)
             assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name  # 5 standard errors
-            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+            assert abs(p.mean().item()) <= 5 * std / math.sqrt(p.numel()), name
     embeddings = 1 + (model.config.position_encoding == 'learned_absolute') + (not model.config.weight_tying)
     assert matrices == 3 * 4 + embeddings
 
@@ -901,6 +909,49 @@ def test_matrices_decay_and_vectors_do_not(preset):
     assert {id(p) for p, _ in listed} == {id(p) for p in model.parameters()} - {id(frozen)} and len({id(p) for p, _ in listed}) == len(listed)
     assert all(decay == (0.3 if p.dim() == 2 else 0.0) for p, decay in listed)
     assert all(group['lr'] == 1e-3 and group['betas'] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@every_combination
+def test_muon_is_torchs_on_the_matrices_of_blocks_beside_adamw(parts):
+    """A head or an embedding that is made orthogonal, a parameter that nobody steps, a learning rate or decay of the other: bit for bit, against both by hand."""
+    model, reference, idx, targets = build(**parts), build(**parts), ids(B, T), ids(B, T, seed=1)
+    optimizer = model.configure_optimizers(0.3, 1e-3, (0.8, 0.9), 'cpu', dict(lr=0.02, momentum=0.7))
+    named = dict(reference.named_parameters())
+    hidden = [name for name, p in named.items() if p.dim() == 2 and name.startswith('transformer.h.')]
+    assert len(hidden) == 2 * 4
+    by_hand = [torch.optim.Muon([named[name] for name in hidden], lr=0.02, momentum=0.7, weight_decay=0.3)]
+    for dim, decay in ((2, 0.3), (1, 0.0)):
+        rest = [p for name, p in named.items() if name not in hidden and p.dim() == dim]
+        by_hand.append(torch.optim.AdamW(rest, lr=1e-3, betas=(0.8, 0.9), weight_decay=decay, fused=True))
+    for _ in range(3):
+        for net, optimizers in ((model, [optimizer]), (reference, by_hand)):
+            net.zero_grad()
+            net(idx, targets)[1].backward()
+            for each in optimizers:
+                each.step()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, named[name]), name
+
+
+@pytest.mark.parametrize('lr', [0.02, 0.5])
+def test_a_step_of_muon_has_the_spectral_norm_that_is_promised(lr):
+    """A learning rate that means something else for a wide matrix than for a tall one."""
+    model = build(n_embd=64, n_kv_head=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(0.0, 1e-3, (0.9, 0.95), 'cpu', dict(lr=lr, momentum=0.95))
+    model(ids(32, T), ids(32, T, seed=1))[1].backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name.startswith('transformer.h.') and p.dim() == 2:
+            values = torch.linalg.svdvals((p.detach() - before[name]).double()) / (lr * math.sqrt(max(1, p.size(0) / p.size(1))))
+            assert 0.6 < values.median() and values.max() < 1.3, name  # five Newton-Schulz steps bring what is not tiny near 1
+
+
+def test_muon_that_torch_does_not_have_is_one_line(monkeypatch):
+    monkeypatch.delattr(torch.optim, 'Muon')
+    with pytest.raises(ValueError) as e:
+        build().configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', dict(lr=0.02, momentum=0.95))
+    one_line(e, 'muon', 'torch 2.9', torch.__version__)
 
 
 # accounting
@@ -1096,7 +1147,8 @@ def test_exported_logits_are_those_of_transformers(tmp_path, name):
 
 @pytest.mark.parametrize('settings, parts', [
     (dict(arch_preset='llama', norm_position='post', logit_softcap=3.0), ['norm_position=post', 'logit_softcap=3.0', 'llama']), (dict(position_encoding='none'), ['position_encoding=none']),
-    (dict(arch_preset='gpt2', n_kv_head=2), ['n_kv_head=2', 'gpt2']), (dict(arch_preset='hybrid', qk_norm=True), ['qk_norm=True'])], ids=str)
+    (dict(arch_preset='gpt2', n_kv_head=2), ['n_kv_head=2', 'gpt2']), (dict(arch_preset='hybrid', qk_norm=True), ['qk_norm=True']),
+    (dict(arch_preset='modern'), ['logit_softcap=15.0', 'ffn_type=standard', 'qwen3'])], ids=str)
 def test_a_mix_that_transformers_has_no_class_for_is_refused_by_part(tmp_path, settings, parts):
     with pytest.raises(ValueError) as e:
         GPT(GPTConfig.from_settings(TINY | settings)).save_pretrained(tmp_path / 'hf')
@@ -1188,7 +1240,7 @@ def test_an_export_never_replaces_anything(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['hf', 'new', 'new.tmp', 'plain', 'run'] and len(list((tmp_path / 'hf').iterdir())) == 1
 
 
-@pytest.mark.parametrize('settings', [dict(bias=False), dict(arch_preset='llama', n_kv_head=2, qk_norm=True, logit_softcap=3.0)], ids=str)
+@pytest.mark.parametrize('settings', [dict(bias=False), dict(arch_preset='modern', n_kv_head=2)], ids=str)
 def test_onnx_gives_our_logits_at_any_batch_and_length(tmp_path, settings):
     """An exporter that fixes the length it was shown, or drops the mask at it."""
     pytest.importorskip('onnxscript')

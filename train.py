@@ -73,7 +73,7 @@ gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all proc
 batch_size: int | Literal['auto'] = 12  # sequences a micro-batch; 'auto': the most that fit, with accumulation that keeps tokens an iteration
 block_size = 1024  # tokens a sequence, the context length
 # model: None leaves it to arch_preset
-arch_preset = 'custom'  # gpt2, llama, team (llama), hybrid, or custom: nanoGPT's own mix of parts
+arch_preset = 'custom'  # gpt2, llama, team (llama), hybrid, modern, or custom: nanoGPT's own mix of parts
 n_layer = 12  # blocks
 n_head = 12  # query heads
 n_embd = 768  # width
@@ -89,14 +89,18 @@ attention_backend: str = None  # sdpa (the fastest kernel torch has), manual (th
 norm_position: str = None  # pre, post
 ffn_type: str = None  # standard, swiglu (gated; the gate goes through the activation)
 weight_tying: bool = None  # token embeddings and head share one matrix
-qk_norm = False  # normalise queries and keys a head
+qk_norm: bool = None  # normalise queries and keys a head
+zero_init_residual: bool = None  # what writes to the residual stream starts at 0
 rope_theta = 10000.0  # base of RoPE's wavelengths
 norm_eps = 1e-5  # added to the variance in every norm
-logit_softcap = 0.0  # logits = cap * tanh(logits / cap); 0: off
+logit_softcap: float = None  # logits = cap * tanh(logits / cap); 0: off
 attention_chunk_size = 256  # queries at a time with attention_backend=chunked
 activation_checkpointing = False  # keep only each block's input and recompute in backward: less memory, a third more compute
-# adamw optimizer
-learning_rate = 6e-4  # the highest
+# optimizer
+optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: torch.optim.Muon for the matrices in the blocks, AdamW for the rest
+learning_rate = 6e-4  # AdamW's, the highest
+muon_learning_rate = 0.02  # Muon's, the highest; it follows the same schedule, as a multiple of learning_rate
+muon_momentum = 0.95  # Nesterov's
 max_iters = 600000  # optimizer steps
 weight_decay = 1e-1  # on matrices and embeddings, not on biases and norms
 beta1 = 0.9  # AdamW's decay of the first moment
@@ -165,13 +169,13 @@ def duration(seconds):
 
 def check_ranges():
     """ValueError for a setting that has the right type and no meaning."""
-    positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate max_iters '
+    positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate muon_learning_rate max_iters '
                 'lr_decay_iters restart_iters restart_mult').split()
     not_negative = ('fsdp_min_num_params save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
     for key in positive + not_negative:
         if config[key] != 'auto' and not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
             raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
-    for key in ('beta1', 'beta2', 'cooldown_frac'):
+    for key in ('beta1', 'beta2', 'muon_momentum', 'cooldown_frac'):
         if not 0 <= config[key] < 1:
             raise ValueError(f'{key} must be at least 0 and below 1, not {config[key]}')
     for key in ('dataset', 'out_dir', 'init_from'):
@@ -389,7 +393,8 @@ def parallelize(raw_model):
     (model, optimizer) for the mode at hand: the model as it is; inside DDP, and with ZeRO-1 an optimizer that keeps the moments of this
     rank's parameters only; or itself with every parameter divided by FSDP2, a block gathered when its turn comes.
     """
-    adamw = lambda: raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type)
+    muon = dict(lr=muon_learning_rate, momentum=muon_momentum) if config['optimizer'] == 'muon' else None
+    configured = lambda: raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device.type, muon)
     if mode == 'fsdp':
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second to import
         mesh = dist.init_device_mesh(device.type, (world_size,))
@@ -399,12 +404,11 @@ def parallelize(raw_model):
                 fully_shard(block, mesh=mesh, reshard_after_forward=fsdp_reshard_after_forward, mp_policy=half)
         fully_shard(raw_model, mesh=mesh)  # the rest as one group, so that embeddings and a tied head stay one tensor
         register_fsdp_forward_method(raw_model, 'generate')
-        return raw_model, adamw()
-    optimizer = adamw()
+        return raw_model, configured()
+    optimizer = configured()
     if mode == 'zero1':
         from torch.distributed.optim import ZeroRedundancyOptimizer
-        optimizer = ZeroRedundancyOptimizer([{k: group[k] for k in ('params', 'weight_decay')} for group in optimizer.param_groups],
-                                            torch.optim.AdamW, **{k: optimizer.defaults[k] for k in ('lr', 'betas', 'fused')})
+        optimizer = ZeroRedundancyOptimizer([dict(group) for group in optimizer.param_groups], type(optimizer))  # groups that have all of their settings
     return DDP(raw_model, device_ids=[device] if device.type == 'cuda' else None, gradient_as_bucket_view=True) if distributed else raw_model, optimizer
 
 
@@ -422,8 +426,8 @@ def release_gathered():
         raw_model.reshard()
 
 
-def local_adamw():
-    """(the AdamW that has this rank's moments, its parameters, their numbers in one process's AdamW): with ZeRO-1, of some of the parameters."""
+def local_optimizer():
+    """(the optimizer that has this rank's moments, its parameters, their numbers in that of one process): with ZeRO-1, of some of the parameters."""
     local = getattr(optimizer, 'optim', optimizer)
     number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group['params'])}
     params = [p for group in local.param_groups for p in group['params']]
@@ -432,13 +436,13 @@ def local_adamw():
 
 def load_optimizer(state, path):
     """
-    Take the moments in the AdamW state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
-    those of now. Whatever the mode, the optimizer numbers its parameters as AdamW does, group after group.
+    Take the moments in the optimizer's state dict of a checkpoint, or what of them is this rank's. Learning rate, betas, decay and kernel stay
+    those of now. Whatever the mode, parameters are numbered as one process's optimizer does it, group after group.
     """
     sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
     if sizes != expected:
-        raise ValueError(f'the optimizer in the checkpoint has groups of {sizes} tensors, this model has {expected}')
-    local, params, numbers = local_adamw()
+        raise ValueError(f"the optimizer in the checkpoint has groups of {sizes} tensors, optimizer='{config['optimizer']}' has {expected}: resume with the same")
+    local, params, numbers = local_optimizer()
     loaded, whole = local.state_dict(), {} if state['state'] is None else state['state']
     rows = {}  # of the moments in a sharded checkpoint, so that no process ever has all of them
     for name, t in read_metadata(path).state_dict_metadata.items() if state['state'] is None else ():
@@ -708,7 +712,7 @@ def write_sharded(path, facts, best):
     weights, first, temporary, unread = raw_model.state_dict(keep_vars=True), {}, path + '.tmp', None
     names = {name: first.setdefault(id(t), name) for name, t in weights.items()}  # a tied tensor goes by its first name
     tensors = {f'model/{name}': weights[name].detach() for name in first.values()}
-    local, _, numbers = local_adamw()
+    local, _, numbers = local_optimizer()
     tensors |= {f'optimizer/{numbers[i]}/{key}': t for i, state in local.state_dict()['state'].items() for key, t in state.items()}
     finite = all(t.to_local().isfinite().all() if mode == 'fsdp' else t.isfinite().all() for t in map(torch.Tensor.detach, weights.values()))
     if all_reduce(torch.tensor(int(not finite), device=device)).item():
@@ -1048,7 +1052,8 @@ if tokenizer is not None:  # padding has no text
 # optimizer
 autocast = lambda: torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-model, optimizer = parallelize(raw_model)
+with one_line_errors():
+    model, optimizer = parallelize(raw_model)
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter, train_seconds = 0, math.inf, {}, 0, -1, 0.0
 ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
@@ -1086,7 +1091,7 @@ device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 present = memory(device)
 try:
-    estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
+    estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size, config['optimizer'])
 except Exception as e:  # of a part that tensors without data do not go through, say: no reason not to train
     say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
     estimate = dict(weights=0, moments=0, peak=0)
@@ -1164,7 +1169,7 @@ stopping, grad_stats, recent_losses, sum_shards = 0, {}, collections.deque(maxle
 while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * (muon_learning_rate / learning_rate if 'momentum' in group else 1)
 
     # evaluate, on all ranks alike
     stopping = stopping if distributed else stop_signal

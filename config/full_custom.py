@@ -11,7 +11,7 @@ block_size = 512  # context length in tokens; attention's cost grows with its sq
 vocab_size = 256  # at least the data set's ids; None: the data set's, over 1024 padded up to a multiple of 64
 
 # --- the model: parts. Each wins over arch_preset, which fills those that are None or not here.
-arch_preset = 'custom'  # gpt2 | llama | team (llama) | hybrid (gpt2's parts with rope) | custom (nanoGPT's mix)
+arch_preset = 'custom'  # gpt2 | llama | team (llama) | hybrid (gpt2's parts with rope) | modern (the speedruns') | custom (nanoGPT's mix)
 normalization = 'rmsnorm'  # layernorm | layernorm_nobias (whatever bias says) | rmsnorm
 norm_position = 'pre'  # pre (GPT-2, LLaMA) | post (GPT-1; needs a longer warmup)
 position_encoding = 'rope'  # learned_absolute | rope | none
@@ -21,6 +21,7 @@ activation = 'silu'  # gelu (exact) | gelu_tanh (GPT-2's) | silu | relu | leaky_
 bias = False  # True | False: biases in Linears and layernorm
 weight_tying = True  # True | False: token embeddings and head share one matrix
 qk_norm = True  # True | False: normalise queries and keys a head, which steadies high learning rates
+zero_init_residual = False  # True | False: what writes to the residual stream starts at 0, so a block starts as the identity
 dropout = 0.0  # 0 to pretrain; 0.1 or 0.2 where data is little and seen many times
 
 # --- the model: details
@@ -36,8 +37,11 @@ doc_mask = False  # True: attention stays inside a document; for short documents
 batch_size = 8  # sequences a micro-batch: as many as fit
 gradient_accumulation_steps = 8  # micro-batches an iteration over all processes together: a multiple of their number
 
-# --- optimizer: AdamW
-learning_rate = 1e-3  # the highest; 6e-4 at 124M, 3e-4 at 350M, 2e-4 at 1.3B
+# --- optimizer
+optimizer = 'adamw'  # adamw | muon (for the matrices in the blocks; AdamW for embeddings, head, norms, biases)
+muon_learning_rate = 0.02  # Muon's highest: the spectral norm of a step, times sqrt(rows / columns) where there are more rows
+muon_momentum = 0.95
+learning_rate = 1e-3  # AdamW's highest; 6e-4 at 124M, 3e-4 at 350M, 2e-4 at 1.3B
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95  # 0.99 where an iteration has few tokens
