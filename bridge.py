@@ -83,7 +83,7 @@ def pretrained_folder(name):
         return name
     hub = optional('huggingface_hub', f"'{name}' is no folder, and Hugging Face's hub")
     try:
-        return hub.snapshot_download(name, allow_patterns=['*.json', '*.safetensors'], ignore_patterns=['*/*'])
+        return hub.snapshot_download(name, allow_patterns=['*.json', '*.safetensors'], ignore_patterns=['*/*', 'consolidated*'])  # the same weights twice
     except Exception as e:  # the library has many, from a wrong name to no network
         raise ValueError(f"'{name}' is no folder, and from Hugging Face's hub it could not be had: {type(e).__name__}: {first_line(e)[:200]}") from e
 
@@ -391,7 +391,10 @@ def save_onnx(model, path):
                                         input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
         except Exception as e:  # of a part that its exporter cannot follow
             raise ValueError(f'torch.onnx cannot export this model: {first_line(e.__cause__ or e)[:200]}') from e
-    with folder_beside(path) as temporary:
-        program.save(os.path.join(temporary, os.path.basename(path)), external_data=model.get_num_params(False) > 4e8)  # a file of its own may have 2 GB
-        for name in sorted(os.listdir(temporary), reverse=True):  # the data first
-            os.replace(os.path.join(temporary, name), os.path.join(os.path.dirname(path), name))
+    try:
+        with folder_beside(path) as temporary:
+            program.save(os.path.join(temporary, os.path.basename(path)), external_data=model.get_num_params(False) > 4e8)  # a file of its own may have 2 GB
+            for name in sorted(os.listdir(temporary), reverse=True):  # the data first
+                os.replace(os.path.join(temporary, name), os.path.join(os.path.dirname(path), name))
+    except OSError as e:
+        raise OSError(f"'{path}' could not be written: {first_line(e)}") from e

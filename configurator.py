@@ -101,11 +101,11 @@ def show_help(script, block, own):
     print('\n'.join(lines))  # at once: its reader may be `head`, which leaves early
 
 
-def configure(script, *also, argv=None):
+def configure(script, *also, argv=None, convert=lambda name, value, default, kind: coerce(value, default, kind)):
     """
     The settings of `script` (and those of the scripts in `also`, where it has no key of that name) after override files
     and flags: (config, given). config is {name: value} for every key, given {name: where} for those that somebody set.
-    Prints the help for --help, and one line with exit status 2 for anything wrong.
+    Prints the help for --help, and one line with exit status 2 for anything wrong. convert says what a value becomes, or raises ValueError.
     """
     argv = sys.argv[1:] if argv is None else argv
     block = own = read_block(script)
@@ -121,10 +121,11 @@ def configure(script, *also, argv=None):
             fail(f"unknown key '{name}' {where}; {nearest(name, block)}")
         default, kind, _ = block[name]
         try:
-            config[name] = coerce(value, default, kind)
+            config[name] = convert(name, value, default, kind)
         except ValueError as expected:
             hint = difflib.get_close_matches(str(value), map(str, choices(kind)), n=1)
-            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else ''))
+            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else '') +
+                 '; several values are for compare.py' * isinstance(value, (list, tuple)))
         given[name] = where
 
     flags = []

@@ -48,7 +48,7 @@ NORMALIZATION = {}      # Module(dim, config): forward (..., dim) -> same shape
 ACTIVATION = {}         # function, elementwise
 POSITION_ENCODING = {}  # Module(config): forward x (B, T, C), pos (T,) -> x, rotate; rotate is None or a function on q and k (B, H, T, D)
 ATTENTION_BACKEND = {}  # function q (B, H, T, D), k and v (B, K, S, D), dropout, config -> (B, H, T, D); queries are the last T of S positions.
-                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too
+                        # With a last argument mask=None, (B, 1, T, S) True where a query may look, it serves doc_mask too; see document_mask
 NORM_POSITION = {}      # function x, norm, sublayer -> x; attribute final_norm says whether the last block's output still needs a norm
 FFN_TYPE = {}           # Module(config): forward (B, T, C) -> same shape
 REGISTRY = dict(normalization=NORMALIZATION, activation=ACTIVATION, position_encoding=POSITION_ENCODING,
@@ -257,9 +257,24 @@ def causal_mask(T, S, device):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
+def document_mask(doc, T, flex):
+    """
+    Where the last T of S positions may look, which is not ahead and not into another document; doc (B, S) numbers them. (B, 1, T, S) bool, or with
+    flex, for T == S, a BlockMask, with which flex attention leaves out the 128 x 128 blocks where nothing is to be seen: https://arxiv.org/abs/2412.05496.
+    """
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask  # which imports torch.compile's front end
+        return create_block_mask(lambda b, h, i, j: (j <= i) & (doc[b, i] == doc[b, j]), doc.size(0), None, T, T, device=doc.device)
+    return (causal_mask(T, doc.size(1), doc.device) & (doc[:, -T:, None] == doc[:, None])).unsqueeze(1)
+
+
 @register(ATTENTION_BACKEND, 'sdpa')
 def sdpa_attention(q, k, v, dropout, config, mask=None):
     T, S = q.size(2), k.size(2)
+    if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
+        from torch.nn.attention.flex_attention import flex_attention
+        q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))  # qk_norm gives float32 under autocast; in torch 2.13 unlike strides gave wrong results
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.dtype != torch.float32 and q.requires_grad and T * q.size(3) <= 8192:
         with torch.autocast('cpu', enabled=False):  # there the 16-bit backward is several times slower on short sequences
             return sdpa_attention(q.float(), k.float(), v.float(), dropout, config, mask).type_as(q)
@@ -553,7 +568,7 @@ class GPT(nn.Module):
             doc = (idx == self.config.doc_mask_token).cumsum(1)  # (B, T), the number of its document in the row
             if cache:
                 doc = cache[0].doc = torch.cat((cache[0].doc, doc + cache[0].doc[:, -1:]), dim=1) if start else doc
-            mask = (causal_mask(T, start + T, idx.device) & (doc[:, start:, None] == doc[:, None])).unsqueeze(1)  # (B, 1, T, S)
+            mask = document_mask(doc, T, torch.compiler.is_compiling() and not cache and self.takes_flex(idx.device.type))
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 x = checkpoint(block, x, rotate, None, mask, use_reentrant=False)  # keep a block's input, recompute the rest in backward
@@ -570,6 +585,11 @@ class GPT(nn.Module):
             if self.config.logit_softcap:
                 logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)  # https://arxiv.org/abs/2408.00118
         return logits, loss
+
+    def takes_flex(self, device_type):
+        """Whether doc_mask goes through flex attention where forward is compiled: a GPU's kernels are not for less than these sizes, and have no dropout."""
+        c = self.config
+        return device_type == 'cuda' and c.attention_backend == 'sdpa' and not c.dropout and c.block_size >= 128 and c.n_embd // c.n_head >= 16
 
     def get_num_params(self, non_embedding=True):
         """
@@ -616,7 +636,11 @@ class GPT(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
+        adamw = torch.optim.AdamW
+        keep_dynamo_out(adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict)
+        if adamw.step is torch.optim.Adam.step:  # a step, but for hooks, is its innermost function without gradients; what is around it imports the same
+            adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))
+        return adamw(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps'))
 
     def crop_block_size(self, block_size):
         """Change the context length of a trained model, e.g. to fine-tune at a smaller one. ValueError where learned positions would have to grow."""
@@ -1015,6 +1039,15 @@ def memory(device):
         return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
 
 
+def keep_dynamo_out(*functions):
+    """
+    Functions of torch that are never compiled import all of torch.compile's front end at their first call, a second on a CPU, only to learn how not to
+    be: tell them (torch._disable_dynamo looks for this mark).
+    """
+    for function in map(inspect.unwrap, functions):
+        setattr(function, '__dynamo_disable', function)
+
+
 class LiveBytes(TorchDispatchMode):
     """While entered: the bytes of the tensors made inside that are alive (now) and were at most (peak); views count with what they are of."""
     def __init__(self):
@@ -1037,16 +1070,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
+keep_dynamo_out(LiveBytes.__torch_dispatch__)
+
+
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1):
     """
     {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
-    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run on
-    tensors without data, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
+    batch_size sequences of block_size under dtype's autocast, AdamW's moments included, without torch.compile, which needs less. The step is run, on
+    tensors without data unless it is a small one, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
     temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
     embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # half a second to import, and only this needs it
-    with FakeTensorMode(), torch.device(device), LiveBytes() as live:
+    fake, work = contextlib.nullcontext(), batch_size * config.block_size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
+    if work > 2 ** 32 or device.type != 'cpu':  # else the step itself, a tenth of a second, is sooner done than this is imported
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        fake = FakeTensorMode()
+    with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
         states = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
@@ -1146,7 +1185,7 @@ def main():
             folder = os.path.join(HERE, 'config')
             print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} "
                   f"{'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
-            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py')):
+            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py') and not n.startswith('ablate_')):  # which are several models each
                 settings, _ = configure(__file__, os.path.join(HERE, 'train.py'), argv=[os.path.join(folder, name)])
                 model = meta_model(settings)
                 c = model.config

@@ -363,6 +363,18 @@ def test_failing_writes_leave_the_old_data_set_and_nothing_temporary(counting, m
 TEXTS = ['', 'First Citizen:\n', 'naïve café', '👩‍🚀 \U0001f9d1🏽', '\0\x01\t\r\n\x7f\u2028', 'ﷺ 漢字 ' * 3]
 
 
+def llama3_json():
+    """A tokenizer.json of LLaMA 3's kind: words by a regular expression, then byte-level, whole words before merges."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    reader = Tokenizer(models.BPE(ignore_merges=True))
+    reader.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), 'isolated'), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    reader.decoder = decoders.ByteLevel()
+    reader.train_from_iterator([Path(__file__).read_text(encoding='utf-8')[:20000]], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=['<|end_of_text|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return reader.to_str()
+
+
 def llama_json(metaspace=False):
     """A tokenizer.json of LLaMA 2's kind: no byte-level, spaces as U+2581, one before the text, bytes outside the vocabulary as <0xNN>."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -379,7 +391,7 @@ def llama_json(metaspace=False):
     return json.dumps(config)
 
 
-KINDS = ['byte', 'char', 'gpt2', 'bpe', 'llama', 'llama metaspace']
+KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
 
 
 def tokenizer_named(name):
@@ -388,8 +400,10 @@ def tokenizer_named(name):
     if name == 'bpe':
         pytest.importorskip('tokenizers')
         return train_bpe([Path(__file__).read_text(encoding='utf-8')[:20000]], 400)
-    if name.startswith('llama'):
+    if 'llama' in name:
         pytest.importorskip('tokenizers')
+        if 'llama 3' in name:
+            return get_tokenizer({'name': 'huggingface', 'json': llama3_json()})
         return get_tokenizer({'name': 'huggingface', 'json': llama_json('metaspace' in name)})
     try:
         return get_tokenizer(name)
@@ -437,14 +451,14 @@ def test_any_encoding_of_tiktokens_is_read(monkeypatch):
     assert tokenizer.decode(tokenizer.encode_corpus('ab<|fim|>')) == 'ab<|fim|>' and 262 not in tokenizer.encode_corpus('ab<|fim|>')
 
 
-@pytest.mark.parametrize('name', ['bpe', 'llama', 'llama metaspace'])
+@pytest.mark.parametrize('name', ['bpe', 'byte-level of llama 3', 'llama', 'llama metaspace'])
 def test_ids_of_a_tokenizer_json_are_the_librarys(name):
     """The file says much that is easily left out: normalizers, the space before a text, bytes outside the vocabulary."""
     tokenizer, tokenizers = tokenizer_named(name), pytest.importorskip('tokenizers')
     reader = tokenizers.Tokenizer.from_str(tokenizer.spec['json'])
-    eot = '<|endoftext|>' if name == 'bpe' else '</s>'
+    eot = {'bpe': '<|endoftext|>', 'byte-level of llama 3': '<|end_of_text|>'}.get(name, '</s>')
     assert tokenizer.spec['eot'] == eot and tokenizer.eot == reader.token_to_id(eot) and tokenizer.vocab_size == reader.get_vocab_size()
-    for text in TEXTS + [' the mat', '  the', f'the{eot} end']:
+    for text in TEXTS + [' the mat', '  the', "12345 I'LL\n\n  go.\n", f'the{eot} end']:
         ids = reader.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == reader.decode(ids, skip_special_tokens=False)
     corpus = tokenizer.encode_corpus(f'the{eot} end').tolist()
@@ -453,6 +467,16 @@ def test_ids_of_a_tokenizer_json_are_the_librarys(name):
     reader.enable_truncation(3)
     reader.enable_padding(length=9)
     assert get_tokenizer({'name': 'huggingface', 'json': reader.to_str()}).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
+
+
+def test_a_byte_level_token_may_have_other_characters():
+    """A token that was put into the vocabulary by hand is not written in GPT-2's characters for bytes."""
+    tokenizers = pytest.importorskip('tokenizers')
+    config = json.loads(llama3_json())
+    config['model']['vocab'] |= {'a \u2581': 400, '\u4e2d': 401}
+    tokenizer = get_tokenizer({'name': 'huggingface', 'json': json.dumps(config)})
+    reader = tokenizers.Tokenizer.from_str(json.dumps(config))
+    assert [tokenizer.decode([i]) for i in (400, 401)] == [reader.decode([i]) for i in (400, 401)] == ['a \u2581', '\u4e2d']
 
 
 def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
@@ -492,10 +516,10 @@ def test_invalid_utf8_becomes_a_replacement_character():
     assert get_tokenizer('byte').decode([104, 255, 105]) == 'h\ufffdi'
 
 
-@pytest.mark.parametrize('spec', ['bpe', {'name': 'bpe'}, {}, None, 7])
+@pytest.mark.parametrize('spec', ['bpe', {'name': 'bpe'}, 'huggingface', {}, None, 7])
 def test_unknown_tokenizers_list_the_choices(spec):
     """A bare KeyError does not say what there is."""
-    with pytest.raises(ValueError, match='byte, char, huggingface, gpt2, .*cl100k_base'):
+    with pytest.raises(ValueError, match='byte, char, gpt2, .*cl100k_base.* tokenizer.json'):
         get_tokenizer(spec)
 
 
@@ -890,6 +914,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, text_file):
     done = prepare_text(tmp_path / 'file' / 'out', text_file, '--tokenizer=byte')
     assert done.returncode == 2
     one_line(done.stderr, tmp_path / 'file')
+    text_file.write_bytes(text_file.read_bytes() * 2)
+    flags = f'--out={tmp_path / "out"}', f'--input={text_file}', '--tokenizer=byte'
+    limited = 'bash', '-c', LIMITED.format('f', 1), sys.executable
+    refused(command('data/prepare.py', *flags, launcher=limited), tmp_path / 'out', 'File too large', 'goes on from here')
+    assert prepare_text(tmp_path / 'out', *flags[1:]).returncode == 0
 
 
 # data: the recipes, with files of the same format from a folder and from a hub on this machine
@@ -1193,6 +1222,12 @@ def test_resume_continues_bit_for_bit(text_set, finished, tmp_path):
     (run,) = run_logs(half)
     seconds = checkpoint(out_dir, 'ckpt_prev.pt')['train_seconds'] + sum(e['time_ms'] for e in run['training_iterations']) / 1000
     assert run['eval_steps'][-1]['train_seconds'] == pytest.approx(seconds) == checkpoint(half)['train_seconds'] and run['eval_steps'][-1]['tokens'] == 20 * 2 * 4 * 16
+
+
+def test_a_small_run_does_not_import_the_compiler(text_set, tmp_path):
+    """A second of every start goes into torch.compile's front end, where nothing is compiled."""
+    done = train(text_set, tmp_path, '--max_iters=3', '--compile=False', launcher=(sys.executable, '-X', 'importtime'))
+    assert done.returncode == 0 and re.search(r'\| +torch\n', done.stderr) and not re.search(r'torch\._dynamo|sympy', done.stderr), done.stderr[-2000:]
 
 
 def test_eval_and_log_intervals_do_not_change_training(text_set, finished, tmp_path):
@@ -2070,6 +2105,13 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
     assert train(mixed, tmp_path / 'parts', '--init_from=resume').returncode == 0
     assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(tmp_path / 'parts'))
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
+    resumed = train(mixed, tmp_path / 'parts', '--init_from=resume', '--max_iters=21', '--batch_size=8', '--gradient_accumulation_steps=1')
+    assert resumed.returncode == 0 and 'NOTE: resumed' not in resumed.stdout  # the same windows in other micro-batches
+    swapped = mixed.replace('0.7', '0.4').replace('0.3', '0.6')
+    resumed = train(swapped, tmp_path / 'parts', '--init_from=resume', '--max_iters=22', '--batch_size=6')
+    [note] = [line for line in resumed.stdout.splitlines() if line.startswith('NOTE: resumed')]
+    one_line(note, f'dataset {swapped} instead of {mixed}', 'sequences an iteration 12 instead of 8')
+    assert 'seed' not in note
 
 
 DOC = dict(block_size=48, vocab_size=60, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=7)
@@ -2096,6 +2138,57 @@ def test_packed_documents_have_the_logits_of_documents_alone(backend, position_e
     assert not torch.allclose(plain(idx, all_logits=True)[0][0, 12], logits[0, 12], atol=1e-3)
 
 
+@pytest.mark.parametrize('options', [{}, {'n_kv_head': 1}, {'position_encoding': 'rope', 'n_kv_head': 2}, {'qk_norm': True, 'activation_checkpointing': True}],
+                         ids=['custom', 'mqa', 'rope-gqa', 'qk_norm-checkpointing'])
+def test_flex_attention_is_the_dense_mask(options, monkeypatch):
+    """A GPU takes it, and here it is made to be taken: torch only checks that no gradient is wanted on a CPU, and its plain path has one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**DOC | dict(block_size=200, n_embd=64) | options, doc_mask_token=0)).train()
+    idx = torch.randint(1, 60, (3, 200))
+    idx[0, [9, 10, 130]] = idx[1, 199] = 0
+
+    def run(forward, autocast=False):
+        model.zero_grad()
+        with torch.autocast('cpu', enabled=autocast):
+            logits, loss = forward(idx, idx.roll(-1, 1), all_logits=True)
+        loss.backward()
+        return [logits.detach().float(), *(p.grad for p in model.parameters())]
+    dense, dense16 = run(model), run(model, True)
+    taken = []
+    monkeypatch.setattr(model, 'takes_flex', lambda device_type: True)
+    monkeypatch.setattr('torch.nn.attention.flex_attention._validate_device', lambda *tensors: None)
+
+    def backend(graph, inputs):
+        taken.append(any('flex_attention' in getattr(m, 'code', '') for m in graph.modules()))
+        return graph.forward
+    compiled = torch.compile(model, backend=backend)
+    torch.testing.assert_close(run(compiled), dense, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(compiled, True), dense16, atol=2e-2, rtol=2e-2)
+    assert taken == [True, True]
+    if 'position_encoding' in options:
+        alone = torch.cat([model(part, all_logits=True)[0] for part in idx[:1].split([9, 1, 120, 70], dim=1)], dim=1)
+        torch.testing.assert_close(dense[0][:1], alone, atol=1e-5, rtol=1e-4)
+    if 'position_encoding' in options and shutil.which('g++'):  # torch's own compiler, which without .contiguous() has given wrong logits here
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model)(idx, all_logits=True)[0], dense[0], atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_flex_attention_on_a_gpu_is_the_dense_mask():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**DOC | dict(block_size=200, n_embd=64, position_encoding='rope', n_kv_head=2), doc_mask_token=0)).cuda().train()
+    idx = torch.randint(0, 60, (3, 200), device='cuda')
+    results = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        logits, loss = forward(idx, idx.roll(-1, 1), all_logits=True)
+        loss.backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert model.takes_flex('cuda')
+    torch.testing.assert_close(results[1], results[0], atol=1e-3, rtol=1e-2)
+
+
 def test_doc_mask_holds_with_a_cache_too():
     """Keys before the end of a text are still in the cache."""
     torch.manual_seed(0)
@@ -2116,7 +2209,7 @@ def test_doc_mask_trains_and_says_what_it_needs(text_set, tmp_path):
     write_dataset(tmp_path / 'docs', {split: b'a short text\0' * 200 for split in ('train', 'val')}, BYTE)
     for folder, flag in [('a', True), ('b', False), ('c', True)]:
         done = train(tmp_path / 'docs', tmp_path / folder, f'--doc_mask={flag}', '--max_iters=5')
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and ('doc_mask by a dense mask' in done.stdout) == flag, done.stderr
     assert losses(tmp_path / 'a') == losses(tmp_path / 'c') != losses(tmp_path / 'b')
     assert checkpoint(tmp_path / 'a')['model_args']['doc_mask_token'] == 0 and checkpoint(tmp_path / 'b')['model_args']['doc_mask_token'] is None
     assert command('sample.py', f'--out_dir={tmp_path / "a"}', '--num_samples=1', '--max_new_tokens=30', '--stop=False').returncode == 0

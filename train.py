@@ -223,7 +223,8 @@ def prepare_data(name, folder):
                 '--tokenizer=... --out=NAME, then --dataset=NAME')
         elif not os.path.isdir(folder):
             have = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob(os.path.join(HERE, 'data', '*', 'prepare.py')))
-            raise ValueError(f"no data set '{name}' in data/, and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
+            shares = ', or with shares, as in a:0.7,b:0.3,' * (',' in name)
+            raise ValueError(f"no data set '{name}' in data/{shares} and no such file; there are {', '.join(have)} (--dataset=pystdlib needs no download); "
                              f"nanoGPT's or llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
         elif not os.path.exists(script):
             raise ValueError(f"'{name}' has no train*.bin; to make a data set of text in it: python data/prepare.py --input="
@@ -566,7 +567,7 @@ def compile_model():
     except Exception as e:  # whatever the compiler and its tools raise
         if out_of_memory(e):
             raise
-        say(f'WARNING: torch.compile failed on this machine, going on without it, slower: {first_line(e)}')
+        say(f"WARNING: torch.compile failed on this machine, going on without it, slower{', with a dense doc_mask' * (doc_mask and flex)}: {first_line(e)}")
         for module in compiled:
             module._compiled_call_impl = None
         if mode == 'fsdp':
@@ -1018,6 +1019,11 @@ with one_line_errors():
             raise ValueError(f"batch_size='auto' takes the checkpoint's gradient_accumulation_steps={gradient_accumulation_steps}, which must be a multiple of "
                              f'the {world_size} processes that share it; give both keys for as many tokens an iteration: {batch_size * gradient_accumulation_steps} sequences')
         config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+    if ckpt is not None and 'tokenizer' in ckpt and not eval_only:  # nanoGPT's order is random anyway
+        before, now = ({'dataset': c['dataset'], 'seed': c['seed'], 'sequences an iteration': c['batch_size'] * c['gradient_accumulation_steps']}
+                       for c in (ckpt['config'], config))
+        if changed := [f'{key} {now[key]} instead of {value}' for key, value in before.items() if now[key] != value]:
+            say(f"NOTE: resumed with {', '.join(changed)}: from here on it reads other windows than it would have read, some of them perhaps again")
     train_loader = load('train', seed=seed)
     eval_loaders = {split: load(split, seed=0, shift=False) for split in ('train', 'val')}
     if ckpt is not None and ckpt['iter_num'] >= max_iters and ckpt.get('last_eval_iter', ckpt['iter_num']) == ckpt['iter_num'] and not eval_only:
@@ -1078,16 +1084,17 @@ config['compile'] = compile
 n_params, n_trainable = raw_model.get_num_params(False), sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 device_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads' if device.type == 'cpu' else 'mps'
 device_memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+present = memory(device)
 try:
     estimate = memory_estimate(model_config, batch_size, dtype, device, accumulation, mode, world_size)
 except Exception as e:  # of a part that tensors without data do not go through, say: no reason not to train
     say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
     estimate = dict(weights=0, moments=0, peak=0)
 if device.type == 'cpu':  # where memory() is all of the process: Python, torch and what else there is by now, besides the states already here
-    present = memory(device)
     estimate['holes'] = round(0.2 * estimate['peak'])  # that malloc leaves between tensors: see PARAMETER_FORMULAS.md
     estimate['process'] = present.get('resident', present['peak']) - estimate['weights'] - bool(optimizer.state) * estimate['moments']
     estimate['peak'] += estimate['holes'] + estimate['process']
+flex = compile and mode != 'fsdp' and raw_model.takes_flex(device.type)  # FSDP compiles block by block, and the mask is made outside them
 startup_info = {
     'start': f'iteration {iter_num} of {max_iters} ({init_from})',
     'data': f"{dataset}: {train_loader.n_tokens:,} train tokens, {eval_loaders['val'].n_tokens:,} val tokens, "
@@ -1095,7 +1102,8 @@ startup_info = {
             ''.join(f'; {share:.3g} from {name}, {max_iters * tokens_per_iter * share / loader.n_tokens:.2f} epochs of its {loader.n_tokens:,} tokens'
                     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
-                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}",
+                    f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}" +
+                    f", doc_mask by {'flex attention' if flex else 'a dense mask'}" * doc_mask,
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
     'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, '
              f'{model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',

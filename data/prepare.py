@@ -597,7 +597,8 @@ def prepare(parser, args, find_sources, data_dir, tokenizer, vocab_size=None):
                                   bad_bytes=args.bad_bytes, processes=args.processes)
         preparation.run(tokenizer, vocab_size, args.overwrite)
     except (OSError, ValueError) as e:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(e).split())}\n")
+        at = f'{data_dir}, ' * (isinstance(e, OSError) and e.errno is not None and not e.filename)  # a full disk does not name itself
+        parser.exit(2, f"{parser.prog}: {at}{' '.join(str(e).split())}" + '; the same command goes on from here' * bool(at) + '\n')
     except KeyboardInterrupt:
         parser.exit(130, f'\n{parser.prog}: stopped; the same command goes on from here\n')
 

@@ -138,18 +138,15 @@ class HuggingFace(Tokenizer):
         self.special = {i for i, token in added.items() if token.special or i == self.eot}
         self.spec = {'name': 'huggingface', 'json': spec['json'], 'eot': name}
         self.table = [b''] * self.vocab_size
-        if '"ByteLevel"' in decoder:
-            # GPT-2's way to write bytes: printable ones as they are, the others as the characters from 256 on
-            printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-            byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*printable}))}
-        elif '"Metaspace"' not in decoder and '"Replace"' not in decoder:
+        byte_of = {c: b for b, c in BYTE_CHARS.items()}
+        if '"ByteLevel"' not in decoder and '"Metaspace"' not in decoder and '"Replace"' not in decoder:
             raise ValueError(f'this tokenizer.json has the decoder {decoder:.60}, which cannot give back the text: take one that is byte-level, or writes '
                              f'spaces as {SPACE}')
         for token, i in vocab.items():
             if i in added:
                 self.table[i] = token.encode('utf-8')
             elif '"ByteLevel"' in decoder:
-                self.table[i] = bytes(byte_of[c] for c in token)
+                self.table[i] = bytes(map(byte_of.get, token)) if byte_of.keys() >= {*token} else token.encode('utf-8')  # as the library has it
             elif len(token) == 6 and token.startswith('<0x') and '"ByteFallback"' in decoder:
                 self.table[i] = bytes([int(token[3:5], 16)])
             else:
@@ -189,11 +186,12 @@ def get_tokenizer(spec):
     """The tokenizer that spec describes, a dict with a name or the name alone. ValueError lists the names there are."""
     spec = {'name': spec} if isinstance(spec, str) else spec
     name = spec.get('name') if isinstance(spec, dict) else spec
-    if name in TOKENIZERS:
+    if name in TOKENIZERS and (name != 'huggingface' or 'json' in spec):
         return TOKENIZERS[name](spec)
     import tiktoken
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f'unknown tokenizer {name!r}, use one of {", ".join([*TOKENIZERS, *tiktoken.list_encoding_names()])}')
+        raise ValueError(f'unknown tokenizer {name!r}, use byte, char, {", ".join(tiktoken.list_encoding_names())}, the path of a tokenizer.json, or in '
+                         'data/prepare.py bpe')
     return Tiktoken(spec)
 
 
