@@ -739,6 +739,30 @@ class GPT(nn.Module):
         return [KVCache(shape, dtype=dtype, device=w.device) for _ in range(c.n_layer)]
 
     @torch.no_grad()
+    def attention_weights(self, idx):
+        """
+        Where each head looks: a (B, H, T, T) float32 a layer, of which rows, the queries, sum to 1. They are computed by the definition from
+        the very q, k and mask that the attention backend is given in a forward of idx (B, T).
+        """
+        weights, attns = [], [block.attn for block in self.transformer.h]
+
+        def watch(attend):
+            def watched(q, k, v, dropout, config, *mask):
+                one = torch.eye(k.size(2), device=k.device).expand(*k.shape[:2], -1, -1)  # in place of values
+                weights.append(manual_attention(q.float(), k.float(), one, 0.0, config, *mask))
+                return attend(q, k, v, dropout, config, *mask)
+            return watched
+        fast = [attn.attend for attn in attns]
+        try:
+            for attn, attend in zip(attns, fast):
+                attn.attend = watch(attend)
+            self.forward(idx)
+        finally:
+            for attn, attend in zip(attns, fast):
+                attn.attend = attend
+        return weights
+
+    @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=None, use_cache=True, slide=1):
         """
         Continue idx (B, T), one step at a time: yields (B,) int64 ids. temperature 0 is greedy; top_k keeps that many tokens;

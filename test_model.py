@@ -330,6 +330,36 @@ def test_a_cache_filled_in_pieces_gives_the_same_logits(parts):
     close(torch.cat(pieces, dim=1), whole)
 
 
+def watch_backend(model):
+    """What the attention backend of each layer is given as values, and returns: filled by the next forward."""
+    seen = []
+    for block in model.transformer.h:
+        def attend(q, k, v, *rest, fast=block.attn.attend):
+            y = fast(q, k, v, *rest)
+            seen.append((v, y))
+            return y
+        block.attn.attend = attend
+    return seen
+
+
+@every_combination
+@pytest.mark.parametrize('doc_mask_token', [None, 0], ids=['', 'doc_mask'])
+def test_attention_weights_are_those_the_backend_used(parts, doc_mask_token):
+    """A picture of other weights than the model works with: before RoPE or the norm of q and k, without the mask, of another head."""
+    model, idx = shaken(**parts, doc_mask_token=doc_mask_token), ids(B, T)
+    idx[:, 5] = 0
+    seen, logits = watch_backend(model), model(idx)[0]
+    fast = [block.attn.attend for block in model.transformer.h]
+    seen.clear()
+    weights = model.attention_weights(idx)
+    assert [block.attn.attend for block in model.transformer.h] == fast and torch.equal(model(idx)[0], logits) and len(weights) == 2
+    for w, (v, y) in zip(weights, seen):
+        assert w.shape == (B, 4, T, T) and not w.triu(1).any() and w.dtype == torch.float32
+        assert doc_mask_token is None or not w[:, :, 5:, :5].any()
+        close(w.sum(-1), torch.ones(B, 4, T))
+        close(w @ v.repeat_interleave(4 // v.size(1), dim=1), y)
+
+
 def test_a_cache_is_used_whatever_else_is_on():
     """activation_checkpointing is stored in checkpoints; a cache passed over because of it gives every token position 0."""
     model, idx = shaken(activation_checkpointing=True), ids(B, T)
