@@ -19,6 +19,7 @@ import ast
 import ctypes
 import fcntl
 import glob
+import itertools
 import json
 import math
 import os
@@ -404,11 +405,10 @@ def picture(groups, path, title):
     """Val loss against steps, tokens, FLOPs and seconds: a line a cell, the mean over seeds, and a band from the lowest to the highest."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
-    styles = [(dash, marker) for marker in 'os^Dvx*P' for dash in ('-', '--', ':')]
     shades = plt.get_cmap('viridis')(np.linspace(0, 0.85, len(groups)))  # which grows lighter evenly, so that it can be told in grey
     ends = [e['loss'] for group in groups.values() for run in group for e in run['evals'] if e['iter'] >= run['iter_num'] / 5]
     for ax, (label, key) in zip(axes.flat, AXES.items()):
-        for (name, group), shade, (dash, marker) in zip(groups.items(), shades, styles * (1 + len(groups) // len(styles))):
+        for (name, group), shade, dash, marker in zip(groups.items(), shades, itertools.cycle(('-', '--', ':')), itertools.cycle('os^Dvx*P')):
             common = sorted(set.intersection(*({e['iter'] for e in run['evals']} for run in group)))
             of = lambda what: np.array([[e[what] for e in run['evals'] if e['iter'] in common] for run in group])
             x, losses = of(key).mean(0), of('loss')
