@@ -1,11 +1,11 @@
 """
 Which choice is better: a grid of runs through train.py, or runs that are there, in a table with error bars and a picture.
 
-    python compare.py config/preset_quick_test.py --normalization=layernorm,rmsnorm --position_encoding=learned_absolute,rope --seed=1,2,3
+    python compare.py config/preset_quick_test.py --out_dir=out-parts --normalization=layernorm,rmsnorm --position_encoding=learned_absolute,rope --seed=1,2,3
     python compare.py config/ablate_gpt2_to_llama.py                                        # a study: cells that are no grid
     python compare.py out-a out-b out-c                                                     # finished runs
-    python compare.py config/preset_quick_test.py --search=32 --learning_rate=1e-4..1e-2    # random search, successive halving
-    python compare.py --scaling=config/preset_quick_test.py --n_embd=64,96,128,192,256      # loss against size, at the same tokens a parameter
+    python compare.py config/preset_quick_test.py --out_dir=out-search --search=32 --learning_rate=1e-4..1e-2     # random search, successive halving
+    python compare.py --scaling=config/preset_quick_test.py --out_dir=out-scaling --n_embd=64,96,128,192          # loss against size
 
 Every cell is a run of train.py in a folder of its own under out_dir; after a kill the same command goes on where it was. Writes
 out_dir/compare.md, compare.json and compare.png.
@@ -14,6 +14,7 @@ Every run is evaluated on the same windows of val, so two cells are compared win
 over seeds, has a standard error from the text (means of contiguous blocks of windows, since neighbours are alike) and one from the seeds
 (their variance within cells, pooled over all cells, as in an analysis of variance). The two variances add up; interval and p-value are
 Student's t with Welch and Satterthwaite's degrees of freedom. A p-value is that of one comparison: of twenty, one is below 0.05 by chance.
+The variance between seeds is taken to be the same in all cells, and a NOTE says where it is not.
 """
 import ast
 import ctypes
@@ -38,7 +39,6 @@ from data.loader import find_datasets, mean_and_error, prepare_facts, read_meta
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(HERE, 'train.py')
-OTHER_SETTINGS = "'{}' was run with {}={}, and now it is {}: another --out_dir, or remove that folder"
 AXES = {'steps': 'iter', 'tokens': 'tokens', 'FLOPs': 'flops', 'seconds': 'train_seconds'}  # what loss is drawn against, and its name in an evaluation
 
 
@@ -64,7 +64,7 @@ def several(name, value, default, kind):
         except (ValueError, SyntaxError):
             literal = text
         return coerce(None if kind is str and text == 'None' else literal, default, kind)
-    ends = value.split('..') if isinstance(value, str) and kind in (int, float) else ()
+    ends = value.split('..') if isinstance(value, str) and kind in (int, float) and name != 'seed' else ()
     if len(ends) == 2:
         found = Range(*map(one, ends))
         if not found.low < found.high:
@@ -78,7 +78,7 @@ def several(name, value, default, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # which runs
 
-def make_cells(config, rng=None):
+def make_cells(config, given, rng=None):
     """{name of a cell: its settings}: the named cells times every combination of the keys with several values but seed; with rng, `search` draws of them."""
     named, axes = config['cells'] or {'': {}}, {k: v for k, v in config.items() if isinstance(v, (list, Range)) and k != 'seed'}
     block = read_block(TRAIN)
@@ -86,6 +86,8 @@ def make_cells(config, rng=None):
         for key, value in settings.items():
             if key not in block or key in ('out_dir', 'seed'):
                 raise ValueError(f"cell '{name}': '{key}' is not a key that a cell can set")
+            if key in axes or given.get(key) == 'on the command line':
+                raise ValueError(f"cell '{name}' sets {key} itself, so --{key} would do nothing there")
             try:
                 settings[key] = coerce(value, *block[key][:2])
             except ValueError as expected:
@@ -111,10 +113,18 @@ def make_runs(config, given, cells):
     """A dict a run: cell, seed, folder, and settings, the keys of train.py that somebody set. Seeds outermost, so that an early end leaves a comparison."""
     seeds = config['seed'] if isinstance(config['seed'], list) else [config['seed']]
     keys = [k for k in read_block(TRAIN) if k in given and k not in ('seed', 'overwrite', 'out_dir')]
-    runs = []
+    runs, windows = [], None
     for seed in seeds:
         for cell, own in cells.items():
             settings = {k: config[k] for k in keys if not isinstance(config[k], (list, Range))} | own | {'seed': seed}
+            batch_size, block_size, eval_iters = (settings.get(k, config[k]) for k in ('batch_size', 'block_size', 'eval_iters'))
+            if batch_size != 'auto':
+                windows = windows or (block_size, batch_size * eval_iters)
+                if batch_size * eval_iters != windows[1] and windows[1] % batch_size == 0:  # as many windows in other batches
+                    settings['eval_iters'] = eval_iters = windows[1] // batch_size
+                if (block_size, batch_size * eval_iters) != windows:
+                    raise ValueError(f"cell '{cell}' would be evaluated on {batch_size * eval_iters} windows of {block_size} tokens, the first cell on "
+                                     f'{windows[1]} of {windows[0]}: to be compared they need the same block_size and eval_iters * batch_size')
             folder = os.path.join(config['out_dir'], re.sub(r'[^\w.,=+-]+', '_', cell)[:150] + f',seed={seed}')
             runs.append(dict(cell=cell, seed=seed, folder=folder, settings=settings,
                              max_iters=settings.get('max_iters', config['max_iters']), cost=1.0))
@@ -142,10 +152,11 @@ def read_run(folder):
             with open(path, encoding='utf-8') as f:
                 log = json.load(f)
             first = log['summary']['iter_num'] - log['summary']['iterations']
+            log['summary']['outcome'], log['startup_info']['flops_per_token']
             if log['config']['eval_only'] or not log['training_iterations'] and not log['eval_steps']:
                 continue
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"'{path}' is no run log of train.py: {e!r}") from None
+            raise ValueError(f"'{path}' is no run log of train.py, or half of one: remove it ({e!r})") from None
         chain = [] if first == 0 else chain
         chain.append((first, log))
     if not chain:
@@ -158,31 +169,37 @@ def read_run(folder):
     evals = [dict(iter=i, tokens=e['tokens'], flops=e['tokens'] * flops_token, train_seconds=e['train_seconds'], loss=e['val']['loss'],
                   losses=np.array(e['val']['window_losses'])) for i, e in sorted(evals.items())]
     return dict(folder=folder, config=last['config'], startup_info=last['startup_info'], windows=last.get('eval_windows'), evals=evals,
-                iterations=[e for _, e in sorted(iterations.items())], outcome=summary['outcome'], iter_num=summary['iter_num'],
-                smaller_batches='out_of_memory' in last)
+                iterations=[e for _, e in sorted(iterations.items())], outcome=summary['outcome'], iter_num=summary['iter_num'])
 
 
 def finished(run, until):
-    """Whether the run in its folder has come to iteration `until`; ValueError if what is there was made with other settings."""
-    done = read_run(run['folder'])
+    """Whether the run in its folder has come to iteration `until`; ValueError if what is there was asked for with other settings."""
+    done, path = read_run(run['folder']), os.path.join(run['folder'], 'settings.json')
     if done is None:
         return False
-    free = {'out_dir', 'init_from', 'overwrite', 'max_iters', 'device', 'always_save_checkpoint'}
-    free |= {'batch_size', 'gradient_accumulation_steps'} if done['smaller_batches'] else set()
+    if not os.path.exists(path):
+        raise ValueError(f"'{run['folder']}' holds a run that compare.py did not start: another --out_dir, or remove that folder")
+    with open(path, encoding='utf-8') as f:
+        before = json.load(f)
     for key, (default, _, _) in read_block(TRAIN).items():
-        asked, had = run['settings'].get(key, default), done['config'].get(key, default)
-        if key not in free and asked not in (None, 'auto', had):  # what is None or auto the run has filled in
-            raise ValueError(OTHER_SETTINGS.format(run['folder'], key, had, asked))
-    if done['config']['max_iters'] > run['max_iters']:
-        raise ValueError(OTHER_SETTINGS.format(run['folder'], 'max_iters', done['config']['max_iters'], run['max_iters']))
-    return bool(done['evals']) and (done['iter_num'] >= until if done['outcome'] == 'finished' else done['outcome'] == 'stopped early')
+        had, asked = before.get(key, default), run['settings'].get(key, default)
+        if had != asked and key != 'device' and not (key == 'max_iters' and had < run['max_iters']):  # which goes on
+            raise ValueError(f"'{run['folder']}' was run with {key}={had}, and now it is {asked}: another --out_dir, or remove that folder")
+    return bool(done['evals']) and (done['evals'][-1]['iter'] >= until or done['outcome'] == 'stopped early')
 
 
 def start(run, until, slot, jobs, gpus):
     """train.py for a run, up to iteration `until`, its words into console.txt. It ends, with a checkpoint, when this process does."""
     os.makedirs(run['folder'], exist_ok=True)
-    with open(os.path.join(run['folder'], 'lock'), 'a') as lock:  # a child of one that was killed may be saving yet
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(os.path.join(run['folder'], 'lock'), 'a') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that works in '{run['folder']}', as one does that is saving after a kill", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(os.path.join(run['folder'], 'settings.json.tmp'), 'w', encoding='utf-8') as f:
+        json.dump(run['settings'], f, indent=1)
+    os.replace(f.name, f.name.removesuffix('.tmp'))
     begun = glob.glob(os.path.join(glob.escape(run['folder']), 'ckpt*'))
     first = run['settings'].get('init_from', 'scratch')  # or whose weights to fine-tune, the first time
     flags = run['settings'] | dict(out_dir=run['folder'], max_iters=until, init_from='auto' if begun or first == 'scratch' else first)
@@ -191,14 +208,15 @@ def start(run, until, slot, jobs, gpus):
         env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // jobs)))
     die_with_parent = (lambda libc=ctypes.CDLL(None): libc.prctl(1, signal.SIGTERM)) if sys.platform == 'linux' else None  # PR_SET_PDEATHSIG
     with open(os.path.join(run['folder'], 'console.txt'), 'ab') as console:
+        run['console'] = console.tell()
         return subprocess.Popen([sys.executable, TRAIN, *(f'--{k}={v}' for k, v in flags.items())], stdin=subprocess.DEVNULL, stdout=console,
                                 stderr=subprocess.STDOUT, env=env, preexec_fn=die_with_parent)
 
 
 def tail(run):
-    """The last lines that a run printed."""
+    """The last lines that a run has printed since its start."""
     with open(os.path.join(run['folder'], 'console.txt'), 'rb') as f:
-        f.seek(max(0, os.fstat(f.fileno()).st_size - 4000))
+        f.seek(max(run['console'], os.fstat(f.fileno()).st_size - 4000))
         return f.read().decode('utf-8', 'replace').strip().splitlines() or ['']
 
 
@@ -206,7 +224,10 @@ def run_all(runs, jobs, gpus, target=math.inf):
     """Run what is not finished, each to its end or to iteration `target`, `jobs` at a time, with progress and time left. Returns the runs that failed."""
     until = lambda run: min(target, run['max_iters'])
     waiting = [run for run in runs if not finished(run, until(run))]
-    total, done, failed, active, t0, shown = sum(run['cost'] for run in waiting) or 1, 0.0, [], {}, time.time(), 0.0
+    for run in waiting:  # what of its cost is left, and where it goes on
+        run['from'] = (read_run(run['folder']) or {}).get('iter_num', 0)
+        run['left'] = run['cost'] * max(0, until(run) - run['from']) / run['max_iters']
+    total, done, failed, active, t0, shown = sum(run['left'] for run in waiting) or 1, 0.0, [], {}, time.time(), 0.0
     print(f'{len(runs)} runs, {len(runs) - len(waiting)} of them finished' + (f'; {jobs} at a time' if jobs > 1 else ''), flush=True)
     clear = '\r\033[K' if sys.stdout.isatty() else ''
     try:
@@ -219,18 +240,18 @@ def run_all(runs, jobs, gpus, target=math.inf):
             for slot, (run, process, since) in list(active.items()):
                 lines = tail(run)
                 reached = re.findall(r'^iter (\d+) ', '\n'.join(lines), re.M)
-                share += run['cost'] * (int(reached[-1]) + 1) / until(run) if reached else 0.0
+                share += run['left'] * (int(reached[-1]) + 1 - run['from']) / max(1, until(run) - run['from']) if reached else 0.0
                 if process.poll() is None:
                     continue
                 del active[slot]
-                done += run['cost']
+                done += run['left']
                 at = f'{clear}[{len(runs) - len(waiting) - len(active)}/{len(runs)}] {run["cell"]}, seed {run["seed"]}: '
                 if process.returncode == 0 and finished(run, until(run)):
                     print(f"{at}val loss {read_run(run['folder'])['evals'][-1]['loss']:.4f}, {duration(time.time() - since)}", flush=True)
                 else:
                     failed.append(run)
-                    why = [line for line in lines if line.startswith('train.py:')] or [line for line in lines if 'not finite' in line] or lines
-                    print(f"{at}FAILED with status {process.returncode}: {why[-1]} ({os.path.join(run['folder'], 'console.txt')})", flush=True)
+                    why = [line for line in lines if line.startswith('train.py:') or 'not finite' in line] or lines[-1:]
+                    print(f"{at}FAILED with status {process.returncode}: {why[0]} ({os.path.join(run['folder'], 'console.txt')})", flush=True)
             if active and time.time() - shown > (1 if clear else 60):
                 shown, run = time.time(), next(iter(active.values()))[0]
                 left = f', about {duration((time.time() - t0) * (total - share) / share)} left' if share > 0 else ''
@@ -322,37 +343,42 @@ def compare(groups, baseline, confidence=0.95):
     variance, df = {}, {}
     for axis, cells in at.items():
         variance[axis], df[axis] = seed_variance([[x.mean() for x in losses] for losses in cells.values() if losses is not None])
-    rows = []
+    rows, peak = [], max(run['startup_info']['hardware_peak_tflops'] for run in runs)  # one for all, where each has measured its own
     for name, group in groups.items():
-        iterations = [e for run in group for e in run['iterations'] if e['iter'] > 2] or [e for run in group for e in run['iterations']]
+        iterations = [e for run in group for e in run['iterations'][2:] or run['iterations']]
         end = at['end'][name]
         mean, half, _ = estimate(np.mean(end, axis=0), variance['end'], df['end'], 1 / len(end), confidence)
         row = dict(cell=name, seeds=[run['config']['seed'] for run in group], folders=[run['folder'] for run in group],
                    iterations=max(run['iter_num'] for run in group), params=group[0]['startup_info']['total_params'],
                    flops_per_token=group[0]['startup_info']['flops_per_token'],
                    tokens_per_sec=float(np.median([e['mfu']['tokens_per_sec'] for e in iterations])),
-                   mfu_percent=float(np.median([e['mfu']['mfu_percent'] for e in iterations])),
+                   mfu_percent=float(np.median([e['mfu']['achieved_tflops'] / peak * 100 for e in iterations])),
                    peak_bytes=max(max(e['memory'].values()) for e in iterations),
                    seconds=float(np.mean([run['evals'][-1]['train_seconds'] for run in group])),
-                   val_loss=mean, interval=half, loss_by_seed=[float(x.mean()) for x in end])
+                   val_loss=mean, interval=half, loss_by_seed=[float(x.mean()) for x in end],
+                   seed_deviation=float(np.std([x.mean() for x in end], ddof=1)) if len(end) > 1 else None)
         for axis, cells in at.items():
             mine, base = cells[name], cells[baseline]
             if name != baseline and mine is not None and base is not None:
                 d, half, p = estimate(np.mean(mine, axis=0) - np.mean(base, axis=0), variance[axis], df[axis], 1 / len(mine) + 1 / len(base), confidence)
                 row[f'difference at {axis}'] = dict(difference=d, interval=half, p=p)
         rows.append(row)
-    return rows, dict(seed_deviation=math.sqrt(variance['end']) if df['end'] else None, seed_df=df['end'])
+    return rows, dict(seed_deviation=math.sqrt(variance['end']) if df['end'] else None, seed_df=df['end'], windows=runs[0]['windows'], baseline=baseline,
+                      confidence=confidence)
 
 
 def group_runs(runs):
     """{name: runs} of finished runs: those that differ in nothing but seed are one cell, and a cell is named by what is not the same in all."""
     ignored = '''seed out_dir init_from overwrite wandb_log wandb_project wandb_run_name wandb_artifacts tensorboard_log sample_interval log_interval
                  eval_interval save_interval always_save_checkpoint gradient_log_interval device peak_tflops'''.split()
-    shown = [k for k in runs[0]['config'] if k not in ignored and len({str(run['config'].get(k)) for run in runs}) > 1]
+    shown = [k for k in dict.fromkeys(k for run in runs for k in run['config']) if k not in ignored and len({str(run['config'].get(k)) for run in runs}) > 1]
     groups = {}
     for run in runs:
         name = ', '.join(f"{k}={run['config'].get(k)}" for k in shown) or 'as configured'
         groups.setdefault(name, []).append(run)
+        seeds = [run['config']['seed'] for run in groups[name]]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"'{run['folder']}' has the config and the seed of another of these runs, so it says nothing new: leave it out")
     return groups
 
 
@@ -363,14 +389,17 @@ def plus_minus(value, half, sign=''):
     return f'{value:{sign}.4f} ± {half:.4f}' if math.isfinite(half) else f'{value:{sign}.4f}'
 
 
-def verdict(d, confidence):
-    if d is None or d['p'] is None:
-        return 'one seed' if d else 'baseline'
+def verdict(row, rows, confidence):
+    d, base = row.get('difference at end'), next(row for row in rows if 'difference at end' not in row)
+    if d is None or d['p'] is None or row['iterations'] != base['iterations']:
+        return 'baseline' if d is None else 'other length' if row['iterations'] != base['iterations'] else 'one seed'
     return 'no difference' if d['p'] >= 1 - confidence else 'better' if d['difference'] < 0 else 'worse'
 
 
-def table(rows, facts, baseline, failed, confidence):
+def table(rows, facts):
     """The rows in Markdown, with what one has to know to read them below."""
+    from scipy import stats
+    baseline, confidence = facts['baseline'], facts['confidence']
     columns = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens/s', 'MFU', 'peak memory', 'val loss', 'difference', 'p', 'verdict',
                'at equal FLOPs', 'at equal time']
     lines = []
@@ -378,10 +407,10 @@ def table(rows, facts, baseline, failed, confidence):
         ends = [row.get(f'difference at {axis}') for axis in ('end', 'FLOPs', 'seconds')]
         differences = [plus_minus(d['difference'], d['interval'], '+') if d else '' if row['cell'] == baseline else '-' for d in ends]
         p = ends[0]['p'] if ends[0] else None
-        lines.append([row['cell'], str(len(row['seeds'])), str(row['iterations']), f"{row['params']:,}", f"{row['flops_per_token'] / 1e6:,.4g}",
-                      f"{row['tokens_per_sec']:,.0f}", f"{row['mfu_percent']:.1f}%", f"{row['peak_bytes'] / 2**30:.2f} GiB",
-                      plus_minus(row['val_loss'], row['interval']), differences[0], '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}',
-                      verdict(ends[0], confidence), *differences[1:]])
+        lines.append([row['cell'].replace('|', '\\|'), str(len(row['seeds'])), str(row['iterations']), f"{row['params']:,}",
+                      f"{row['flops_per_token'] / 1e6:,.4g}", f"{row['tokens_per_sec']:,.0f}", f"{row['mfu_percent']:.1f}%",
+                      f"{row['peak_bytes'] / 2**30:.2f} GiB", plus_minus(row['val_loss'], row['interval']), differences[0], '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}',
+                      verdict(row, rows, confidence), *differences[1:]])
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     form = lambda line: '| ' + ' | '.join(text.ljust(w) for text, w in zip(line, widths)) + ' |'
     text = [form(columns), '| ' + ' | '.join('-' * w for w in widths) + ' |', *map(form, lines), '']
@@ -393,11 +422,17 @@ def table(rows, facts, baseline, failed, confidence):
                     f"{facts['seed_df']} degrees of freedom).")
     else:
         text.append('Each cell has one seed, so intervals are for other text only, and there are no p-values: --seed=1,2,3 tells what another seed would give.')
-    if len(rows) == 1:
+    if len(rows) == 1 and len(rows[0]['seeds']) > 1:
         text.append('No difference: these runs differ in nothing but their seed. Their losses: ' + ', '.join(f'{x:.4f}' for x in rows[0]['loss_by_seed']) + '.')
     text.append('At equal FLOPs and time: at what the cheapest run had spent at its end, the others between two evaluations, where their learning rate had '
-                'not yet come down as far; -: evaluations more than a quarter of it apart (--eval_interval).')
-    text += [f'NOT IN THE TABLE, failed: {name}' for name in failed]
+                'not yet come down as far; -: evaluations more than a quarter of it apart (--eval_interval). The noise of clocks is not in these intervals.')
+    groups = [row['loss_by_seed'] for row in rows if len(row['loss_by_seed']) > 1]
+    if len(groups) > 1 and all(np.ptp(g) for g in groups) and stats.bartlett(*groups).pvalue < 0.01:
+        text.append("NOTE: some cells' seeds differ more than others' (seed_deviation in compare.json, Bartlett's test), so for these, intervals are too short "
+                    'and p-values too low.')
+    if len({row['iterations'] for row in rows}) > 1:
+        text.append("NOTE: not all have as many iterations, so 'difference' is not at equal steps.")
+    text += [f'NOT IN THE TABLE, failed: {name}' for name in facts['failed']]
     return '\n'.join(text) + '\n'
 
 
@@ -406,7 +441,8 @@ def picture(groups, path, title):
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
     shades = plt.get_cmap('viridis')(np.linspace(0, 0.85, len(groups)))  # which grows lighter evenly, so that it can be told in grey
-    ends = [e['loss'] for group in groups.values() for run in group for e in run['evals'] if e['iter'] >= run['iter_num'] / 5]
+    late = [[e['loss'] for e in run['evals'] if e['iter'] >= run['iter_num'] / 5] for group in groups.values() for run in group]
+    low, high = min(map(min, late)), np.median([max(losses) for losses in late])  # so that one that diverged does not flatten the others
     for ax, (label, key) in zip(axes.flat, AXES.items()):
         for (name, group), shade, dash, marker in zip(groups.items(), shades, itertools.cycle(('-', '--', ':')), itertools.cycle('os^Dvx*P')):
             common = sorted(set.intersection(*({e['iter'] for e in run['evals']} for run in group)))
@@ -417,7 +453,7 @@ def picture(groups, path, title):
         ax.set_xlabel(label)
         ax.set_ylabel('val loss, nats a token')
         ax.grid(alpha=0.3)
-        ax.set_ylim(min(ends) - 0.03 * (max(ends) - min(ends)), max(ends))
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(groups) <= 16:
         figure.legend(handles, labels, loc='outside lower center', ncols=max(1, min(6, 120 // max(map(len, labels)))))
@@ -440,9 +476,13 @@ def ladder(config, given):
     from model import meta_model
     base = configure(__file__, TRAIN, argv=[config['scaling']], convert=several)[0]
     head_dim = base['n_embd'] // base['n_head']
+    if wrong := [k for k, v in config.items() if isinstance(v, (list, Range)) and k not in ('n_embd', 'seed')] + [k for k in ('cells', 'search') if config[k]]:
+        raise ValueError(f'scaling varies n_embd, and takes several values of no key but seed besides: not {wrong[0]}')
+    if given.get('n_embd') == 'on the command line' and not isinstance(config['n_embd'], list):
+        raise ValueError(f"scaling needs several widths, as in --n_embd=64,96,128, not {config['n_embd']}")
     widths = config['n_embd'] if isinstance(config['n_embd'], list) else sorted({head_dim * max(1, round(f * base['n_head'])) for f in (0.5, 0.75, 1, 1.5, 2)})
-    for width in (w for w in widths if w % head_dim):
-        raise ValueError(f"n_embd={width} is no multiple of {head_dim}, the size of a head in '{config['scaling']}'")
+    if bad := [w for w in widths if w % head_dim]:
+        raise ValueError(f"n_embd={bad[0]} is no multiple of {head_dim}, the size of a head in '{config['scaling']}'")
     if len(widths) < 3:
         raise ValueError(f'a power law needs 3 widths or more, not {len(widths)}: --n_embd=64,96,128')
     folder = find_datasets(config['dataset'])[0][2]
@@ -478,13 +518,13 @@ def fit_power_law(n, losses, confidence=0.95):
              'L = A N^-alpha': (lambda x, a, alpha: a * (x / middle) ** -alpha, [losses.mean(), 0.1])}
     for name, (form, p0) in forms.items():
         df = len(n) - len(p0)
-        if df < 1:
-            continue
         try:
             best, covariance = optimize.curve_fit(form, n, losses, p0=p0, maxfev=20000)
-        except RuntimeError:
+        except (RuntimeError, TypeError) as e:  # it does not converge, or there are fewer sizes than unknowns
+            if name == 'L = A N^-alpha':
+                raise ValueError(f'no power law fits these losses: {e}') from None
             continue
-        t = stats.t.ppf((1 + confidence) / 2, df)
+        t = stats.t.ppf((1 + confidence) / 2, df)  # nan without a degree of freedom
         half = t * np.sqrt(np.diag(covariance))
         if name.startswith('L = A') or np.isfinite(half).all() and best[2] > half[2] and best[1] > 0:
             break
@@ -523,7 +563,7 @@ def scaling_report(groups, config, out_dir):
     ax.legend()
     figure.tight_layout()
     figure.savefig(os.path.join(out_dir, 'scaling.png'), dpi=100)
-    return text, {k: v for k, v in fit.items() if k != 'predict'}
+    return text, {k: v if isinstance(v, str) or math.isfinite(v or 0) else None for k, v in fit.items() if k != 'predict'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,7 +591,7 @@ def main():
 def settings_in(argv):
     """The arguments that are no run's folder, after the config file that scaling names."""
     for arg in argv:
-        if not (arg.startswith('-') or '=' in arg or arg.endswith('.py') or os.path.isdir(arg)):
+        if not (arg.startswith('-') or '=' in arg and '/' not in arg or arg.endswith('.py') or os.path.isdir(arg)):
             fail(f"'{arg}' is neither a config file nor a run's folder")
     return [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')] + [arg for arg in argv if not os.path.isdir(arg)]
 
@@ -574,6 +614,11 @@ def run_study(config, given, folders):
     if not 0 < confidence < 1:
         raise ValueError(f'confidence must be between 0 and 1, not {confidence}')
     if folders:
+        folders = list({os.path.realpath(folder): folder for folder in folders}.values())
+        if useless := [k for k in given if k not in ('out_dir', 'baseline', 'sort', 'confidence')]:
+            raise ValueError(f'finished runs are compared as they are: {useless[0]} does nothing here')
+        if len(folders) < 2:
+            raise ValueError(f"nothing to compare '{folders[0]}' with: name another run's folder")
         found = [read_run(folder) for folder in folders]
         for folder, run in zip(folders, found):
             if run is None or not run['evals'] or not run['iterations']:
@@ -588,7 +633,7 @@ def run_study(config, given, folders):
             if config['search'] < 0 or config['search'] == 1:
                 raise ValueError(f"search draws 2 cells or more, not {config['search']}")
             seed = config['seed'][0] if isinstance(config['seed'], list) else config['seed']
-            planned = make_runs(config, given, make_cells(config, np.random.default_rng(seed) if config['search'] else None))
+            planned = make_runs(config, given, make_cells(config, given, np.random.default_rng(seed) if config['search'] else None))
             if len(planned) == 1:
                 raise ValueError('nothing to compare: give a key several values, as in --normalization=layernorm,rmsnorm --seed=1,2,3, or finished runs, '
                                  'as in out-a out-b')
@@ -600,17 +645,21 @@ def run_study(config, given, folders):
         raise ValueError(f"out_dir '{out_dir}' is in use by another run; --out_dir=... gives this one another") from None
 
     if planned:
+        groups = {run['cell']: [] for run in planned}
+        if config['baseline'] and config['baseline'] not in groups:
+            raise ValueError(f"baseline '{config['baseline']}' is none of the cells: {'; '.join(groups)}")
         if config['search']:
             for run in planned:
-                run['settings'].setdefault('lr_decay_iters', config['lr_decay_iters'])
                 run['settings']['always_save_checkpoint'] = True
             failed = halving(planned, jobs, gpus)
         else:
             failed = run_all(planned, jobs, gpus)
-        groups = {}
         for run in planned:
             if run not in failed:
-                groups.setdefault(run['cell'], []).append(read_run(run['folder']))
+                groups[run['cell']].append(read_run(run['folder']))
+        if not next(iter(groups.values())) and not config['baseline'] and not config['search']:
+            print('NOTE: the first cell has failed, so another one is the baseline')
+        groups = {cell: group for cell, group in groups.items() if group}
     if not groups:
         raise ValueError('no run has come to its end, see above')
     if config['search']:
@@ -622,22 +671,26 @@ def run_study(config, given, folders):
     if config['sort']:
         rows.sort(key=lambda row: row[config['sort']] or 0, reverse=config['sort'] == 'tokens_per_sec')
     devices = {run['startup_info']['device'].split(',')[0] for group in groups.values() for run in group}
-    facts |= dict(windows=next(iter(groups.values()))[0]['windows'], baseline=baseline, confidence=confidence, command=sys.argv,
-                  failed=[f"{run['cell']}, seed {run['seed']}" for run in failed])
-    text = table(rows, facts, baseline, facts['failed'], confidence)
+    facts |= dict(command=sys.argv, failed=[f"{run['cell']}, seed {run['seed']}" for run in failed])
+    text = table(rows, facts)
+    if config['search']:
+        text += 'NOTE: the best of a search is the best by these very figures, so it looks better than it is: run the first few again with other seeds.\n'
     if len(devices) > 1:
         text += f"NOTE: these runs had different devices, so speed and equal time mean little: {'; '.join(sorted(devices))}\n"
     if config['scaling']:
-        fitted, facts['fit'] = scaling_report(groups, config, out_dir)
+        try:
+            fitted, facts['fit'] = scaling_report(groups, config, out_dir)
+        except ValueError as e:
+            fitted = f'NOTE: no fit: {e}'
         text += '\n' + fitted + '\n'
     print('\n' + text)
     for name, contents in (('compare.md', text), ('compare.json', json.dumps(facts | dict(rows=rows), indent=1))):
         with open(os.path.join(out_dir, name + '.tmp'), 'w', encoding='utf-8') as f:
             f.write(contents)
         os.replace(os.path.join(out_dir, name + '.tmp'), os.path.join(out_dir, name))
-    picture(groups, os.path.join(out_dir, 'compare.png'), f"{facts['windows']['n']:,} windows of val; bands: all seeds")
+    picture(groups, os.path.join(out_dir, 'compare.png'), f"{facts['windows']['n']:,} windows of val; a band goes from the best seed to the worst")
     print(f"{os.path.join(out_dir, 'compare.png')}, compare.md and compare.json" + (' and scaling.png' if config['scaling'] else ''))
-    for run in planned if not config['keep_checkpoints'] else ():
+    for run in planned if not config['keep_checkpoints'] and not failed else ():
         for path in glob.glob(os.path.join(glob.escape(run['folder']), 'ckpt*')):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     return 1 if failed else 0

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_values_of_a_key():
     assert of('bias', (True, False)) == [True, False] and of('n_kv_head', (None, 2)) == [None, 2] and of('batch_size', 'auto,8') == ['auto', 8]
     assert of('dataset', 'a:0.7,b:0.3') == 'a:0.7,b:0.3' and of('learning_rate', (1e-3, 1)) == [1e-3, 1.0] and of('seed', 3) == 3
     assert of('learning_rate', '1e-4..1e-2') == Range(1e-4, 1e-2) and of('n_head', '1..4') == Range(1, 4)
-    for name, value in (('seed', '1,x'), ('learning_rate', '1e-2..1e-4'), ('bias', '1,2'), ('n_head', '1..x')):
+    for name, value in (('seed', '1,x'), ('seed', '1..3'), ('learning_rate', '1e-2..1e-4'), ('bias', '1,2'), ('n_head', '1..x')):
         with pytest.raises(ValueError):
             of(name, value)
 
@@ -158,7 +159,7 @@ def test_cells_are_the_grid_times_the_named_ones():
     """A combination left out, or named so that two are the same."""
     config = {k: v[0] for k, v in read_block(compare.TRAIN).items()}
     config.update(cells={'a': {}, 'b': dict(qk_norm=True)}, n_head=[2, 4], normalization=['rmsnorm', 'layernorm'])
-    cells = make_cells(config)
+    cells = make_cells(config, {})
     assert list(cells) == [f'{name}, n_head={h}, {norm}' for name in 'ab' for h in (2, 4) for norm in ('rmsnorm', 'layernorm')]
     assert sum(c.get('qk_norm', False) for c in cells.values()) == 4
 
@@ -170,7 +171,7 @@ ABLATIONS = sorted(p.name for p in (ROOT / 'config').glob('ablate_*.py'))
 def test_ablations_in_config_build(name):
     """A study that ends at its first cell; 'at equal FLOPs' that is not."""
     config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=several)
-    cells = make_cells(config)
+    cells = make_cells(config, given)
     flops = [meta_model(config | settings).flops_per_token() for settings in cells.values()]
     assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
     assert config['max_iters'] == config['lr_decay_iters'] and config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
@@ -230,9 +231,17 @@ def test_the_same_command_again_does_nothing_twice(grid, text_set):
     assert before == {path: path.stat().st_mtime_ns for path in out_dir.glob('*/*')}
     params = [row['params'] for row in results(out_dir)['rows']]
     assert params == sorted(params)
-    changed = run(*flags, '--learning_rate=3e-3')
-    assert changed.returncode == 2
-    one_line(changed.stderr, 'learning_rate=0.01', '0.003', '--out_dir')
+    for flag, parts in (('--learning_rate=3e-3', ['learning_rate=0.01', '0.003']), ('--d_ff=8', ['d_ff=None', '8']),
+                        ('--max_iters=6', ['max_iters=12', '6'])):
+        changed = run(*flags, flag)
+        assert changed.returncode == 2
+        one_line(changed.stderr, *parts, '--out_dir')
+    log = next((out_dir / 'n_embd=16,_none,seed=1').glob('run_*.json'))
+    whole = log.read_text()
+    log.write_text(whole.replace('"outcome":"finished"', '"outcome":"failed"'))  # what a kill after the last checkpoint leaves
+    again = run(*flags, '--baseline=n_embd=32, rope')
+    log.write_text(whole)
+    assert again.returncode == 0 and '8 of them finished' in again.stdout and results(out_dir)['baseline'] == 'n_embd=32, rope'
     nobody = run(*flags, '--baseline=nobody')
     assert nobody.returncode == 2
     one_line(nobody.stderr, 'nobody', 'rope')
@@ -253,6 +262,14 @@ def test_finished_runs_are_compared_from_their_logs(grid, text_set, tmp_path):
     other = run(folders[0], tmp_path / 'other', f'--out_dir={tmp_path / "no"}')
     assert other.returncode == 2
     one_line(other.stderr, 'same windows', folders[0], tmp_path / 'other', 'eval_iters')
+    twice = run(folders[0], folders[0] + '/', folders[-1], f'--out_dir={tmp_path / "twice"}')
+    assert twice.returncode == 0 and [row['seeds'] for row in results(tmp_path / 'twice')['rows']] == [[1], [2]]
+    shutil.copytree(folders[0], tmp_path / 'copy')
+    for args, parts in (([folders[0], tmp_path / 'copy'], ['copy', 'nothing new']), ([folders[0]], ['nothing to compare']),
+                        ([*folders, '--search=4'], ['search'])):
+        done = run(*args, f'--out_dir={tmp_path / "no"}')
+        assert done.returncode == 2
+        one_line(done.stderr, *parts)
     (tmp_path / 'empty').mkdir()
     empty = run(folders[0], tmp_path / 'empty', f'--out_dir={tmp_path / "no"}')
     assert empty.returncode == 2
@@ -265,7 +282,16 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(text_set, tmp_path):
     assert done.returncode == 1
     assert re.search(r'n_head=3, seed 1: FAILED with status 2: .*n_embd \(16\) must be a multiple of n_head \(3\)', done.stdout)
     assert [row['cell'] for row in results(tmp_path)['rows']] == ['n_head=2', 'n_head=4'] and 'failed: n_head=3, seed 1' in done.stdout
-    assert 'one seed' in done.stdout and 'no p-values' in done.stdout
+    assert 'one seed' in done.stdout and 'no p-values' in done.stdout and 'NOTE: the first cell has failed' in done.stdout
+
+
+def test_batch_sizes_are_compared_on_the_same_windows(text_set, tmp_path):
+    """An evaluation of eval_iters batches is of other windows with another batch size: found out after the last run."""
+    done = run(*TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--batch_size=4,6', '--seed=1')
+    assert done.returncode == 0, done.stderr
+    rows = results(tmp_path)['rows']
+    assert [row['cell'] for row in rows] == ['batch_size=4', 'batch_size=6'] and '36 windows' in done.stdout
+    assert rows[1]['difference at end']['difference'] == pytest.approx(rows[1]['val_loss'] - rows[0]['val_loss'], abs=1e-9)
 
 
 def children(pid):
@@ -320,6 +346,7 @@ def test_search_gives_up_the_worse_half(text_set, tmp_path):
     assert max(first[cell] for cell in went_on) <= min(first[cell] for cell in first.keys() - went_on)
     again = run(*flags)
     assert again.returncode == 0 and [row['cell'] for row in results(tmp_path)['rows']] == [row['cell'] for row in rows]
+    assert 'other length' in again.stdout and 'looks better than it is' in again.stdout
 
 
 def test_scaling_trains_a_ladder_at_the_same_tokens_a_parameter(text_set, tmp_path):
@@ -344,7 +371,13 @@ def test_scaling_trains_a_ladder_at_the_same_tokens_a_parameter(text_set, tmp_pa
     (['--seed=1,x'], ['seed', 'int', "'1,x'"]), (['--cells={"a": {"n_layers": 2}}'], ["cell 'a'", 'n_layers']),
     (['--confidence=95', '--seed=1,2'], ['confidence', '95']),
     (['--cells={"a": {"n_layer": "x"}}'], ["cell 'a'", 'n_layer', 'int']), (['--scaling=config/preset_quick_test.py', '--n_embd=64,96,100'], ['100', '32']),
-    (['--scaling=config/preset_quick_test.py', '--n_embd=64,96'], ['3 widths']), (['--jobs=0', '--seed=1,2'], ['jobs', '0'])], ids=str)
+    (['--scaling=config/preset_quick_test.py', '--n_embd=64,96'], ['3 widths']), (['--block_size=64,128', '--seed=1'], ['block_size', '64', '128']),
+    (['--scaling=config/preset_quick_test.py', '--n_embd=64,96,128', '--learning_rate=1,2'], ['scaling', 'learning_rate']),
+    (['--scaling=config/preset_quick_test.py', '--n_embd=64'], ['several widths', '64']), (['a/b=1', 'c'], ['a/b=1']),
+    (['--cells={"a": {"n_head": 4}}', '--n_head=1,2'], ["cell 'a'", 'n_head']), (['config/ablate_swiglu.py', '--d_ff=8'], ['d_ff']),
+    (['--seed=1,2', '--baseline=nobody'], ['nobody', 'as configured']),
+    (['--batch_size=4,5', '--eval_iters=3', '--seed=1'], ['eval_iters * batch_size', '15', '12']),
+    (['--jobs=0', '--seed=1,2'], ['jobs', '0'])], ids=str)
 def test_what_cannot_be_compared_is_one_line(flags, parts, tmp_path):
     """A traceback, or a night of runs that says nothing."""
     done = run(*flags, f'--out_dir={tmp_path}')
