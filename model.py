@@ -1032,7 +1032,7 @@ DENSE_PEAKS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H1
 
 
 def peak_flops(device, dtype):
-    """(FLOP/s, how it is known): the datasheet's dense peak, or else a large matmul measured here for about a second."""
+    """(FLOP/s, how it is known): the datasheet's dense peak, or else a large matmul measured here for a third of a second."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     for known, tflops in DENSE_PEAKS.items():
         has_units = dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')
@@ -1040,7 +1040,7 @@ def peak_flops(device, dtype):
             return tflops * 1e12, f'dense {dtype} peak of {known}'
     n, best, spent = (8192 if device.type == 'cuda' else 2048), math.inf, 0.0
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    while spent < 1.0:
+    while spent < 0.3:
         t0 = time.perf_counter()
         (a @ b)[0, 0].item()  # reading a value waits for the device
         dt = time.perf_counter() - t0
