@@ -155,7 +155,7 @@ def real_texts(lengths):
     loaders, shares = [], []
     for name, share, folder in find_trained_on(ckpt.get('config')):
         meta = read_meta(folder)
-        if 'tokenizer' in meta and get_tokenizer(meta['tokenizer']).spec != tokenizer.spec:
+        if ('tokenizer' in meta or not meta) and get_tokenizer(meta.get('tokenizer', 'gpt2')).spec != tokenizer.spec:
             raise ValueError(f"data set '{name}' has another tokenizer than the model")
         loaders.append(Loader(folder, 'val', max(lengths) - 1, seed=seed, vocab_size=model.config.vocab_size))
         shares.append(share)
@@ -172,7 +172,7 @@ def show_metrics(prompt, rows):
         texts = real_texts([len(ids) for ids in texts])
         columns[f'{len(texts)} of real text'] = measure(len(prompt), texts)
     except ValueError as e:
-        print(f'no real text to compare with: {e}', file=sys.stderr)
+        print(f'no real text to compare with, of as many tokens as the samples: {e}', file=sys.stderr)
     print('---------------\n' + ' ' * 14 + ''.join(f'{name:<22}' for name in columns) + 'mean and 95 % interval over texts; words')
     for metric, note in {'distinct-1': 'different words of all', 'distinct-2': 'different pairs of all', 'repetition': '4-grams that came before in the text',
                          'self-BLEU': 'BLEU-4 against the other texts', 'perplexity': 'of the tokens, under the model'}.items():
@@ -184,7 +184,7 @@ def draw_attention(ids):
     weights = torch.cat(model.attention_weights(torch.tensor([ids], device=device))).cpu().numpy()  # (layers, heads, T, T)
     layers, heads, T, _ = weights.shape
     step = T + 1
-    maps = np.full((layers, step, heads, step), np.nan)  # nan, which stays white, between the maps and after the token that looks
+    maps = np.full((layers, step, heads, step), np.nan, np.float32)  # nan, which stays white, between the maps and after the token that looks
     maps[:, :T, :, :T] = np.where(np.tri(T, dtype=bool), weights, np.nan).swapaxes(1, 2)
     few = T <= 40 and T * max(layers, heads) <= 600  # tokens that can be read at the axes
     size = max(1.2, 0.13 * step if few else T / 60)  # inches a head
@@ -210,6 +210,12 @@ sys.stdout.reconfigure(errors='replace')  # a sample may hold what this terminal
 try:
     if num_samples < 1:
         raise ValueError(f'num_samples must be positive, not {num_samples}')
+    if metrics and max_new_tokens < 1:
+        raise ValueError(f'--metrics needs samples: --max_new_tokens of 1 or more, not {max_new_tokens}')
+    if attention and not attention.endswith(('.png', '.jpg', '.pdf', '.svg')):
+        raise ValueError(f"--attention='{attention}' must end in .png, .jpg, .pdf or .svg")
+    if attention and (metrics or interactive):
+        raise ValueError('--attention draws instead of sampling: leave out --metrics and --interactive')
     if attention:
         Figure, PowerNorm = optional('matplotlib.figure', '--attention').Figure, optional('matplotlib.colors', '--attention').PowerNorm
     device, dtype = pick_device(device, dtype)
@@ -231,7 +237,7 @@ try:
         draw_attention(prompt_ids(start))
     elif not interactive:
         generate(start)
-    while interactive and not attention:
+    while interactive:
         try:
             generate(input('\n> '))
         except (EOFError, KeyboardInterrupt):

@@ -1408,11 +1408,35 @@ def test_an_evaluation_never_prepares_what_a_checkpoint_names(finished, tmp_path
     """A prepare.py in a folder that a stranger's checkpoint points to would be run."""
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data/prepare.py').write_text(f'"""Bad."""\nopen({str(tmp_path / "ran")!r}, "w")\n')
-    for i, dataset in enumerate((str(tmp_path / 'data'), 'nowhere', 7)):
+    (tmp_path / 'val').mkdir()
+    shutil.copy(tmp_path / 'data/prepare.py', tmp_path / 'val')
+    (tmp_path / 'val/val.bin').write_bytes(bytes(2000))
+    for i, dataset in enumerate((str(tmp_path / 'data'), str(tmp_path / 'val'), 'nowhere', 7)):
         out_dir = copy_run(finished[0], tmp_path / str(i))
         torch.save(checkpoint(out_dir) | {'config': {'dataset': dataset}}, out_dir / 'ckpt.pt')
         refused(command('train.py', *EVALUATE, f'--out_dir={out_dir}'), out_dir / 'ckpt.pt', repr(dataset), '--dataset=')
     assert not (tmp_path / 'ran').exists()
+
+
+def test_an_evaluation_needs_no_moments_and_finds_no_best(text_set, tmp_path):
+    """A run of Muon's that cannot be evaluated without saying so; (best) for other windows; a damaged ckpt.pt that resumes and is not evaluated."""
+    assert train(text_set, tmp_path, '--optimizer=muon', '--save_interval=10').returncode == 0
+    done = command('train.py', *EVALUATE, f'--out_dir={tmp_path}', '--eval_iters=1')
+    assert done.returncode == 0 and '(best)' not in done.stdout and 'standard error' in done.stdout, done.stderr
+    rewrite(tmp_path / 'ckpt.pt', lambda b: b[:20000])
+    done = command('train.py', *EVALUATE, f'--out_dir={tmp_path}')
+    assert done.returncode == 0 and 'going back' in done.stdout and 'step 10' in done.stdout, done.stderr
+
+
+def test_the_error_of_a_mixture_is_not_what_its_sets_differ_by():
+    """Blocks across the sets of a mixture, whose shares are fixed, take the difference between the sets for chance: 17 times too much here."""
+    rng, means, errors = np.random.default_rng(0), [], []
+    sets = np.repeat([0, 1], [140, 60])
+    for _ in range(400):
+        mean, error, df = mean_and_error(np.where(sets, 1.0, 3.0) + 0.2 * rng.normal(size=200), sets)
+        means.append(mean)
+        errors.append(error)
+    assert df == 10 + 6 and np.mean(np.square(errors)) == pytest.approx(np.var(means), rel=0.15)
 
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -203,9 +203,15 @@ def check_ranges():
 def take_settings_of_run():
     """To evaluate a run is to evaluate it on its own data: what nobody set of these comes from its checkpoint."""
     path = init_from if init_from not in ('scratch', 'resume', 'auto') else out_dir
-    path = path if os.path.isfile(path) else newest_checkpoint(path)
+    path = path if os.path.isfile(path) or os.path.exists(os.path.join(path, '.metadata')) else newest_checkpoint(path)
     asked = {key for key in ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps') if key not in given}
-    saved = (read_facts(path).get('config') or {}) if path and init_from != 'scratch' and asked else {}
+    try:
+        saved = (read_facts(path).get('config') or {}) if path and init_from != 'scratch' and asked else {}
+    except ValueError:
+        previous = os.path.join(out_dir, 'ckpt_sharded_prev' if os.path.isdir(path) else 'ckpt_prev.pt')
+        if init_from not in ('resume', 'auto') or not os.path.exists(previous):
+            raise
+        saved = read_facts(previous).get('config') or {}  # starting_point goes back to it too, and says so
     if 'dataset' in asked & saved.keys():
         try:
             find_trained_on(saved)
@@ -583,9 +589,9 @@ def compile_model():
     return True
 
 
-def loss_and_error(losses):
-    """{loss, standard_error} of windows' losses in the order of the text; None for an error that so few cannot tell."""
-    loss, error, _ = mean_and_error(losses)
+def loss_and_error(losses, sets):
+    """{loss, standard_error} of windows' losses in the order of the text, from these sets; None for an error that so few cannot tell."""
+    loss, error, _ = mean_and_error(losses, sets)
     return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
 
 
@@ -622,16 +628,17 @@ def estimate_loss():
             n_bytes, crc = all_reduce(torch.tensor([n_bytes, crc], device=device)).tolist()
             eval_facts[split] = dict(bytes_per_token=n_bytes / (n * block_size), crc=crc % 2 ** 53)  # JSON's readers have exact integers up to there
         shard, offset = loader.locate(np.arange(n))
-        losses = all_reduce(losses)[:n].cpu().double().numpy()[np.lexsort((offset, shard))]
+        in_text = np.lexsort((offset, shard))
+        losses, sets = all_reduce(losses)[:n].cpu().double().numpy()[in_text], loader.choose(in_text)[0] if isinstance(loader, Mixture) else None
         window_losses = losses @ sizes / block_size
-        out[split] = loss_and_error(window_losses)
+        out[split] = loss_and_error(window_losses, sets)
         loss = out[split]['loss']
         out[split]['perplexity'] = math.exp(min(loss, 700))
         if eval_facts[split]['bytes_per_token']:
             out[split]['bits_per_byte'] = loss / math.log(2) / eval_facts[split]['bytes_per_token']
         if split == 'val':
             run_log['eval_windows'] = dict(n=n, tokens_each=block_size, crc=eval_facts[split]['crc'])
-            out[split]['by_position'] = [dict(first=at, last=at + size - 1) | loss_and_error(part) for at, size, part in zip(starts, sizes, losses.T)]
+            out[split]['by_position'] = [dict(first=at, last=at + size - 1) | loss_and_error(part, sets) for at, size, part in zip(starts, sizes, losses.T)]
             out[split]['window_losses'] = window_losses.round(5).tolist()
     raw_model.train()
     release_gathered()
@@ -892,7 +899,8 @@ def log_evaluation(evaluated, best):
 
 def show_evaluation(val):
     """All that an evaluation of val found, in lines."""
-    n, total = eval_windows['val'], eval_loaders['val'].n_windows
+    n, loader = eval_windows['val'], eval_loaders['val']
+    total = sum(part.n_windows for part in getattr(loader, 'loaders', [loader]))  # a mixture reads what its shares allow before a set begins again
     line = lambda values: f"loss {values['loss']:.4f}" + ('' if values['standard_error'] is None else f", standard error {values['standard_error']:.4f}")
     say(f"val, {f'all {n:,}' if n == total else f'{n:,} of {total:,}'} windows of {block_size} tokens: {line(val)}, perplexity {val['perplexity']:.2f}" +
         (f", {val['bits_per_byte']:.4f} bits per byte" if 'bits_per_byte' in val else ''))
@@ -1057,8 +1065,9 @@ with one_line_errors():
 iter_num, best_val_loss, last_losses, stale_evals, last_eval_iter, train_seconds = 0, math.inf, {}, 0, -1, 0.0
 ckpt_is_ours = ckpt is not None and os.path.basename(ckpt['path']) == ('ckpt_sharded' if sharded_checkpoint else 'ckpt.pt')  # not after going back to ckpt_prev.pt
 if ckpt is not None:
-    with one_line_errors():
-        load_optimizer(ckpt['optimizer'], ckpt['path'])
+    if not eval_only:  # which has no use for moments
+        with one_line_errors():
+            load_optimizer(ckpt['optimizer'], ckpt['path'])
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
     iter_num, best_val_loss = ckpt['iter_num'], float(ckpt['best_val_loss'])
@@ -1186,13 +1195,13 @@ while True:
             break
         else:
             last_losses, val_loss = {split: numbers_in(values) for split, values in evaluated.items()}, evaluated['val']['loss']
-            best = val_loss < best_val_loss
-            if iter_num != last_eval_iter:  # counted already, if this is where a run was resumed
+            best = val_loss < best_val_loss and not eval_only  # which may be of other windows
+            if iter_num != last_eval_iter and not eval_only:  # counted already, if this is where a run was resumed
                 best_val_loss, stale_evals, last_eval_iter = min(best_val_loss, val_loss), 0 if best else stale_evals + 1, iter_num
             save = save or best or always_save_checkpoint
             eval_seconds = time.time() - t0
             log_evaluation(evaluated, best)
-            if patience and stale_evals >= patience:
+            if patience and stale_evals >= patience and not eval_only:
                 say(f'stopping early: val loss has not fallen for {stale_evals} evaluations, best {best_val_loss:.4f}')
                 finished = True
 

@@ -104,7 +104,7 @@ def find_trained_on(config):
     ValueError where they are not there."""
     dataset = (config or {}).get('dataset')
     found = find_datasets(dataset) if isinstance(dataset, str) and dataset else []
-    if not found or not all(folder.is_dir() and any(folder.glob('val*.bin')) for _, _, folder in found):
+    if not found or not all(any(folder.glob(f'{split}*.bin')) for _, _, folder in found for split in ('train', 'val')):
         raise ValueError(f'the data set that the checkpoint was trained on, {dataset!r:.100}, is not here')
     return found
 
@@ -233,13 +233,17 @@ def fingerprint(ids):
     return sum(zlib.crc32(window.tobytes()) for window in np.asarray(ids, '<i8'))
 
 
-def mean_and_error(losses):
+def mean_and_error(losses, sets=None):
     """(mean, standard error of the mean, its degrees of freedom) of losses (n,) in the order of the text, where neighbours are alike.
 
     Batch means: the deviations of floor(sqrt(n)) stretches of as many losses, or of one more in the first of them (Flegal and Jones
     2010, https://doi.org/10.1214/09-AOS735). Below 4 losses there is one stretch and no telling: the error is nan."""
     losses = np.asarray(losses, np.float64)
     n, mean = len(losses), float(losses.mean())
+    if sets is not None and len(np.unique(sets)) > 1:  # (n,) which set of a mixture each is from: of fixed shares, so that what sets differ by is no error
+        parts = [mean_and_error(losses[sets == number]) for number in np.unique(sets)]
+        counts = np.array([(sets == number).sum() for number in np.unique(sets)])
+        return mean, math.sqrt(sum((count / n * error) ** 2 for count, (_, error, _) in zip(counts, parts))), sum(df for _, _, df in parts)
     blocks = math.isqrt(n)
     if blocks < 2:
         return mean, math.nan, 0
