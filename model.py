@@ -1043,7 +1043,8 @@ class LiveBytes(TorchDispatchMode):
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1, optimizer='adamw'):
     """
     {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of
-    batch_size sequences of block_size under dtype's autocast, the optimizer's moments included (AdamW two, Muon one), without torch.compile, which needs less. The step is run on
+    batch_size sequences of block_size under dtype's autocast, the optimizer's moments included (AdamW two, Muon one), without torch.compile, which needs
+    less. The step is run on
     tensors without data, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's copies of weights,
     temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
     embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
