@@ -228,7 +228,7 @@ def test_two_steps_train_every_parameter(parts):
         model(idx, targets)[1].backward()
         for name, p in model.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all(), name
-            asleep = 'k_norm.bias' in name or step == 0 and parts['zero_init_residual']  # softmax cancels what all keys share; a block of 0 learns its output first
+            asleep = step == 0 and parts['zero_init_residual'] or 'k_norm.bias' in name  # its output wakes first; softmax cancels what all keys share
             assert p.grad.any() or asleep, f'{name} has a gradient of nothing but 0'
         optimizer.step()
     assert model(idx, targets)[1].item() < before
@@ -854,8 +854,8 @@ def test_a_key_set_by_hand_wins_over_the_preset(preset):
 
 def test_settings_that_are_no_part_pass_through_and_those_of_training_do_not():
     """A size that from_settings forgets would silently be GPT-2's."""
-    given = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=64, dropout=0.1, n_kv_head=2, d_ff=99, qk_norm=True, zero_init_residual=True, rope_theta=5e5,
-                 norm_eps=1e-6, logit_softcap=30.0, attention_chunk_size=8, activation_checkpointing=True)
+    given = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=64, dropout=0.1, n_kv_head=2, d_ff=99, qk_norm=True,
+                 zero_init_residual=True, rope_theta=5e5, norm_eps=1e-6, logit_softcap=30.0, attention_chunk_size=8, activation_checkpointing=True)
     config = GPTConfig.from_settings(given | {'learning_rate': 1.0, 'out_dir': 'x'})
     assert {k: getattr(config, k) for k in given} == given
 
@@ -943,7 +943,7 @@ def test_matrices_decay_and_vectors_do_not(preset):
 
 @every_combination
 def test_muon_is_torchs_on_the_matrices_of_blocks_beside_adamw(parts):
-    """A head or an embedding that is made orthogonal, a parameter that nobody steps, a learning rate or decay of the other: bit for bit, against both by hand."""
+    """A head that is made orthogonal, a parameter that nobody steps, a learning rate or decay of the other: bit for bit, against both by hand."""
     model, reference, idx, targets = build(**parts), build(**parts), ids(B, T), ids(B, T, seed=1)
     optimizer = model.configure_optimizers(0.3, 1e-3, (0.8, 0.9), 'cpu', dict(lr=0.02, momentum=0.7))
     named = dict(reference.named_parameters())

@@ -1832,7 +1832,8 @@ def test_modes_compose(text_set, tmp_path, name):
     assert sample(mode) == sample('one')  # of the untrained model
 
 
-@pytest.mark.parametrize('mode, dtype, flags', [('fsdp', 'bfloat16', ()), ('fsdp', 'float16', ()), ('zero1', 'float16', ()), ('zero1', 'float16', MUON)], ids=str)
+@pytest.mark.parametrize('mode, dtype, flags', [('fsdp', 'bfloat16', ()), ('fsdp', 'float16', ()), ('zero1', 'float16', ()), ('zero1', 'float16', MUON)],
+                         ids=str)
 def test_modes_train_in_mixed_precision(text_set, tmp_path, mode, dtype, flags):
     """A residual stream in 16 bits, a loss scale that differs between ranks: against one process in float32."""
     done = train_mode(mode, text_set, tmp_path, f'--dtype={dtype}', '--sample_interval=1', *flags)

@@ -376,7 +376,8 @@ def auto_batch_size(ckpt):
         say(f"batch_size='auto': looking for the largest micro-batch that fits, for the {gradient_accumulation_steps * without} sequences an iteration of "
             f'batch_size {without} x gradient_accumulation_steps {gradient_accumulation_steps} ...')
         model = {k: v for k, v in asdict(model_config).items() if k in config}
-        flags = model | dict(dataset=dataset, device=device, dtype=dtype, optimizer=config['optimizer'], batch_size=without, gradient_accumulation_steps=gradient_accumulation_steps // world_size)
+        flags = model | dict(dataset=dataset, device=device, dtype=dtype, optimizer=config['optimizer'], batch_size=without,
+                             gradient_accumulation_steps=gradient_accumulation_steps // world_size)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'found.json')
             search = subprocess.Popen([sys.executable, os.path.join(HERE, 'bench.py'), '--find_batch_size=True', f'--json={path}', *(f'--{k}={v}' for k, v in flags.items())])
@@ -447,7 +448,8 @@ def load_optimizer(state, path):
     """
     sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
     if sizes != expected:
-        raise ValueError(f"the optimizer in the checkpoint has groups of {sizes} tensors, optimizer='{config['optimizer']}' has {expected}: resume with the same")
+        raise ValueError(f"the optimizer in the checkpoint has groups of {sizes} tensors, optimizer='{config['optimizer']}' has {expected}: "
+                         'resume with the same')
     local, params, numbers = local_optimizer()
     loaded, whole = local.state_dict(), {} if state['state'] is None else state['state']
     rows = {}  # of the moments in a sharded checkpoint, so that no process ever has all of them
