@@ -597,6 +597,23 @@ def test_pystdlib_is_deterministic_and_leaves_tests_out(prepare, tmp_path):
         assert meta['bytes'][split] + meta['n_files'][split] == meta['files'][f'{split}.bin']['tokens']
 
 
+def test_pystdlib_bpe_is_the_text_of_pystdlib(prepare, tmp_path):
+    """Bits per byte of the two compare only if val is the same files, and nothing of them was seen in training."""
+    pytest.importorskip('tokenizers')
+    meta, texts = {}, {}
+    for name in ('pystdlib', 'pystdlib_bpe'):
+        assert prepare(name, f'--out_dir={tmp_path / name}')[0] == 0
+        meta[name] = read_meta(tmp_path / name)
+        for split in ('train', 'val'):
+            tokenizer, ids = get_tokenizer(meta[name]['tokenizer']), np.fromfile(tmp_path / name / f'{split}.bin', '<u2')
+            texts[name, split] = [tokenizer.decode_bytes(part) for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot)) if len(part) > 1]
+            texts[name, split] = b''.join(texts[name, split]).replace(b'\0', b'').replace(b'<|endoftext|>', b'')
+    for split in ('train', 'val'):
+        assert texts['pystdlib', split] == texts['pystdlib_bpe', split]
+        assert meta['pystdlib']['bytes'][split] == meta['pystdlib_bpe']['bytes'][split] == len(texts['pystdlib', split])
+    assert meta['pystdlib_bpe']['vocab_size'] == 4096 and 3.4 < meta['pystdlib_bpe']['bytes']['val'] / meta['pystdlib_bpe']['files']['val.bin']['tokens'] < 3.6
+
+
 def test_pystdlib_without_sources_is_one_line(tmp_path):
     """Stripped installations have only compiled modules."""
     (tmp_path / 'test').mkdir()
@@ -625,7 +642,7 @@ def test_prepare_errors_are_one_line(prepare, tmp_path, name, monkeypatch):
         assert not out.exists()
 
 
-@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'pystdlib'])
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare', 'pystdlib', 'pystdlib_bpe'])
 def test_prepare_help_says_what_and_how_large(prepare, name):
     """Somebody about to download wants to know how much."""
     status, printed = prepare(name, '--help')

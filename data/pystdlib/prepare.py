@@ -40,11 +40,14 @@ def sources(stdlib):
     return found, skipped
 
 
+def divide(found):
+    """{'train', 'val': the bytes of each file} of what sources found."""
+    return {split: [source for path, source in found if (zlib.crc32(path.encode()) % 20 == 0) == (split == 'val')] for split in ('train', 'val')}
+
+
 def prepare(out_dir):
     found, skipped = sources(Path(sysconfig.get_path('stdlib')))
-    files = {'train': [], 'val': []}
-    for path, source in found:
-        files['train' if zlib.crc32(path.encode()) % 20 else 'val'].append(source)
+    files = divide(found)
     splits = {split: b''.join(source + b'\0' for source in files[split]) for split in files}
     write_dataset(out_dir, splits, {
         'vocab_size': 256, 'tokenizer': {'name': 'byte'}, 'python_version': platform.python_version(),

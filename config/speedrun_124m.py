@@ -1,0 +1,30 @@
+# GPT-2's size and tokens by arch_preset=modern and Muon: 162,223,872 parameters (the head untied; the FLOPs are GPT-2 124M's)
+# The aim: the val loss that nanoGPT's defaults reach with 10 billion tokens, 3.28 on FineWeb (https://github.com/karpathy/llm.c/discussions/481), with a third of
+# them, on the same GPU in a third of the time: python train.py config/speedrun_124m.py. Not yet run on a GPU: tried at a small size only, see README.
+out_dir = 'out-speedrun-124m'
+dataset = 'fineweb10B'  # python data/fineweb10B/prepare.py --shards=34
+
+arch_preset = 'modern'
+n_layer = 12
+n_head = 6  # wider heads cost less and, with qk_norm, lose nothing: modded-nanogpt's
+n_embd = 768
+block_size = 1024
+vocab_size = 50304
+
+# 30 sequences x 1024 tokens x 16 = 491,520 tokens an iteration, nanoGPT's, on any number of processes that divides 16
+batch_size = 30
+gradient_accumulation_steps = 16
+max_iters = 6784  # 3 billion tokens: a third of 10
+optimizer = 'muon'
+muon_learning_rate = 0.02
+learning_rate = 4e-3  # embeddings, head, norms
+weight_decay = 0.0
+lr_schedule = 'wsd'
+warmup_iters = 0  # qk_norm and residual outputs that start at 0 do without
+lr_decay_iters = 6784
+cooldown_frac = 0.5
+min_lr = 0.0
+
+eval_interval = 250
+eval_iters = 340  # 10 million tokens, as llm.c and modded-nanogpt evaluate
+log_interval = 10

@@ -1,0 +1,32 @@
+# nanoGPT's baby GPT on Shakespeare's characters with arch_preset=modern and Muon, for a GPU: 10,672,512 parameters with the data set's 65 characters
+# The aim: nanoGPT's best val loss, 1.4697, in a tenth of its 5000 iterations. Not yet run on a GPU: see README for what was tried.
+out_dir = 'out-speedrun-shakespeare-char-gpu'
+overwrite = True  # to be run again and again: each replaces the one before
+dataset = 'shakespeare_char'
+always_save_checkpoint = False  # it will overfit, so only the lowest val loss is worth keeping
+eval_interval = 100
+eval_iters = 7  # all of val
+log_interval = 10
+compile = False  # compiling takes longer than the run
+
+arch_preset = 'modern'
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256  # characters
+dropout = 0.2
+
+# 64 sequences x 256 tokens x 1 = 16,384 tokens an iteration
+batch_size = 64
+gradient_accumulation_steps = 1
+optimizer = 'muon'
+muon_learning_rate = 0.02
+learning_rate = 4e-3  # embeddings, head, norms
+beta2 = 0.99
+weight_decay = 0.1
+lr_schedule = 'wsd'
+warmup_iters = 0
+max_iters = 500
+lr_decay_iters = 500
+cooldown_frac = 0.7
+min_lr = 0.0
