@@ -16,6 +16,7 @@ import ast
 import contextlib
 import glob
 import importlib.util
+import inspect
 import io
 import json as jsonlib
 import math
@@ -69,17 +70,22 @@ def build(s):
     known = {f.name for f in fields(module.GPTConfig)}
     with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT's prints
         model = module.GPT(module.GPTConfig(**{k: v for k, v in s['model'].items() if k in known}))
+    no_muon = s['optimizer'] == 'muon' and not has_muon(model)
     lost = [k for k, v in s['model'].items() if k not in known and v not in (getattr(GPTConfig(), k), None) and k != 'unpadded_vocab_size']
-    return model.to(device), f"it does not know {', '.join(lost)}: not the same model" if lost else ''
+    return model.to(device), (f"it does not know {', '.join(lost)}: not the same model" if lost else '') + ('; ' * bool(lost) + 'it has no Muon: AdamW there') * no_muon
+
+
+def has_muon(model):
+    return 'muon' in inspect.signature(model.configure_optimizers).parameters
 
 
 def train_side(model, s):
     """A training step as train.py takes it: a function of whether to time its parts, which waits for the device between them."""
     device, dtype = torch.device(s['device']), getattr(torch, s['dtype'])
     with contextlib.redirect_stdout(io.StringIO()):
-        # nanoGPT fuses AdamW where it is told 'cuda', and has no Muon
+        # nanoGPT fuses AdamW where it is told 'cuda'
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cuda' if s['fused'] and s['versus'] else device.type,
-                                               *[dict(lr=0.02, momentum=0.95)] * (s['optimizer'] == 'muon' and not s['versus']))
+                                               *[dict(lr=0.02, momentum=0.95)] * (s['optimizer'] == 'muon' and has_muon(model)))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     x, y = torch.randint(s['model']['vocab_size'], (2, s['batch_size'], s['model']['block_size']), device=device)
     raw_model, model = model, torch.compile(model) if s['compile'] else model

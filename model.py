@@ -35,6 +35,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +43,8 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 # The registry: one dict a kind of part. To add a part, write it below with its decorator and name it by flag. Everything
 # else follows from structure: matrices and embeddings start at N(0, 0.02) and decay, vectors do not decay, a Linear named
-# c_proj writes to the residual stream and starts smaller, and every Linear counts its FLOPs.
+# c_proj writes to the residual stream and starts smaller, and every Linear counts its FLOPs. Only optimizer='muon' asks
+# for more: MUON_POLICY names every parameter.
 
 NORMALIZATION = {}      # Module(dim, config): forward (..., dim) -> same shape
 ACTIVATION = {}         # function, elementwise
@@ -278,7 +280,8 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
         from torch.nn.attention.flex_attention import flex_attention
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))  # qk_norm gives float32 under autocast; in torch 2.13 unlike strides gave wrong results
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
-    if q.device.type == 'cpu' and v.dtype != torch.float32 and v.requires_grad and T <= 512:  # by the definition: the kernel's 16-bit backward takes twice as long
+    if q.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.requires_grad and T <= 512:
+        # as manual does it, scores in bfloat16 and weights kept for backward, with fewer passes over them: half the time of the kernel's backward
         k, v = (t.repeat_interleave(n_head // t.size(1), dim=1) for t in (k, v))
         bias = torch.where(causal_mask(T, S, q.device) if mask is None else mask.expand(-1, n_head, -1, -1).flatten(0, 1), 0.0, float('-inf')).type_as(v)
         q, k, v = (t.flatten(0, 1).type_as(v) for t in (q, k, v))  # (B H, T or S, D)
@@ -529,9 +532,16 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
         return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
 
 
-# Who steps what with optimizer='muon': Muon the matrices from hidden states to hidden states, AdamW the rest. Each name has to be in one, whole.
+# Who steps what with optimizer='muon': Muon the matrices from hidden states to hidden states, each as it is stored (queries, keys and values are one), AdamW the
+# rest. Each name has to be in one, whole.
 MUON_POLICY = dict(muon=r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight',
                    adamw=r'(transformer\.wte|transformer\.wpe|lm_head)\.weight|.*(ln_1|ln_2|ln_f|q_norm|k_norm)\.(weight|bias)|.*(c_attn|c_fc|c_proj)\.bias')
+
+
+class Float32(TorchFunctionMode):
+    """While entered, Tensor.bfloat16() gives float32: for Muon's matmuls where the hardware has no bfloat16, which takes 20 times as long then."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0].float().clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -542,12 +552,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups, **adamw):
         self.parts = torch.optim.AdamW([g for g in groups if 'momentum' not in g], **adamw), torch.optim.Muon([g for g in groups if 'momentum' in g])
         super().__init__(groups, {})  # the parts have filled in their defaults
+        device = next((p.device.type for g in groups for p in g['params']), 'cpu')
+        self.precision = contextlib.nullcontext() if pick_device(device)[1] == 'bfloat16' else Float32()
 
     @torch.no_grad()
     def step(self, closure=None):
         for part in self.parts:
             part.state, part.param_groups = self.state, [g for g in self.param_groups if ('momentum' in g) == isinstance(part, torch.optim.Muon)]
-            part.step()
+            with self.precision:
+                part.step()
 
 
 class GPT(nn.Module):

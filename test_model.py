@@ -601,9 +601,22 @@ def test_bfloat16_attention_on_a_cpu_is_near_float32(T, kv_heads, masked):
     expected = ATTENTION_BACKEND['manual'](*double, 0.0, GPTConfig(), *mask)
     out = torch.randn(y.shape)
     assert y.dtype == torch.bfloat16 and (y - expected).norm() < 0.01 * expected.norm()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ends, *mask = (t[:, :, -20:] for t in (q, *mask))
+        assert (ATTENTION_BACKEND['sdpa'](ends, k, v, 0.0, GPTConfig(), *mask) - expected[:, :, -20:]).norm() < 0.01 * expected[:, :, -20:].norm()
     assert any('ScaledDotProduct' in node.name() for node in walk(y.grad_fn)) == (T > 512)
     for grad, expected_grad in zip(torch.autograd.grad(y, (q, k, v), out.bfloat16()), torch.autograd.grad(expected, double, out.double())):
         assert (grad - expected_grad).norm() < 0.02 * expected_grad.norm()
+
+
+def test_dropout_of_bfloat16_attention_on_a_cpu_is_that_of_the_definition():
+    """Weights dropped and not scaled up, or dropout that is left out."""
+    q, k, v = (torch.randn(2, 3, 96, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    outputs = []
+    for backend in ('sdpa', 'manual'):
+        torch.manual_seed(0)
+        outputs.append(ATTENTION_BACKEND[backend](q, k, v, 0.3, GPTConfig()))
+    assert (outputs[0] - outputs[1]).norm() < 0.01 * outputs[1].norm()
 
 
 def walk(node):
@@ -959,7 +972,8 @@ def test_muon_is_torchs_on_the_matrices_of_blocks_beside_adamw(parts):
             net.zero_grad()
             net(idx, targets)[1].backward()
             for each in optimizers:
-                each.step()
+                with optimizer.precision:
+                    each.step()
         for name, p in model.named_parameters():
             assert torch.equal(p, named[name]), name
 
@@ -976,6 +990,24 @@ def test_a_step_of_muon_has_the_spectral_norm_that_is_promised(lr):
         if name.startswith('transformer.h.') and p.dim() == 2:
             values = torch.linalg.svdvals((p.detach() - before[name]).double()) / (lr * math.sqrt(max(1, p.size(0) / p.size(1))))
             assert 0.6 < values.median() and values.max() < 1.3, name  # five Newton-Schulz steps bring what is not tiny near 1
+
+
+def test_muon_works_in_float32_where_there_is_no_bfloat16(monkeypatch):
+    """There its matmuls in bfloat16 take twenty times as long: most laptops. The reference is the iteration in float64."""
+    monkeypatch.setattr(sys.modules[GPT.__module__], 'pick_device', lambda *_: (torch.device('cpu'), 'float32'))
+    torch.manual_seed(0)
+    model = build(n_embd=64)
+    optimizer = model.configure_optimizers(0.0, 1e-3, (0.9, 0.95), 'cpu', dict(lr=0.5, momentum=0.0))
+    p = model.transformer.h[1].mlp.c_fc.weight  # tall
+    before = p.detach().double()
+    model(ids(32, T), ids(32, T, seed=1))[1].backward()
+    grad, x = p.grad.clone(), p.grad.double().T / p.grad.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    optimizer.step()
+    torch.testing.assert_close(p.detach().double(), before - 0.5 * math.sqrt(4) * x.T, rtol=0, atol=1e-4)
+    assert torch.equal(p.grad, grad)
 
 
 def test_muon_that_torch_does_not_have_is_one_line(monkeypatch):

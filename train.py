@@ -99,10 +99,10 @@ activation_checkpointing = False  # keep only each block's input and recompute i
 # optimizer
 optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: torch.optim.Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # AdamW's, the highest
-muon_learning_rate = 0.02  # Muon's, the highest; it follows the same schedule, as a multiple of learning_rate
+muon_learning_rate = 0.02  # Muon's, the highest; its schedule is learning_rate's times a constant, down to that multiple of min_lr
 muon_momentum = 0.95  # Nesterov's
 max_iters = 600000  # optimizer steps
-weight_decay = 1e-1  # on matrices and embeddings, not on biases and norms
+weight_decay = 1e-1  # on matrices and embeddings, not on biases and norms; a step takes weight_decay times the optimizer's learning rate off them
 beta1 = 0.9  # AdamW's decay of the first moment
 beta2 = 0.95  # of the second
 grad_clip = 1.0  # clip the global gradient norm to this; 0: do not clip
@@ -189,9 +189,13 @@ def check_ranges():
         if config[key] and not distributed:
             raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     for key, useless in dict(fsdp_reshard_after_forward=not use_fsdp, fsdp_min_num_params=not use_fsdp, backend=not distributed,
+                             muon_learning_rate=config['optimizer'] != 'muon', muon_momentum=config['optimizer'] != 'muon',
                              overwrite=overwrite and init_from in ('resume', 'auto')).items():
         if useless and given.get(key) == 'on the command line':
-            say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --use_fsdp=True' if distributed else 'in one process'))
+            say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --optimizer=muon' if 'muon' in key else
+                                                  'without --use_fsdp=True' if distributed else 'in one process'))
+    if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
+        say(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}), so the learning rate rises to it')
     if wandb_artifacts and not wandb_log:
         say('NOTE: --wandb_artifacts=True does nothing without --wandb_log=True')
     if tensorboard_log:

@@ -23,7 +23,7 @@ download_mb = 0
 vocab_size = 4096
 
 
-def prepare(out_dir, vocab_size=vocab_size):
+def prepare(out_dir):
     files = {split: [text.decode() for text in texts] for split, texts in divide(sources(Path(sysconfig.get_path('stdlib')))[0]).items()}
     tokenizer = train_bpe(files['train'], vocab_size)
     splits = {split: np.concatenate([np.append(tokenizer.encode_corpus(text), tokenizer.eot) for text in files[split]]) for split in files}
