@@ -70,9 +70,10 @@ def build(s):
     known = {f.name for f in fields(module.GPTConfig)}
     with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT's prints
         model = module.GPT(module.GPTConfig(**{k: v for k, v in s['model'].items() if k in known}))
-    no_muon = s['optimizer'] == 'muon' and not has_muon(model)
     lost = [k for k, v in s['model'].items() if k not in known and v not in (getattr(GPTConfig(), k), None) and k != 'unpadded_vocab_size']
-    return model.to(device), (f"it does not know {', '.join(lost)}: not the same model" if lost else '') + ('; ' * bool(lost) + 'it has no Muon: AdamW there') * no_muon
+    notes = [f"it does not know {', '.join(lost)}: not the same model"] * bool(lost)
+    notes += ['it has no Muon: AdamW there'] * (s['optimizer'] == 'muon' and not has_muon(model))
+    return model.to(device), '; '.join(notes)
 
 
 def has_muon(model):

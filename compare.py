@@ -5,7 +5,7 @@ Which choice is better: a grid of runs through train.py, or runs that are there,
     python compare.py config/ablate_gpt2_to_llama.py                                        # a study: cells that are no grid
     python compare.py out-a out-b out-c                                                     # finished runs
     python compare.py config/preset_quick_test.py --out_dir=out-search --search=32 --learning_rate=1e-4..1e-2     # random search, successive halving
-    python compare.py --scaling=config/preset_quick_test.py --out_dir=out-scaling --n_embd=64,96,128,192          # loss against size
+    python compare.py --scaling=config/preset_quick_test.py --ffn_type=standard --out_dir=out-scaling --n_embd=64,96,128,192   # loss against size
 
 Every cell is a run of train.py in a folder of its own under out_dir; after a kill the same command goes on where it was. Writes
 out_dir/compare.md, compare.json and compare.png.

@@ -532,8 +532,8 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
         return LinearCrossEntropy.apply(x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
 
 
-# Who steps what with optimizer='muon': Muon the matrices from hidden states to hidden states, each as it is stored (queries, keys and values are one), AdamW the
-# rest. Each name has to be in one, whole.
+# Who steps what with optimizer='muon': Muon the matrices from hidden states to hidden states, each as it is stored (queries, keys and values are one),
+# AdamW the rest. Each name has to be in one, whole.
 MUON_POLICY = dict(muon=r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight',
                    adamw=r'(transformer\.wte|transformer\.wpe|lm_head)\.weight|.*(ln_1|ln_2|ln_f|q_norm|k_norm)\.(weight|bias)|.*(c_attn|c_fc|c_proj)\.bias')
 

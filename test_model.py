@@ -28,8 +28,8 @@ from bridge import load_pretrained
 from configurator import configure, read_block
 from data.tokenizer import get_tokenizer
 from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
-                   Int8Linear, Linear, LinearCrossEntropy, LiveBytes, document_mask, gradient_statistics, linear_cross_entropy, load_checkpoint, memory_estimate, meta_model,
-                   pick_device, register, sample_token)
+                   Int8Linear, Linear, LinearCrossEntropy, LiveBytes, document_mask, gradient_statistics, linear_cross_entropy, load_checkpoint,
+                   memory_estimate, meta_model, pick_device, register, sample_token)
 
 ROOT = Path(__file__).resolve().parent
 TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)  # 5 does not divide 16
