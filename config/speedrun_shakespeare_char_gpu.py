@@ -1,5 +1,5 @@
 # nanoGPT's baby GPT on Shakespeare's characters with arch_preset=modern and Muon, for a GPU: 10,672,512 parameters with the data set's 65 characters
-# The aim: nanoGPT's best val loss, 1.4697, in a tenth of its 5000 iterations. Not yet run on a GPU: see README for what was tried.
+# The aim: nanoGPT's best val loss, 1.4697, in a tenth of its 5000 iterations. Not yet run on a GPU: the rates are those that do well in smaller models.
 out_dir = 'out-speedrun-shakespeare-char-gpu'
 overwrite = True  # to be run again and again: each replaces the one before
 dataset = 'shakespeare_char'
