@@ -2912,9 +2912,9 @@ def test_bench_times_each_kind_of_work(tmp_path, what, parts):
 
 def test_bench_puts_archs_side_by_side(tmp_path):
     """Columns that are all the same model, because a file's parts won over the arch that the column names."""
-    _, result = bench(tmp_path, 'config/full_custom.py', '--archs=gpt2,llama,config/preset_quick_test.py', '--what=forward', '--n_kv_head=2')
-    kinds = {name: side['settings']['model']['normalization'] for name, side in result['sides'].items()}
-    assert kinds == {'gpt2': 'layernorm', 'llama': 'rmsnorm', 'preset_quick_test.py': 'rmsnorm'}
+    _, result = bench(tmp_path, 'config/full_custom.py', '--archs=gpt2,llama,config/speedrun_shakespeare_char.py', '--what=forward', '--n_kv_head=2')
+    kinds = {name: side['settings']['model']['activation'] for name, side in result['sides'].items()}
+    assert kinds == {'gpt2': 'gelu_tanh', 'llama': 'silu', 'speedrun_shakespeare_char.py': 'relu_squared'}
     assert result['sides']['gpt2']['settings']['model']['d_ff'] is None and len({side['parameters'] for side in result['sides'].values()}) == 3
 
 
