@@ -281,7 +281,7 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))  # qk_norm gives float32 under autocast; in torch 2.13 unlike strides gave wrong results
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.requires_grad and T <= 512:
-        # as manual does it, scores in bfloat16 and weights kept for backward, with fewer passes over them: half the time of the kernel's backward
+        # as manual does it, scores in bfloat16 and 2 B H T S bytes of weights kept for backward, with fewer passes: half the time of the kernel
         k, v = (t.repeat_interleave(n_head // t.size(1), dim=1) for t in (k, v))
         bias = torch.where(causal_mask(T, S, q.device) if mask is None else mask.expand(-1, n_head, -1, -1).flatten(0, 1), 0.0, float('-inf')).type_as(v)
         q, k, v = (t.flatten(0, 1).type_as(v) for t in (q, k, v))  # (B H, T or S, D)
@@ -539,7 +539,7 @@ MUON_POLICY = dict(muon=r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c
 
 
 class Float32(TorchFunctionMode):
-    """While entered, Tensor.bfloat16() gives float32: for Muon's matmuls where the hardware has no bfloat16, which takes 20 times as long then."""
+    """While entered, Tensor.bfloat16() gives float32: for Muon's matmuls, which are 20 times as slow where bfloat16 is emulated."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return args[0].float().clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 

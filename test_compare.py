@@ -174,7 +174,8 @@ def test_ablations_in_config_build(name):
     cells = make_cells(config, given)
     flops = [meta_model(config | settings).flops_per_token() for settings in cells.values()]
     assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
-    assert config['max_iters'] == config['lr_decay_iters'] and config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
+    assert all((config | s)['max_iters'] == (config | s)['lr_decay_iters'] for s in cells.values())
+    assert config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
 
 
 # whole comparisons

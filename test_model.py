@@ -1176,13 +1176,15 @@ def test_without_the_hub_an_id_is_one_line(tmp_path, script, name, parts):
     assert result.returncode == 2 and not (tmp_path / 'out').exists()
 
 
+QUICK_TEST = configure(str(ROOT / 'train.py'), argv=[str(ROOT / 'config/preset_quick_test.py')])[0]
 OURS = {  # name: (the class that it becomes, settings)
     'nanogpt': ('GPT2', dict(bias=False)), 'gpt2': ('GPT2', dict(arch_preset='gpt2')), 'gpt2 untied': ('GPT2', dict(
         arch_preset='gpt2', weight_tying=False, d_ff=40, activation='leaky_relu', normalization='layernorm_nobias', norm_eps=1e-3)),
     'llama': ('Llama', dict(arch_preset='llama', n_kv_head=2)), 'llama 3': ('Llama', dict(
         arch_preset='llama', n_kv_head=1, bias=True, weight_tying=True, activation='gelu_tanh', rope_theta=500.0, rope_scaling=LLAMA3)),
     'qwen2': ('Qwen2', dict(arch_preset='llama', qkv_bias=True)), 'qwen3': ('Qwen3', dict(arch_preset='llama', qk_norm=True, n_kv_head=2)),
-    'quick test': ('Arcee', dict(normalization='rmsnorm', position_encoding='rope', activation='relu_squared', bias=False)),
+    'quick test': ('Qwen3', {k: v for k, v in QUICK_TEST.items() if k in ('arch_preset', 'qk_norm', 'zero_init_residual', *PRESETS['custom'])}),
+    'arcee': ('Arcee', dict(normalization='rmsnorm', position_encoding='rope', activation='relu_squared', bias=False)),
     'hybrid': ('Starcoder2', dict(arch_preset='hybrid')), 'hybrid biased': ('Starcoder2', dict(arch_preset='hybrid', bias=True, n_kv_head=1))}
 
 

@@ -1253,14 +1253,15 @@ MUON = '--optimizer=muon', '--arch_preset=modern', '--muon_learning_rate=0.03', 
 def test_a_run_with_muon_resumes_bit_for_bit(text_set, tmp_path):
     """Muon's momentum lost or given to another matrix; its learning rate out of step with the schedule; moments of one optimizer taken for the other's."""
     whole, half = tmp_path / 'whole', tmp_path / 'half'
-    assert train(text_set, whole, *MUON, '--save_interval=10').returncode == 0
+    done = train(text_set, whole, *MUON, '--save_interval=10')
+    assert done.returncode == 0 and ', qk_norm, zero_init_residual, logit_softcap 15' in done.stdout and 'muon at 0.03 for 8 matrices, adamw at 0.001' in done.stdout
     copy_run(whole, half, 'ckpt_prev.pt')
     state = checkpoint(half)['optimizer']
     rates = [group['lr'] for group in state['param_groups']]
     assert rates == pytest.approx([rates[0], rates[0], 30 * rates[0]]) and 1e-4 < rates[0] < 1e-3  # of iteration 9, decaying
     assert sum('momentum_buffer' in moments for moments in state['state'].values()) == 2 * 4
     before = contents(half)
-    refused(train(text_set, half, '--init_from=resume', '--arch_preset=modern'), "optimizer='adamw'", 'resume with the same')
+    refused(train(text_set, half, '--init_from=resume', '--arch_preset=modern'), "optimizer='adamw'", 'state of muon', 'or --optimizer=muon')
     (half / 'lock').unlink()
     assert contents(half) == before
     assert train(text_set, half, '--init_from=resume', *MUON).returncode == 0
@@ -2086,6 +2087,14 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
     done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
     refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
     assert 'NOTE: --wandb_artifacts=True does nothing' in done.stdout
+
+
+def test_flags_that_do_nothing_are_named(tmp_path):
+    flags = '--fsdp_min_num_params=5', '--backend=gloo', '--muon_momentum=0.9', '--cooldown_frac=0.5', '--restart_iters=5', '--min_lr=1'
+    notes = lambda *more: re.findall(r'NOTE: (?:--)?(\w+) ', train(tmp_path, tmp_path / 'out', *flags, *more).stdout)
+    assert notes() == ['fsdp_min_num_params', 'backend', 'muon_momentum', 'cooldown_frac', 'restart_iters', 'min_lr']
+    assert notes('--optimizer=muon', '--lr_schedule=wsd') == ['fsdp_min_num_params', 'backend', 'restart_iters', 'min_lr']
+    assert notes('--learning_rate=1', '--lr_schedule=sgdr') == ['fsdp_min_num_params', 'backend', 'muon_momentum', 'cooldown_frac']
 
 
 def test_a_large_download_is_never_started_unasked(tmp_path):

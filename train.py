@@ -171,7 +171,8 @@ def check_ranges():
     """ValueError for a setting that has the right type and no meaning."""
     positive = ('eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size learning_rate muon_learning_rate max_iters '
                 'lr_decay_iters restart_iters restart_mult').split()
-    not_negative = ('fsdp_min_num_params save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr peak_tflops seed').split()
+    not_negative = ('fsdp_min_num_params save_interval sample_interval patience gradient_log_interval weight_decay grad_clip warmup_iters min_lr '
+                    'peak_tflops seed').split()
     for key in positive + not_negative:
         if config[key] != 'auto' and not (config[key] > 0 or config[key] == 0 and key in not_negative) or config[key] == math.inf:
             raise ValueError(f"{key} must be {'positive' if key in positive else '0 or more'}, not {config[key]}")
@@ -188,12 +189,15 @@ def check_ranges():
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not distributed:
             raise ValueError(f"{key} divides a model among processes, and here is one: torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
-    for key, useless in dict(fsdp_reshard_after_forward=not use_fsdp, fsdp_min_num_params=not use_fsdp, backend=not distributed,
-                             muon_learning_rate=config['optimizer'] != 'muon', muon_momentum=config['optimizer'] != 'muon',
-                             overwrite=overwrite and init_from in ('resume', 'auto')).items():
-        if useless and given.get(key) == 'on the command line':
-            say(f'NOTE: --{key} does nothing ' + (f'with --init_from={init_from}' if key == 'overwrite' else 'without --optimizer=muon' if 'muon' in key else
-                                                  'without --use_fsdp=True' if distributed else 'in one process'))
+    for keys, useful, where in (
+            ('fsdp_reshard_after_forward fsdp_min_num_params', use_fsdp, 'without --use_fsdp=True' if distributed else 'in one process'),
+            ('backend', distributed, 'in one process'), ('muon_learning_rate muon_momentum', config['optimizer'] == 'muon', 'without --optimizer=muon'),
+            ('cooldown_frac', lr_schedule == 'wsd', 'without --lr_schedule=wsd'),
+            ('restart_iters restart_mult', lr_schedule == 'sgdr', 'without --lr_schedule=sgdr'),
+            ('overwrite', not overwrite or init_from not in ('resume', 'auto'), f'with --init_from={init_from}')):
+        for key in keys.split():
+            if not useful and given.get(key) == 'on the command line':
+                say(f'NOTE: --{key} does nothing {where}')
     if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
         say(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}), so the learning rate rises to it')
     if wandb_artifacts and not wandb_log:
@@ -452,8 +456,9 @@ def load_optimizer(state, path):
     """
     sizes, expected = ([len(group['params']) for group in groups] for groups in (state['param_groups'], optimizer.param_groups))
     if sizes != expected:
-        raise ValueError(f"the optimizer in the checkpoint has groups of {sizes} tensors, optimizer='{config['optimizer']}' has {expected}: "
-                         'resume with the same')
+        theirs = 'muon' if any('momentum' in group for group in state['param_groups']) else 'adamw'
+        raise ValueError(f"the checkpoint has the state of {theirs} for groups of {sizes} tensors, and optimizer='{config['optimizer']}' has {expected}: "
+                         + ('resume with the same' if theirs == config['optimizer'] else f"resume with the run's config file, or --optimizer={theirs}"))
     local, params, numbers = local_optimizer()
     loaded, whole = local.state_dict(), {} if state['state'] is None else state['state']
     rows = {}  # of the moments in a sharded checkpoint, so that no process ever has all of them
@@ -1123,12 +1128,16 @@ startup_info = {
                     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', []))),
     'architecture': ', '.join(str(getattr(model_config, kind)) for kind in PRESETS['custom'] if kind not in ('bias', 'weight_tying')) +
                     f", {'biases' if model_config.bias else 'no biases'}, {'tied' if model_config.weight_tying else 'untied'}" +
+                    ', qk_norm' * model_config.qk_norm + ', zero_init_residual' * model_config.zero_init_residual +
+                    f', logit_softcap {model_config.logit_softcap:g}' * bool(model_config.logit_softcap) +
                     f", doc_mask by {'flex attention' if flex else 'a dense mask'}" * doc_mask,
     'parameters': f'{n_params:,} total, {n_trainable:,} trainable, {raw_model.get_num_params():,} non-embedding',
     'shape': f'{model_config.n_layer} layers, width {model_config.n_embd}, {model_config.n_head} heads, '
              f'{model_config.n_kv_head or model_config.n_head} kv heads, sequence {block_size}, vocabulary {model_config.vocab_size}',
     'batch': f'{batch_size} sequences x {accumulation} accumulation x {world_size} processes = {tokens_per_iter // block_size} sequences, '
              f'{tokens_per_iter:,} tokens an iteration, {max_iters * tokens_per_iter / train_loader.n_tokens:.2f} epochs in all',
+    'optimizer': ''.join(f"muon at {muon_learning_rate:g} for {len(group['params'])} matrices, " for group in optimizer.param_groups if 'momentum' in group) +
+                 f"adamw at {learning_rate:g}, {lr_schedule if decay_lr else 'constant'}, weight decay {weight_decay:g}",
     'device': f'{device} ({device_name}) x {world_size}, {device_memory / 2**30:.0f} GiB, {dtype}, '
               f'{dict(none="one process", ddp="DDP", zero1="ZeRO-1", fsdp="FSDP")[mode]}, compile {compile} ({why})',
     'peak': f'{peak / 1e12:.2f} TFLOP/s a device ({peak_source})',

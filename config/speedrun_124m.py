@@ -1,6 +1,6 @@
 # GPT-2's size and tokens by arch_preset=modern and Muon: 162,223,872 parameters (the head untied; the FLOPs are GPT-2 124M's)
-# The aim: with a third of the tokens, and so in a third of the time, the val loss of GPT-2 124M after 10 billion tokens of FineWeb, 3.28
-# (https://github.com/karpathy/llm.c/discussions/481). Not yet run on a GPU, only tried at a small size: see README.
+# The aim: with a third of the tokens, and in a third of the time if a step takes no longer, the val loss of GPT-2 124M after 10 billion tokens
+# of FineWeb, 3.28 by llm.c (https://github.com/karpathy/llm.c/discussions/481). Not yet run on a GPU, only tried at a small size: see README.
 out_dir = 'out-speedrun-124m'
 dataset = 'fineweb10B'  # python data/fineweb10B/prepare.py --shards=34
 
