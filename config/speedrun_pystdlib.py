@@ -1,5 +1,6 @@
 # The lowest bits per byte of the Python standard library in ten minutes on two CPU cores: 4,197,120 parameters, tokens of a BPE trained on the text
-# Everything counted: import, preparation, compiling, evaluation. Tuned with seed 1337: weight decay of 0.15, 0.1 and 0.3 came to 1.061, 1.064 and 1.067
+# Everything counted: import, preparation, compiling, evaluation. Tuned with seed 1337.
+# Weight decay of 0.1 and 0.3 with min_lr = 6e-4 came to 1.064 and 1.067, of 0.15 with 0 to 1.061: one run each, and seeds differ by 0.003
 out_dir = 'out-speedrun-pystdlib'
 overwrite = True  # to be run again and again: each replaces the one before
 device = 'cpu'
@@ -14,7 +15,7 @@ log_interval = 20
 arch_preset = 'modern'
 normalization = 'layernorm'  # one kernel on a CPU, where rmsnorm is several
 logit_softcap = 0.0  # takes time
-weight_tying = True  # in so few tokens a row of 4096 is seen too seldom to be learned twice
+weight_tying = True  # 1.198 bits per byte against 1.255 untied after 300 seconds on a core, one run each
 n_layer = 4
 n_head = 4
 n_embd = 256
