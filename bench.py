@@ -37,7 +37,11 @@ import torch
 
 from configurator import configure, fail
 from data.loader import Loader, find_datasets, write_dataset
-from model import GPT, PRESETS, GPTConfig, first_line, gradient_statistics, memory, memory_estimate, meta_model, out_of_memory, peak_flops, pick_device
+from engine.common import first_line, out_of_memory
+from engine.cost import memory_estimate, meta_model
+from engine.machine import keep_freed_memory, memory, peak_flops, pick_device
+from engine.report import gradient_statistics
+from model import GPT, PRESETS, GPTConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GIB = 2 ** 30
@@ -61,8 +65,8 @@ def build(s):
         sys.modules['versus'] = module  # dataclasses look themselves up here
         sys.path.insert(0, os.path.dirname(os.path.abspath(s['versus'])))
         spec.loader.exec_module(module)
-    if device.type == 'cpu' and hasattr(module, 'keep_freed_memory'):  # nanoGPT's side keeps the malloc that nanoGPT has
-        module.keep_freed_memory()
+    if device.type == 'cpu' and (not s['versus'] or hasattr(module, 'keep_freed_memory')):  # nanoGPT's side keeps the malloc that nanoGPT has
+        keep_freed_memory()
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')

@@ -35,7 +35,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from configurator import coerce, configure, fail, read_block
-from data.loader import find_datasets, mean_and_error, prepare_facts, read_meta
+from data.loader import find_datasets, prepare_facts, read_meta
+from engine.statistics import mean_and_error
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(HERE, 'train.py')

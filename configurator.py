@@ -92,7 +92,7 @@ def nearest(name, names):
 
 def show_help(script, block, own):
     lines = [ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '', '',
-             f'usage: python {os.path.basename(script)} [override_file.py ...] [--key=value ...]', '']
+             f'usage: python {os.path.basename(sys.argv[0])} [override_file.py ...] [--key=value ...]', '']
     for title, names in (('keys of this script:', own), ('keys of train.py, which override files may set:', block.keys() - own.keys())):
         lines += [title] if names else []
         for name in (n for n in block if n in names):

@@ -15,29 +15,15 @@ LLaMA https://arxiv.org/abs/2302.13971
 nanoGPT https://github.com/karpathy/nanoGPT, whose names and state dict these are
 """
 import contextlib
-import ctypes
-import gc
 import inspect
-import io
 import itertools
 import math
-import os
-import pickle
 import re
-import resource
-import sys
-import time
-import weakref
-import zipfile
-import zlib
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,40 +326,6 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-class Int8Linear(nn.Module):
-    """
-    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. For up to 4 rows of bfloat16 a CPU has a kernel that
-    reads them as they are, no slower than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
-    """
-    def __init__(self, linear):
-        super().__init__()
-        scale = linear.weight.detach().float().abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.register_buffer('weight', (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer('scale', scale.to(linear.weight.dtype))
-        self.bias = linear.bias
-
-    def forward(self, x):
-        rows = x.reshape(-1, x.size(-1))
-        if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))  # a large head at once would be more memory than is saved
-            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-    def embed(self, ids):
-        return self.weight[ids].to(self.scale.dtype) * self.scale[ids][..., None]
-
-
-class Int8Embedding(nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, ids):
-        return self.head.embed(ids)
-
-
 @register(FFN_TYPE, 'standard')
 class MLP(nn.Module):
     def __init__(self, config):
@@ -538,31 +490,6 @@ MUON_POLICY = dict(muon=r'transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c
                    adamw=r'(transformer\.wte|transformer\.wpe|lm_head)\.weight|.*(ln_1|ln_2|ln_f|q_norm|k_norm)\.(weight|bias)|.*(c_attn|c_fc|c_proj)\.bias')
 
 
-class Float32(TorchFunctionMode):
-    """While entered, Tensor.bfloat16() gives float32: for Muon's matmuls, which are 20 times as slow where bfloat16 is emulated."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0].float().clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """
-    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/) for the groups that have a momentum, and torch.optim.AdamW, as one optimizer with one
-    state dict, so that ZeRO-1, fp16's scaler and checkpoints need not know.
-    """
-    def __init__(self, groups, **adamw):
-        self.parts = torch.optim.AdamW([g for g in groups if 'momentum' not in g], **adamw), torch.optim.Muon([g for g in groups if 'momentum' in g])
-        super().__init__(groups, {})  # the parts have filled in their defaults
-        device = next((p.device.type for g in groups for p in g['params']), 'cpu')
-        self.precision = contextlib.nullcontext() if pick_device(device)[1] == 'bfloat16' else Float32()
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for part in self.parts:
-            part.state, part.param_groups = self.state, [g for g in self.param_groups if ('momentum' in g) == isinstance(part, torch.optim.Muon)]
-            with self.precision:
-                part.step()
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -689,6 +616,8 @@ class GPT(nn.Module):
         """
         if muon and not hasattr(torch.optim, 'Muon'):
             raise ValueError(f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}")
+        from engine.machine import keep_dynamo_out
+        from engine.optim import MuonAdamW
         hidden = {id(p) for p in self.muon_parameters()} if muon else ()
         params = [p for p in self.parameters() if p.requires_grad]
         rest, fused = [p for p in params if id(p) not in hidden], device_type in ('cuda', 'cpu', 'mps')
@@ -716,6 +645,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path):
         """The model in a checkpoint, ours or nanoGPT's, on the CPU, in eval mode. path: a file, or a folder that has ckpt.pt. Errors as load_checkpoint."""
+        from engine.checkpoint import load_checkpoint, model_of
         return model_of(load_checkpoint(path))
 
     @classmethod
@@ -725,7 +655,7 @@ class GPT(nn.Module):
         Qwen2, Qwen3, Arcee or Starcoder2. overrides: dropout, block_size and other keys of GPTConfig that no weight depends on. ValueError names what
         cannot be held.
         """
-        from bridge import from_pretrained
+        from engine.huggingface import from_pretrained
         return from_pretrained(name, dtype, overrides)
 
     def save_pretrained(self, folder, ckpt=None):
@@ -733,12 +663,13 @@ class GPT(nn.Module):
         Write the model as transformers loads it: safetensors, config.json, a model card, and with ckpt, the checkpoint dict that it is from, its
         tokenizer. folder must be new or empty. ValueError names the parts that Hugging Face has no class for.
         """
-        from bridge import save_pretrained
+        from engine.huggingface import save_pretrained
         save_pretrained(self, folder, ckpt)
 
     @torch.no_grad()
     def quantize_int8(self):
         """Every Linear as int8, in place, to sample from (Int8Linear); embeddings too, if they are tied to the head, and nothing else. Returns self."""
+        from engine.int8 import Int8Embedding, Int8Linear
         for parent in [m for m in self.modules() if not isinstance(m, Int8Linear)]:
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
@@ -848,455 +779,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the bridge out: checkpoints, devices, peaks
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out. Only CUDA has a type for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error).lower() for words in ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed', 'start new thread'))
-
-
-def check_crcs(path):
-    """ValueError if what a checkpoint file (a path, or its bytes as a file) holds does not match its own CRCs, which torch.load does not check."""
-    with zipfile.ZipFile(path) as z:
-        damaged = z.testzip()
-    if damaged is not None:
-        raise ValueError(f"'{damaged}' inside it does not match its checksum")
-
-
-def save_checked(obj, path):
-    """torch.save to a file that, when this returns, is on the disk and has been read back."""
-    with open(path, 'wb') as f:
-        torch.save(obj, f)
-        f.flush()
-        os.fsync(f.fileno())
-    check_crcs(path)
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """torch.distributed.checkpoint describes its files in a pickle, .metadata; this one knows the classes of tensors in there, none of which runs code."""
-    KNOWN = ({('torch.distributed.checkpoint.metadata', name) for name in (
-        'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', '_MEM_FORMAT_ENCODING')} |
-        {('torch.distributed.checkpoint.filesystem', '_StorageInfo'), ('torch', 'Size'), ('torch.serialization', '_get_layout')} |
-        {('torch', name) for name in ('float32', 'bfloat16', 'float16', 'float64', 'int64', 'bool')} |
-        {(module, name) for module in ('pathlib', 'pathlib._local') for name in ('PosixPath', 'WindowsPath')})
-
-    def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f'{module}.{name}')
-        return super().find_class(module, name)
-
-
-def read_metadata(path):
-    """What .metadata in the folder of a sharded checkpoint says: which part of which tensor is where."""
-    with open(os.path.join(path, '.metadata'), 'rb') as f:
-        return MetadataUnpickler(f).load()
-
-
-def read_part(path, place):
-    """A tensor in a sharded checkpoint; place: one of .metadata's. ValueError or OSError if it is not there or not whole."""
-    with open(os.path.join(path, os.path.basename(place.relative_path)), 'rb') as f:
-        f.seek(place.offset)
-        data = io.BytesIO(f.read(place.length))
-    check_crcs(data)
-    data.seek(0)
-    return torch.load(data, map_location='cpu', weights_only=True)
-
-
-def fill(tensors, path):
-    """
-    Fill {name: (a tensor, or rows of one; the number of its first row)} from a sharded checkpoint. Of that every part is read and checked, one
-    at a time. ValueError if numbers are missing.
-    """
-    missing = sum(t.numel() for t, _ in tensors.values())
-    for index, place in read_metadata(path).storage_data.items():
-        part, (tensor, first) = read_part(path, place), tensors.get(index.fqn, (None, 0))
-        if tensor is None:
-            continue
-        if tensor.dim():
-            at = index.offset[0] - first
-            low, high = max(0, at), max(0, at, min(len(tensor), at + len(part)))
-            tensor = tensor[low:high][:, *(slice(start, start + n) for start, n in zip(index.offset[1:], part.shape[1:]))]
-            part = part[low - at:high - at]
-        tensor.copy_(part)
-        missing -= part.numel()
-    if missing:
-        raise ValueError(f"'{path}' lacks {missing} numbers")
-
-
-def load_sharded(path, moments=True):
-    """The dict that ckpt.pt would hold, from a folder that train.py wrote by torch.distributed.checkpoint, whatever the number of processes was."""
-    check_crcs(os.path.join(path, 'info.pt'))
-    ckpt = torch.load(os.path.join(path, 'info.pt'), map_location='cpu', weights_only=True)
-    if file_crc32(os.path.join(path, '.metadata')) != ckpt.pop('metadata_crc32'):
-        raise ValueError('its .metadata does not match its checksum')
-    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in read_metadata(path).state_dict_metadata.items()
-               if moments or name.startswith('model/')}
-    fill({name: (t, 0) for name, t in tensors.items()}, path)
-    ckpt['model'] = {name: tensors[f'model/{stored}'] for name, stored in ckpt.pop('names').items()}  # tied tensors are stored once
-    ckpt['optimizer'] = {'state': {} if moments else None, 'param_groups': ckpt.pop('param_groups')}
-    for name in sorted((name.split('/') for name in tensors if name.startswith('optimizer/')), key=lambda name: int(name[1])):
-        ckpt['optimizer']['state'].setdefault(int(name[1]), {})[name[2]] = tensors['/'.join(name)]
-    return ckpt
-
-
-def file_crc32(path):
-    with open(path, 'rb') as f:
-        return zlib.crc32(f.read())
-
-
-def newest_checkpoint(folder):
-    """Of what a run saved in its folder, ckpt.pt or ckpt_sharded, what is further on; None if it has saved nothing."""
-    names = ['ckpt.pt', 'ckpt_sharded']
-    if not os.path.exists(os.path.join(folder, 'ckpt_sharded')):
-        names += ['ckpt_sharded_prev']  # a kill came between the two renames that replace a folder
-    exist = lambda names: [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
-    found = exist(names) or exist(['ckpt_best.pt', 'ckpt_sharded_best'])  # a kill came in the midst of the first save, which is also the best
-
-    def reached(path):  # not by their times, which a copy changes
-        try:
-            return read_facts(path)['iter_num']
-        except (ValueError, KeyError):  # a damaged one comes first, so that it is noticed
-            return math.inf
-    return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
-
-
-def read_facts(path):
-    """The dict in a checkpoint file, or in a sharded one's info.pt, at once: tensors are not read, CRCs not checked. ValueError names a file without one."""
-    try:
-        facts = torch.load(os.path.join(path, 'info.pt') if os.path.isdir(path) else path, map_location='cpu', weights_only=True, mmap=True)
-        return dict(facts)
-    except Exception as e:  # zip, pickle and torch each have their own
-        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
-
-
-def load_checkpoint(path, moments=True):
-    """
-    The dict in a checkpoint, on the CPU: a file, a sharded one (a folder), or a run's folder, of which the newest. Only tensors and
-    plain values are ever read, and the files' own CRCs are checked. ValueError names the file and what is wrong with it. Without moments, the
-    optimizer's state from a sharded one is checked and left to fill(), as None.
-    """
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, '.metadata')):
-        path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
-    if not os.path.exists(path):
-        raise ValueError(f"no checkpoint at '{path}'")
-    try:
-        if os.path.isdir(path):
-            ckpt = load_sharded(path, moments)
-        else:
-            check_crcs(path)
-            ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model'), dict) or not isinstance(ckpt.get('model_args'), dict):
-            raise ValueError("it has no 'model' and 'model_args'")
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"checkpoint '{path}' is refused: it holds something besides tensors and plain values, which could run code") from e
-    except Exception as e:  # zip and torch each have their own; to a reader they are one thing
-        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
-    ckpt['path'] = path
-    return ckpt
-
-
-def model_of(ckpt):
-    """The model in a checkpoint dict, in eval mode."""
-    known = {f.name for f in fields(GPTConfig)}
-    try:
-        unknown = [k for k in ckpt['model_args'] if k not in known]
-        if unknown:
-            raise ValueError(f"unknown model_args {', '.join(map(str, unknown))}")
-        with torch.device('meta'):
-            model = GPT(GPTConfig(**ckpt['model_args']))
-        # nanoGPT's have a prefix from torch.compile, and causal masks (attn.bias) where torch was older than 2.0
-        state = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items() if not k.endswith('.attn.bias')}
-        model.load_state_dict(state, assign=True)
-    except Exception as e:
-        raise ValueError(f"checkpoint '{ckpt['path']}' is not a model we can hold: {' '.join(str(e).split())[:300]}") from e
-    if model.config.weight_tying:
-        model.transformer.wte.weight = model.lm_head.weight
-    return model.requires_grad_(True).eval()
-
-
-def pick_device(device='auto', dtype='auto'):
-    """(torch.device, dtype name): the fastest there is where they say 'auto'. ValueError if the device asked for is not there."""
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(device)
-        if device.type not in ('cuda', 'mps', 'cpu'):
-            raise RuntimeError('it is none of cuda, mps and cpu')
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device '{device}' is not available here: {first_line(e)[:120]}; --device=auto takes what there is") from e
-    if dtype == 'auto':
-        if device.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        else:
-            cpu_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-            dtype = 'bfloat16' if device.type == 'cpu' and cpu_bf16 else 'float32'
-    return device, dtype
-
-
-# Dense bfloat16 TFLOP/s by device name, from the vendors' datasheets (float16 on V100 and T4, which have no bfloat16 units).
-# The doubled figures in circulation are with 2:4 sparsity. The first name found as whole words in the device's name counts.
-DENSE_PEAKS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312, 'L40S': 362, 'A10': 125,
-               'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155, 'V100': 125, 'T4': 65}
-
-
-def peak_flops(device, dtype):
-    """(FLOP/s, how it is known): the datasheet's dense peak, or else a large matmul measured here for a third of a second."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    for known, tflops in DENSE_PEAKS.items():
-        has_units = dtype == 'float16' or dtype == 'bfloat16' and known not in ('V100', 'T4')
-        if has_units and re.search(rf'\b{known}\b', name) and not re.search('Laptop|MIG', name):
-            return tflops * 1e12, f'dense {dtype} peak of {known}'
-    n, best, spent = (8192 if device.type == 'cuda' else 2048), math.inf, 0.0
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    while spent < 0.3:
-        t0 = time.perf_counter()
-        (a @ b)[0, 0].item()  # reading a value waits for the device
-        dt = time.perf_counter() - t0
-        best, spent = min(best, dt), spent + dt
-    return 2 * n ** 3 / best, f'measured, {n} x {n} {dtype} matmul'
-
-
-def keep_freed_memory():
-    """Stop glibc's malloc from giving a freed tensor back to the kernel, to fault in its pages again for the next; a no-op elsewhere."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):
-        for option, value in ((-4, 0), (-1, -1), (-2, 2 ** 28)):  # M_MMAP_MAX: none; M_TRIM_THRESHOLD: never; M_TOP_PAD: 256 MiB at a time
-            libc.mallopt(option, value)
-
-
-def release_freed_memory(device):
-    """After an out-of-memory error: give back what torch or malloc keeps for tensors of other sizes, and have malloc keep no more large ones."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-    elif hasattr(libc, 'malloc_trim'):
-        libc.mallopt(-4, 65536)  # M_MMAP_MAX, its default
-        libc.malloc_trim(0)
-
-
-def memory(device):
-    """
-    Bytes now and at their highest. CUDA: what tensors hold (allocated, peak) and what torch's allocator has taken for them (reserved).
-    MPS: the same without a peak, which it does not count. CPU: what of this process is in memory, anything else it holds included.
-    """
-    if device.type == 'cuda':
-        return dict(allocated=torch.cuda.memory_allocated(device), peak=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.memory_reserved(device))
-    if device.type == 'mps':  # its pool does not shrink within a run unless asked to, so reserved is the nearest there is to a peak
-        return dict(allocated=torch.mps.current_allocated_memory(), reserved=torch.mps.driver_allocated_memory())
-    try:
-        with open('/proc/self/status') as f:
-            sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in f if line.startswith(('VmRSS', 'VmHWM'))}
-        return dict(resident=sizes['VmRSS:'], peak=sizes['VmHWM:'])  # getrusage's peak would be at least that of the process that started this one
-    except OSError:
-        return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
-
-
-def keep_dynamo_out(*functions):
-    """
-    Functions of torch that are never compiled import all of torch.compile's front end at their first call, a second on a CPU, only to learn how not to
-    be: tell them (torch._disable_dynamo looks for this mark).
-    """
-    for function in map(inspect.unwrap, functions):
-        setattr(function, '__dynamo_disable', function)
-
-
-class LiveBytes(TorchDispatchMode):
-    """While entered: the bytes of the tensors made inside that are alive (now) and were at most (peak); views count with what they are of."""
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.alive = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.alive:
-                storage = t.untyped_storage()
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def freed(self, address, nbytes):
-        self.alive.discard(address)
-        self.now -= nbytes
-
-
-keep_dynamo_out(LiveBytes.__torch_dispatch__)
-
-
-def memory_estimate(config, batch_size, dtype, device, accumulation=1, parallelism='none', world_size=1, optimizer='adamw'):
-    """
-    {'weights', 'gradients', 'moments', 'gathered', 'activations', 'peak'}: bytes that tensors take on one device in a training step of batch_size
-    sequences of block_size under dtype's autocast, the optimizer's moments included (AdamW two, Muon one), without torch.compile, which needs less. The step
-    is run, on tensors without data unless it is a small one, so it holds for any part. activations is the rest of the peak: what autograd saved, autocast's
-    copies of weights, temporaries. parallelism: none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). gathered is what fsdp has whole at the worst moment:
-    embeddings and head in float32, their gradients and the buffer that these are reduced in; a block at work, the next one, and its gradients.
-    """
-    fake, work = contextlib.nullcontext(), batch_size * config.block_size * config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size)
-    if work > 2 ** 32 or device.type != 'cpu':  # else the step itself, a tenth of a second, is sooner done than this is imported
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        fake = FakeTensorMode()
-    with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
-        model = GPT(config)
-        states = live.now
-        idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
-        for _ in range(min(accumulation, 2)):  # from the second micro-batch on, gradients live through the forward
-            with torch.autocast(device.type, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext():
-                loss = model(idx, idx)[1]
-            loss.backward()
-    shard = 1 / world_size
-    shares = {'none': (1, 1, 2), 'ddp': (1, 1, 2), 'zero1': (1, 1, 2 * shard), 'fsdp': (shard, shard, 2 * shard)}[parallelism]
-    sizes = dict(zip(('weights', 'gradients', 'moments'), (round(states * share) for share in shares)), gathered=0)
-    if optimizer == 'muon':
-        sizes['moments'] -= round(sum(4 * p.numel() for p in model.muon_parameters()) * shares[2] / 2)
-    if parallelism == 'fsdp':
-        in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
-        sizes['gathered'] = 12 * (model.get_num_params(False) - in_blocks) + (3 * getattr(torch, dtype).itemsize + 4) * in_blocks // config.n_layer
-    sizes['activations'] = live.peak - 2 * states
-    return sizes | {'peak': sum(sizes.values())}
-
-
-@torch.no_grad()
-def gradient_norms(grads, all_reduce=None):
-    """The norm of each gradient, (len(grads),) float32. all_reduce: what sums a tensor over processes, if each has a shard of every gradient."""
-    if all_reduce is None:
-        return torch.stack(torch._foreach_norm(grads))
-    return all_reduce(torch.stack(torch._foreach_norm([g.to_local() for g in grads])).double().square()).sqrt().float()
-
-
-@torch.no_grad()
-def gradient_statistics(model, all_reduce=None):
-    """
-    Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
-    floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
-    all_reduce as for gradient_norms.
-    """
-    names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
-    norms, n = gradient_norms(grads, all_reduce), sum(g.numel() for g in grads)
-    mean = torch.stack([(g.to_local() if all_reduce else g).sum() for g in grads]).sum() / n
-    mean = all_reduce(mean) if all_reduce else mean
-    total, mean, *norms = torch.stack((torch.linalg.vector_norm(norms), mean, *norms)).tolist()
-    layers = {}
-    for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
-        layer = path[2] if path[1] == 'h' else path[0] if path[0] == 'lm_head' else path[1]
-        layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
-    return dict(norm=total, layers=layers, mean=mean, std=math.sqrt(max(0.0, total ** 2 / n - mean ** 2)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python model.py: describe, inspect, list
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def describe(model, settings, device, dtype):
-    """What a model is and costs, as text, trained with these settings. Works on the meta device, where a model takes no memory."""
-    c, n = model.config, model.get_num_params(non_embedding=False)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    cache = 2 * 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * c.block_size
-    lines = ['architecture'] + [f'  {k:<24} {v}' for k, v in vars(c).items() if v is not None]
-    lines += ['parameters'] + [f'  {k:<24} {v:>16,}' for k, v in model.params_by_part().items()]
-    lines += [f'  {k:<24} {v:>16,}' for k, v in (('total', n), ('trainable', trainable), ('non-embedding', model.get_num_params()))]
-    full, causal = model.flops_by_part(), model.flops_by_part(causal=True)
-    lines += [f"{f'FLOPs a token at sequence length {c.block_size}':<42} {'full':>16} {'causal':>16}  matmuls only; causal counts half of the scores"]
-    rows = [(f'{part}, forward', full[part], causal[part]) for part in full] + [('forward', sum(full.values()), sum(causal.values())),
-            ('training, 3 x forward', model.flops_per_token(), model.flops_per_token(causal=True))]
-    lines += [f'  {name:<40} {flops:>16,.0f} {half:>16,.0f}' for name, flops, half in rows]
-    batch_size = settings.get('batch_size', 1)
-    batch_size = 1 if batch_size == 'auto' else batch_size
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be positive, not {batch_size}')
-    optimizer = settings.get('optimizer', 'adamw')
-    training = memory_estimate(c, batch_size, dtype, device, settings.get('gradient_accumulation_steps', 1), optimizer=optimizer)
-    training = {k: v for k, v in training.items() if k in ('weights', 'gradients', 'moments', 'activations')}
-    for title, sizes in ((f'memory to train, {optimizer}, {dtype} on {device}, batch_size {batch_size}, one process, estimated', training),
-                         ('memory to sample, bfloat16', {'weights': 2 * n, f'KV cache, {c.block_size} tokens': cache})):
-        lines += [title] + [f'  {k:<24} {v / 1e9:>12,.3f} GB' for k, v in (sizes | {'total': sum(sizes.values())}).items()]
-    return '\n'.join(lines)
-
-
-def meta_model(settings):
-    """The model of a dict of settings on the meta device; a vocabulary that the settings leave open comes from the data set, or is GPT-2's."""
-    from data.loader import prepare_facts, read_meta
-    folder = os.path.join(HERE, 'data', settings['dataset'])
-    script = os.path.join(folder, 'prepare.py')
-    vocab = read_meta(folder).get('vocab_size') or (prepare_facts(script)['vocab_size'] if os.path.exists(script) else None) or 50257
-    if settings['vocab_size'] is not None:
-        vocab = min(vocab, settings['vocab_size'])
-    with torch.device('meta'):
-        return GPT(GPTConfig.from_settings(settings, vocab))
-
-
-def main():
-    from bridge import load_weights, save_onnx
-    from configurator import configure, fail
-    ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
-    consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py writes ckpt.pt
-    export = ''  # write the checkpoint for others: a folder for Hugging Face's transformers, or a file that ends in .onnx
-    list = False  # print a table of every file in config/ with its counts
-    config, given = configure(__file__, os.path.join(HERE, 'train.py'))
-    try:
-        if config['list']:
-            folder = os.path.join(HERE, 'config')
-            print(f"{'config':<30} {'preset':<7} {'layers':>6} {'width':>6} {'heads':>6} {'block':>6} {'vocab':>6} "
-                  f"{'parameters':>14} {'non-embedding':>14} {'GFLOP/token':>12}")
-            for name in sorted(n for n in os.listdir(folder) if n.endswith('.py') and not n.startswith('ablate_')):  # which are several models each
-                settings, _ = configure(__file__, os.path.join(HERE, 'train.py'), argv=[os.path.join(folder, name)])
-                model = meta_model(settings)
-                c = model.config
-                print(f"{name:<30} {settings['arch_preset']:<7} {c.n_layer:>6} {c.n_embd:>6} {c.n_head:>6} {c.block_size:>6} {c.vocab_size:>6} "
-                      f'{model.get_num_params(False):>14,} {model.get_num_params():>14,} {model.flops_per_token() / 1e9:>12.4g}')
-        elif config['consolidate']:
-            if not config['ckpt']:
-                raise ValueError('--consolidate=FILE needs --ckpt=FOLDER, what to read')
-            saved, path = load_checkpoint(config['ckpt']), config['consolidate']
-            if os.path.exists(path):
-                raise ValueError(f"'{path}' is there already: another name, or remove it first")
-            try:
-                save_checked({k: v for k, v in saved.items() if k != 'path'}, path + '.tmp')
-                os.replace(path + '.tmp', path)
-            except (OSError, RuntimeError, ValueError) as e:
-                with contextlib.suppress(OSError):
-                    os.remove(path + '.tmp')
-                raise OSError(f"'{path}' could not be written: {first_line(e)}") from e
-            print(f"{saved['path']} -> {path}")
-        elif config['export']:
-            if not config['ckpt']:
-                raise ValueError('--export=FOLDER needs --ckpt=FOLDER, what to read')
-            saved, path = load_weights(config['ckpt']), config['export']
-            model = model_of(saved)
-            if path.endswith('.onnx'):
-                save_onnx(model, path)
-            else:
-                model.to(torch.float32 if config['dtype'] == 'auto' else getattr(torch, config['dtype'])).save_pretrained(path, saved)
-                if not os.path.exists(os.path.join(path, 'tokenizer.json')):
-                    print('without a tokenizer: the checkpoint names none that fits', file=sys.stderr)
-            print(f"{saved['path']} -> {path}")
-        elif config['ckpt']:
-            saved = load_weights(config['ckpt'])
-            print(describe(model_of(saved), saved.get('config') or {}, *pick_device()))
-            print(f"checkpoint {saved['path']}\n  {'iterations':<24} {saved.get('iter_num')}\n  {'best val loss':<24} {saved.get('best_val_loss')}")
-            for split, values in (saved.get('losses') or {}).items():
-                print(f'  {split:<24} ' + ', '.join(f'{k} {v:.4f}' for k, v in values.items()))
-            for key in ('tokenizer', 'torch_version'):
-                print(f'  {key:<24} {str(saved.get(key)):.120}')
-            print('config')
-            for key, value in (saved.get('config') or {}).items():
-                print(f'  {key:<24} {value!r}')
-        else:
-            print(describe(meta_model(config), config, *pick_device(config['device'], config['dtype'])))
-    except (ValueError, OSError) as e:
-        fail(str(e))
-
-
 if __name__ == '__main__':
+    from engine.cost import main
     main()

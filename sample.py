@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bridge import load_weights, optional
 from configurator import configure, fail
 from data.loader import Loader, Mixture, find_trained_on, read_meta
 from data.tokenizer import find_tokenizer, get_tokenizer
-from model import load_checkpoint, model_of, pick_device
+from engine.checkpoint import load_checkpoint, model_of
+from engine.common import optional
+from engine.huggingface import load_weights
+from engine.machine import pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt

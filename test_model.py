@@ -20,16 +20,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bridge import load_pretrained
 from configurator import configure, read_block
 from data.tokenizer import get_tokenizer
-from model import (ACTIVATION, ATTENTION_BACKEND, FFN_TYPE, NORMALIZATION, POSITION_ENCODING, PRESETS, REGISTRY, GPT, GPTConfig,
-                   Int8Linear, Linear, LinearCrossEntropy, LiveBytes, document_mask, gradient_statistics, linear_cross_entropy, load_checkpoint,
-                   memory_estimate, meta_model, pick_device, register, sample_token)
+from engine.checkpoint import load_checkpoint
+from engine.cost import LiveBytes, memory_estimate, meta_model
+from engine.huggingface import load_pretrained
+from engine.int8 import Int8Linear
+from engine.machine import pick_device
+from engine.report import gradient_statistics
+from model import (
+    ACTIVATION,
+    ATTENTION_BACKEND,
+    FFN_TYPE,
+    GPT,
+    NORMALIZATION,
+    POSITION_ENCODING,
+    PRESETS,
+    REGISTRY,
+    GPTConfig,
+    Linear,
+    LinearCrossEntropy,
+    document_mask,
+    linear_cross_entropy,
+    register,
+    sample_token,
+)
 
 ROOT = Path(__file__).resolve().parent
 TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)  # 5 does not divide 16
@@ -394,7 +413,9 @@ def test_memory_estimate_is_what_a_step_takes(preset, dtype, checkpointing):
     """
     code = f"""
 import contextlib, torch
-from model import GPT, GPTConfig, memory, memory_estimate
+from engine.cost import memory_estimate
+from engine.machine import memory
+from model import GPT, GPTConfig
 torch.set_num_threads(1)
 cpu = torch.device('cpu')
 

@@ -37,13 +37,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from bridge import load_weights, optional
 from configurator import configure, fail
-from data.loader import Loader, Mixture, find_datasets, find_trained_on, fingerprint, mean_and_error, prepare_facts, read_meta
+from data.loader import Loader, Mixture, find_datasets, find_trained_on, fingerprint, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from model import (GPT, PRESETS, GPTConfig, file_crc32, fill, first_line, gradient_norms, gradient_statistics, keep_freed_memory, load_checkpoint, memory, memory_estimate,
-                   model_of, newest_checkpoint, out_of_memory, peak_flops, pick_device, read_facts, read_metadata, read_part, release_freed_memory,
-                   save_checked)
+from engine.checkpoint import file_crc32, fill, load_checkpoint, model_of, newest_checkpoint, read_facts, read_metadata, read_part, save_checked
+from engine.common import first_line, optional, out_of_memory
+from engine.cost import memory_estimate
+from engine.huggingface import load_weights
+from engine.machine import keep_freed_memory, memory, peak_flops, pick_device, release_freed_memory
+from engine.report import gradient_norms, gradient_statistics
+from engine.statistics import mean_and_error
+from model import GPT, PRESETS, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.

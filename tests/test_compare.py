@@ -15,12 +15,19 @@ import pytest
 from scipy import stats
 
 import compare
-from compare import Range, estimate, fit_power_law, losses_at, make_cells, seed_variance, several
+from compare import (
+    Range,
+    estimate,
+    fit_power_law,
+    losses_at,
+    make_cells,
+    seed_variance,
+    several,
+)
 from configurator import configure, read_block
+from conftest import ROOT
 from data.loader import write_dataset
-from model import meta_model
-
-ROOT = Path(__file__).resolve().parent
+from engine.cost import meta_model
 
 
 @pytest.fixture(scope='module')

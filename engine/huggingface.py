@@ -7,7 +7,6 @@ samples needs to read this. model.py calls it: GPT.from_pretrained, model.save_p
 """
 import contextlib
 import glob
-import importlib
 import io
 import json
 import logging
@@ -22,7 +21,9 @@ import torch
 import torch.nn as nn
 
 from data.tokenizer import BYTE_CHARS, find_tokenizer, get_tokenizer, to_hugging_face
-from model import ATTENTION_BACKEND, GPT, REGISTRY, ROPE_SCALING, GPTConfig, first_line, load_checkpoint, model_of
+from engine.checkpoint import load_checkpoint, model_of
+from engine.common import first_line, optional
+from model import ATTENTION_BACKEND, GPT, REGISTRY, ROPE_SCALING, GPTConfig
 
 # The classes of transformers, by the model_type in their config.json, and the parts that they stand for here
 RMS, LAYER, ROPE = ('rmsnorm',), ('layernorm', 'layernorm_nobias'), ('rope',)
@@ -54,14 +55,6 @@ NAMES = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.
          'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'],
          'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
 MLP_NAMES = {'arcee': {'mlp.c_fc': ['mlp.up_proj']}, 'starcoder2': {'mlp.c_fc': ['mlp.c_fc'], 'mlp.c_proj': ['mlp.c_proj']}}
-
-
-def optional(module, purpose):
-    """A library that only this purpose needs. ValueError says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ValueError(f"{purpose} needs {module}: pip install {module.split('.')[0]} ({first_line(e)})") from e
 
 
 def names_in_hf(ours, kind):

@@ -1,0 +1,137 @@
+"""What must stay true: python -m pytest tests/test_tokenizer.py"""
+import json
+
+import pytest
+import torch
+
+from conftest import TEXTS, llama3_json, llama_json, one_line, tokenizer_named
+from data.prepare import cut_before
+from data.tokenizer import get_tokenizer, tokenizer_from_file
+
+# data: tokenizers
+
+
+KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_tokenizers_round_trip(name):
+    """Splitting text anywhere but between characters, or in another order, loses it on the way back."""
+    tokenizer = tokenizer_named(name)
+    again = get_tokenizer(json.loads(json.dumps(tokenizer.spec)))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert isinstance(ids, list) and all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode(ids) == text and tokenizer.decode(torch.tensor(ids)) == text
+        prefix = b' ' if name.startswith('llama') and text else b''
+        assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == prefix + text.encode('utf-8')
+        assert again.encode(text) == ids == tokenizer.encode_corpus(text).tolist()
+        n_bytes = tokenizer.token_bytes()
+        assert n_bytes.shape == (tokenizer.vocab_size,)
+        assert n_bytes[ids].sum() == len(prefix + text.encode('utf-8')) - ids.count(tokenizer.eot)
+    for i in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f'id {i} '):
+            tokenizer.decode([i])
+
+
+def test_gpt2_ids_are_tiktokens():
+    """Another split or another vocabulary would make pretrained weights useless."""
+    tokenizer, tiktoken = tokenizer_named('gpt2'), pytest.importorskip('tiktoken')
+    for text in TEXTS:
+        assert tokenizer.encode(text) == tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    assert tokenizer.encode('a<|endoftext|>') == [64, 50256] and tokenizer.eot == 50256 and tokenizer.vocab_size == 50257
+
+
+def test_any_encoding_of_tiktokens_is_read(monkeypatch):
+    """cl100k_base has ids between its special tokens that stand for nothing, and more than one special token."""
+    registry = pytest.importorskip('tiktoken.registry')
+    ranks = {bytes([b]): b for b in range(256)} | {b'ab': 256}
+    monkeypatch.setitem(registry.ENCODING_CONSTRUCTORS or registry._find_constructors() or registry.ENCODING_CONSTRUCTORS, 'holes', lambda: dict(
+        name='holes', pat_str=r'\w+|\W+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 260, '<|fim|>': 262}))
+    tokenizer = get_tokenizer({'name': 'holes'})
+    assert tokenizer.vocab_size == 263 and tokenizer.eot == 260 and tokenizer.table[256:] == [b'ab', b'', b'', b'', b'<|endoftext|>', b'', b'<|fim|>']
+    assert tokenizer.encode('ab<|fim|>') == [256, 262] and tokenizer.token_bytes()[255:].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
+    assert tokenizer.decode(tokenizer.encode_corpus('ab<|fim|>')) == 'ab<|fim|>' and 262 not in tokenizer.encode_corpus('ab<|fim|>')
+
+
+@pytest.mark.parametrize('name', ['bpe', 'byte-level of llama 3', 'llama', 'llama metaspace'])
+def test_ids_of_a_tokenizer_json_are_the_librarys(name):
+    """The file says much that is easily left out: normalizers, the space before a text, bytes outside the vocabulary."""
+    tokenizer, tokenizers = tokenizer_named(name), pytest.importorskip('tokenizers')
+    reader = tokenizers.Tokenizer.from_str(tokenizer.spec['json'])
+    eot = {'bpe': '<|endoftext|>', 'byte-level of llama 3': '<|end_of_text|>'}.get(name, '</s>')
+    assert tokenizer.spec['eot'] == eot and tokenizer.eot == reader.token_to_id(eot) and tokenizer.vocab_size == reader.get_vocab_size()
+    for text in TEXTS + [' the mat', '  the', "12345 I'LL\n\n  go.\n", f'the{eot} end']:
+        ids = reader.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == reader.decode(ids, skip_special_tokens=False)
+    corpus = tokenizer.encode_corpus(f'the{eot} end').tolist()
+    assert tokenizer.eot not in corpus and tokenizer.decode(corpus) == f'the{eot} end' and tokenizer.encode(f'the{eot}')[-1] == tokenizer.eot
+    assert tokenizer.token_bytes()[tokenizer.eot] == 0
+    reader.enable_truncation(3)
+    reader.enable_padding(length=9)
+    assert get_tokenizer({'name': 'huggingface', 'json': reader.to_str()}).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
+
+
+def test_a_byte_level_token_may_have_other_characters():
+    """A token that was put into the vocabulary by hand is not written in GPT-2's characters for bytes."""
+    tokenizers = pytest.importorskip('tokenizers')
+    config = json.loads(llama3_json())
+    config['model']['vocab'] |= {'a \u2581': 400, '\u4e2d': 401}
+    tokenizer = get_tokenizer({'name': 'huggingface', 'json': json.dumps(config)})
+    reader = tokenizers.Tokenizer.from_str(json.dumps(config))
+    assert [tokenizer.decode([i]) for i in (400, 401)] == [reader.decode([i]) for i in (400, 401)] == ['a \u2581', '\u4e2d']
+
+
+def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
+    """The library's own errors are of no class of its own."""
+    tokenizers = pytest.importorskip('tokenizers')
+    lossy = tokenizers.Tokenizer(tokenizers.models.WordPiece({'[UNK]': 0}))
+    lossy.decoder = tokenizers.decoders.WordPiece()
+    for text, says in [('{}', 'not a tokenizer.json'), ('no', 'not a tokenizer.json'), (lossy.to_str(), 'cannot give back the text')]:
+        (tmp_path / 'tokenizer.json').write_text(text)
+        with pytest.raises(ValueError) as e:
+            tokenizer_from_file(tmp_path)
+        one_line(e.value, tmp_path / 'tokenizer.json', says)
+    (tmp_path / 'tokenizer.json').write_text(llama_json())
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": {"content": "<s>"}}')
+    assert tokenizer_from_file(tmp_path).eot == tokenizer_from_file(tmp_path / 'tokenizer.json').eot == 1
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
+    """Cut between two letters, a word has other tokens; a space before each piece would be in the text it gives back."""
+    tokenizer = tokenizer_named(name if name != 'char' else 'byte')
+    text = ('The cat sat on the mat.\nIn the end,\n\n    all is well: 漢字 naïve\n' * 40 + 'x' * 700 + '漢' * 300 + '  \n' * 90 + 'the end\r\nof it' * 99)
+    rest, ids = text.encode(), []
+    while rest:
+        end = cut_before(rest, 500) if len(rest) > 500 else len(rest)
+        assert 0 < end <= 500
+        piece, continued = rest[:end].decode(), len(rest) < len(text.encode())
+        ids, rest = ids + tokenizer.encode_corpus(piece, continued).tolist(), rest[end:]
+    assert tokenizer.decode(ids) == text
+    ordinary = text[:text.index('xxx')]
+    first = len(tokenizer.encode_corpus(ordinary[:2000]))
+    assert ids[:first - 5] == tokenizer.encode_corpus(text).tolist()[:first - 5]
+
+
+def test_invalid_utf8_becomes_a_replacement_character():
+    """A model can sample half a character; that must not end the program."""
+    assert get_tokenizer('byte').decode([104, 255, 105]) == 'h\ufffdi'
+
+
+@pytest.mark.parametrize('spec', ['bpe', {'name': 'bpe'}, 'huggingface', {}, None, 7])
+def test_unknown_tokenizers_list_the_choices(spec):
+    """A bare KeyError does not say what there is."""
+    with pytest.raises(ValueError, match='byte, char, gpt2, .*cl100k_base.* tokenizer.json'):
+        get_tokenizer(spec)
+
+
+def test_a_character_outside_the_vocabulary_is_named():
+    """nanoGPT ends in a KeyError."""
+    with pytest.raises(ValueError, match=r"character '€' .*'abc'"):
+        get_tokenizer({'name': 'char', 'chars': 'abc'}).encode('a€')
+    for chars in ('', 'aa', ['ab'], None):
+        with pytest.raises(ValueError, match='chars'):
+            get_tokenizer({'name': 'char', 'chars': chars})
+
+
