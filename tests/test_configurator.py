@@ -1,0 +1,186 @@
+"""What must stay true: python -m pytest tests/test_configurator.py"""
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from test_model import ROOT
+
+# configuration: files and flags, through the command line
+
+SCRIPT = '''"""A script with settings."""
+from typing import Literal
+from configurator import configure
+count = 3  # how many
+rate = 0.5  # how fast
+name = 'x'  # a text
+flag = False  # yes or no
+width: int = None  # None: four times the count
+mode: Literal['auto', True, False] = 'auto'  # one of three
+decay: Literal['cosine', 'linear'] = 'cosine'  # a word
+_own = 1  # no setting
+config, given = configure(__file__)
+globals().update(config)
+print((config, given))
+'''
+DEFAULTS = dict(count=3, rate=0.5, name='x', flag=False, width=None, mode='auto', decay='cosine')
+
+
+@pytest.fixture
+def script(tmp_path):
+    """run(*args, files={name: text}) of a small script in tmp_path."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+
+    def run(*args, files=None, **env):
+        for name, text in (files or {}).items():
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env)
+    return run
+
+
+def settings_of(result):
+    assert result.returncode == 0 and result.stderr == '', result.stderr
+    config, given = ast.literal_eval(result.stdout)
+    return config, given
+
+
+def refusal(result, *parts):
+    """Exit status 2 and exactly one line on stderr, which holds all the parts and is no traceback."""
+    assert result.returncode == 2 and 'Traceback' not in result.stderr, (result.returncode, result.stderr)
+    assert result.stderr.count('\n') == 1 and result.stderr.endswith('\n'), result.stderr
+    assert result.stdout == '' and all(str(part) in result.stderr for part in parts), result.stderr
+
+
+def test_defaults_are_those_in_the_script(script):
+    """A default that goes through text and back may come out as another type."""
+    assert settings_of(script()) == (DEFAULTS, {})
+
+
+@pytest.mark.parametrize('flag, key, value', [
+    ('--count=7', 'count', 7), ('--count=-7', 'count', -7), ('--count=1_000', 'count', 1000),
+    ('--rate=1', 'rate', 1.0), ('--rate=1e-4', 'rate', 1e-4),
+    ('--flag=True', 'flag', True),
+    ('--name=abc', 'name', 'abc'), ('--name="abc"', 'name', 'abc'), ("--name='a b'", 'name', 'a b'), ('--name=a b', 'name', 'a b'),
+    ('--name=123', 'name', '123'), ('--name=1e3', 'name', '1e3'), ('--name=True', 'name', 'True'), ('--name=', 'name', ''),
+    ("--name='None'", 'name', 'None'), ('--name=[1, 2]', 'name', '[1, 2]'), ('--name={[]: 1}', 'name', '{[]: 1}'), ('--name=--x', 'name', '--x'),
+    ('--name=a=b', 'name', 'a=b'), ('--name=x==1', 'name', 'x==1'), (r"--name='C:\data'", 'name', r'C:\data'), ("--name='a=b'", 'name', 'a=b'),
+    ('--width=8', 'width', 8), ('--width=None', 'width', None),
+    ('--mode=True', 'mode', True), ('--mode=auto', 'mode', 'auto'), ("--mode='auto'", 'mode', 'auto'), ('--decay=linear', 'decay', 'linear')])
+def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
+    """--out_dir=123 is the name 123, an int is fine for a float, and a value may hold '='."""
+    config, given = settings_of(script(flag))
+    assert config == DEFAULTS | {key: value} and type(config[key]) is type(value)
+    assert list(given) == [key]
+
+
+@pytest.mark.parametrize('flag, parts', [
+    ('--cuont=7', ["'cuont'", "'count'", 'command line']), ('--zzz=7', ["'zzz'", '--help']), ('--_own=7', ["'_own'"]), ('--config=7', ["'config'"]),
+    ('--count=True', ['count', 'int', 'True']), ('--count=1.0', ['count', 'int', '1.0']), ('--count=1e3', ['count', 'int', '1000.0']),
+    ('--count=many', ['count', 'int', "'many'"]), ('--count=None', ['count', 'int', 'None']), ('--count=', ['count', 'int']),
+    ('--count={[]: 1}', ['count', 'int']), ('--count=[1]', ['count', 'int']), ('--count=1+1', ['count', 'int']),
+    ('--rate=True', ['rate', 'float', 'True']), ('--rate=fast', ['rate', 'float']), ('--rate=1j', ['rate', 'float']),
+    ('--flag=1', ['flag', 'True or False', '1']), ('--flag=true', ['flag', 'True or False', "'true'"]), ('--flag=None', ['flag']),
+    ('--name=None', ['name', 'str', 'None']), ('--rate=None', ['rate', 'None']),
+    ('--mode=Flase', ['mode', "'auto'", 'True', 'False', "did you mean 'False'"]), ('--mode=1', ['mode', 'True', '1']), ('--mode=None', ['mode']),
+    ('--decay=cosin', ['decay', "'cosine'", "'linear'", "did you mean 'cosine'"]),
+    ('--cuont', ['--cuont', '--key=value', "'count'"]), ('--count', ['--count', '--key=value']), ('-count=3', ['-count=3', '--key=value']),
+    ('count=3', ['count=3', '--key=value']), ('--=3', ['--=3']), ('--', ["'--'"]), ('-', ["'-'"])])
+def test_a_wrong_flag_is_one_line(script, flag, parts):
+    """A typing error that trains for a day with the default, or a traceback in which the reason is the last of forty lines."""
+    refusal(script(flag), *parts)
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['--mode', 'False'], ['--mode=False']), (['--count', '7'], ['--count=7']), (['--count', 'file.py'], ['--count=file.py']),
+    (['--count', '--rate=1'], ["'--count'"]), (['--count', '=7'], ['--key=value']), (['--count=', '7'], ["'7'"]),
+    (['--co-unt=7', 'file.py'], ['--co-unt=7']), (['--co-unt=7', '--rate=1'], ['--co-unt=7']), (['file.py', '--co-unt=7'], ['--co-unt=7']),
+    (['--a.count=7', 'file.py'], ['--a.count=7'])], ids=str)
+def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args, parts):
+    """--compile False reads as a flag and a file name; a flag nobody understood must not be dropped."""
+    refusal(script(*args, files={'file.py': 'rate = 0.25\n'}), *parts)
+
+
+@pytest.mark.parametrize('text, changes', [
+    ('count = 7\nrate = 2\n', {'count': 7, 'rate': 2.0}),
+    ("name = '123'\nwidth = None\nmode = False\n", {'name': '123', 'mode': False}),
+    ('_half = 4\ncount = _half * 2\n', {'count': 8}),
+    ('import math\nimport os.path as p\ncount = math.floor(7.5)\n', {'count': 7}),
+    ('from math import floor as _floor\ncount = _floor(7.5)\n', {'count': 7}),
+    ('def _f(count):\n    rate = 9\n    return count\ncount = _f(7)\n', {'count': 7}),
+    ('count = count * 2\ncount += 1\n', {'count': 7}),
+    ('count = 3\n', {}),
+    ('', {}), ('# nothing\n', {}), (b'\xef\xbb\xbfcount = 7\r\n', {'count': 7}), ("name = 'd\u00e9j\u00e0'\n", {'name': 'd\u00e9j\u00e0'})])
+def test_an_override_file_sets_what_it_assigns(script, text, changes):
+    """Helpers and imports of the file are its own and no keys; the values so far are in scope."""
+    config, given = settings_of(script('file.py', files={'file.py': text}, PYTHONIOENCODING='utf-8'))
+    assert config == DEFAULTS | changes and all(type(config[k]) is type(v) for k, v in changes.items())
+    assert set(changes) <= set(given)
+
+
+def test_setting_a_key_to_its_default_counts_as_set(script):
+    """A preset may fill only what nobody set."""
+    assert settings_of(script('file.py', '--flag=False', files={'file.py': 'count = 3\n'}))[1].keys() == {'count', 'flag'}
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('cuont = 7\n', ["'cuont'", "'count'", 'file.py']), ('helper = 7\n', ["'helper'", 'file.py']), ('def helper(): pass\n', ["'helper'"]),
+    ('from math import floor\n', ["'floor'"]), ('for i in range(3): pass\n', ["'i'"]),
+    ('count = True\n', ['count', 'int', 'True', 'file.py']), ('count = 1.0\n', ['count', 'int']), ("count = '7'\n", ['count', 'int']),
+    ('rate = False\n', ['rate', 'float']), ('name = 123\n', ['name', 'str', '123']), ('name = None\n', ['name', 'None']), ('count = None\n', ['count', 'None']),
+    ('flag = 0\n', ['flag', 'True or False']), ("decay = 'cosin'\n", ['decay', 'cosine']), ('mode = 1\n', ['mode']),
+    ('# one\ncount = (\n', ['line 2', 'SyntaxError', 'file.py']), ('if True:\ncount = 1\n', ['line 2', 'IndentationError']),
+    ('count = 1\nreturn 2\n', ['line 2', 'SyntaxError']),
+    ('count = 1\n\ncount = 1 / 0\n', ['line 3', 'ZeroDivisionError', 'file.py']),
+    ('def _f():\n    raise KeyError("deep")\n_f()\n', ['line 2', 'KeyError', 'deep']),
+    ('import json\ncount = json.loads("[1,")\n', ['line 2', 'JSONDecodeError']),
+    ('count = 1\nimport nonesuch\n', ['line 2', 'ModuleNotFoundError', 'nonesuch']),
+    ('raise ValueError("two\\nlines")\n', ['line 1', 'ValueError', 'two', 'lines']),
+    ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
+    (b'# one\n# two\n# three\nname = "\xff"\n', ['line 4', 'SyntaxError'])])
+def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
+    """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
+    refusal(script('file.py', files={'file.py': text}), *parts)
+
+
+def test_a_missing_override_file_names_the_nearest(script):
+    """config/train_gtp2.py is not there, and which one is?"""
+    refusal(script('fiel.py', files={'file.py': ''}), "'fiel.py'", "did you mean 'file.py'")
+    refusal(script('elsewhere/file.py'), "'elsewhere/file.py'")
+    refusal(script('.'), "'.'")
+    refusal(script(''), "''")
+
+
+@pytest.mark.parametrize('args', [['--count=9', 'a.py', 'b.py'], ['a.py', '--count=9', 'b.py'], ['a.py', 'b.py', '--count=9']], ids=str)
+def test_flags_win_over_files_whatever_the_order(script, args):
+    """A flag before a file, which is how people write it half of the time, must not be undone by the file."""
+    config, given = settings_of(script(*args, files={'a.py': 'count = 5\nrate = 1.5\nname = "a"\n', 'b.py': 'rate = rate * 2\nname = "b"\n'}))
+    assert config == DEFAULTS | {'count': 9, 'rate': 3.0, 'name': 'b'}  # the later file sees and overrides the earlier
+    assert given['count'] == 'on the command line' and 'b.py' in given['rate']
+
+
+def test_help_lists_every_key_with_default_and_comment(script):
+    """Help text that is written twice is wrong once."""
+    for args in (['--help'], ['-h'], ['--cuont=3', '--help']):
+        result = script(*args)
+        assert result.returncode == 0 and result.stderr == ''
+        for line in SCRIPT.splitlines():
+            if match := re.match(r"(\w+)(?:: .+?)? = '?(.+?)'?  # (.+)", line):
+                key, default, comment = match.groups()
+                if key.startswith('_'):
+                    assert key not in result.stdout
+                else:
+                    assert re.search(rf'--{key}={re.escape(default)} +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
+        assert 'A script with settings.' in result.stdout
+
+
+def test_only_rank_0_speaks_and_all_leave(script):
+    """Eight ranks that each print the same line, or seven that go on alone."""
+    refusal(script('--cuont=7', RANK='0'), 'cuont')
+    result = script('--cuont=7', RANK='3')
+    assert (result.returncode, result.stdout, result.stderr) == (2, '', '')
+
+
