@@ -104,8 +104,9 @@ def statements_before_configure(source, script):
 
 
 def evaluate(expression):
-    """The value of an expression in a settings block, which may use this module's names."""
-    return eval(compile(ast.Expression(expression), '<settings>', 'eval'), dict(globals()))
+    """The value of an expression in a settings block; it may use Literal and names of RANGES."""
+    names = {'Literal': Literal} | {name: globals()[name] for name in RANGES}
+    return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
 
 
 def coerce(value, default, kind):
