@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from configurator import configure
 from conftest import ROOT
+from engine.common import UserError
 
 SCRIPT = '''"""A script with settings."""
 from typing import Literal
@@ -37,23 +39,29 @@ DEFAULTS = dict(
 
 
 @pytest.fixture
-def script(tmp_path):
-    """run(*args, files={name: text}) of a small script in tmp_path."""
+def configured(tmp_path, monkeypatch):
+    """configured(*args, files={name: text}) is (config, given) of the script above, in this process."""
     (tmp_path / 'script.py').write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets it
 
-    def run(*args, files=None, **env):
+    def configured(*args, files=None):
         for name, text in (files or {}).items():
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return configure('script.py', argv=list(args))
+    return configured
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(*args) runs the script above in a process of its own."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+
+    def run(*args, **env):
         env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env
         return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, env=env,
                               capture_output=True, text=True, timeout=60)
     return run
-
-
-def settings_of(result):
-    assert result.returncode == 0 and result.stderr == '', result.stderr
-    config, given = ast.literal_eval(result.stdout)
-    return config, given
 
 
 def refusal(result, *parts):
@@ -63,9 +71,25 @@ def refusal(result, *parts):
     assert result.stdout == '' and all(str(part) in result.stderr for part in parts), result.stderr
 
 
-def test_defaults_are_those_in_the_script(script):
+def refused(parts, configured, *args, files=None):
+    with pytest.raises(UserError) as caught:
+        configured(*args, files=files)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_defaults_are_those_in_the_script(configured):
     """A default that goes through text and back may come out as another type."""
-    assert settings_of(script()) == (DEFAULTS, {})
+    assert configured() == (DEFAULTS, {})
+
+
+def test_a_script_runs_with_its_settings_or_ends_with_one_line(script, tmp_path):
+    """A message of two lines, or a traceback in which the reason is the last of forty lines."""
+    result = script('--count=7')
+    assert result.returncode == 0 and result.stderr == '', result.stderr
+    assert ast.literal_eval(result.stdout) == (DEFAULTS | {'count': 7}, {'count': 'on the command line'})
+    refusal(script('--cuont=7'), 'script.py: unknown key', "'cuont'", "'count'")
+    (tmp_path / 'file.py').write_text('raise ValueError("two\\nlines")\n')
+    refusal(script('file.py'), "override file 'file.py' line 1: ValueError: two lines")
 
 
 @pytest.mark.parametrize('flag, key, value', [
@@ -104,9 +128,9 @@ def test_defaults_are_those_in_the_script(script):
     ('--lr=1', 'lr', 1.0),
     ('--beta=0', 'beta', 0.0),
 ])
-def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
+def test_a_flag_sets_a_value_of_its_type(configured, flag, key, value):
     """--out_dir=123 is the name 123, an int is fine for a float, and a value may hold '='."""
-    config, given = settings_of(script(flag))
+    config, given = configured(flag)
     assert config == DEFAULTS | {key: value} and type(config[key]) is type(value)
     assert list(given) == [key]
 
@@ -145,9 +169,9 @@ def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
     ('--', ["'--'"]),
     ('-', ["'-'"]),
 ])
-def test_a_wrong_flag_is_one_line(script, flag, parts):
-    """A typing error that trains for a day with the default, or a traceback in which the reason is the last line."""
-    refusal(script(flag), *parts)
+def test_a_wrong_flag_is_one_line(configured, flag, parts):
+    """A typing error that trains for a day with the default."""
+    refused(parts, configured, flag)
 
 
 @pytest.mark.parametrize('flag, message', [
@@ -165,16 +189,19 @@ def test_a_wrong_flag_is_one_line(script, flag, parts):
     ('--batch=atuo', "batch on the command line must be int | 'auto', not 'atuo'; did you mean 'auto'?"),
     ('--heads=0', 'heads on the command line must be positive, not 0'),
 ])
-def test_a_range_stands_beside_its_setting(script, flag, message):
+def test_a_range_stands_beside_its_setting(configured, flag, message):
     """A range in a list far below the block is forgotten for a new setting."""
-    refusal(script(flag), message)
+    refused([message], configured, flag)
 
 
-def test_a_range_holds_for_files_too(script):
+@pytest.mark.parametrize('text, message', [
+    ('steps = 0', "steps in 'a.py' must be positive, not 0"),
+    ("lr = float('nan')", "lr in 'a.py' must be positive, not nan"),
+    ("beta = float('nan')", "beta in 'a.py' must be at least 0 and below 1, not nan"),
+])
+def test_a_range_holds_for_files_too(configured, text, message):
     """NaN passes every comparison that asks whether a value is too small."""
-    refusal(script('a.py', files={'a.py': 'steps = 0\n'}), "steps in 'a.py' must be positive, not 0")
-    refusal(script('a.py', files={'a.py': "lr = float('nan')\n"}), "lr in 'a.py' must be positive, not nan")
-    refusal(script('a.py', files={'a.py': "beta = float('nan')\n"}), 'below 1, not nan')
+    refused([message], configured, 'a.py', files={'a.py': text})
 
 
 @pytest.mark.parametrize('args, parts', [
@@ -189,9 +216,9 @@ def test_a_range_holds_for_files_too(script):
     (['file.py', '--co-unt=7'], ['--co-unt=7']),
     (['--a.count=7', 'file.py'], ['--a.count=7']),
 ], ids=str)
-def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args, parts):
+def test_a_flag_that_is_not_written_key_value_is_never_passed_over(configured, args, parts):
     """--compile False reads as a flag and a file name; a flag nobody understood must not be dropped."""
-    refusal(script(*args, files={'file.py': 'rate = 0.25\n'}), *parts)
+    refused(parts, configured, *args, files={'file.py': 'rate = 0.25\n'})
 
 
 @pytest.mark.parametrize('text, changes', [
@@ -208,17 +235,17 @@ def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args,
     (b'\xef\xbb\xbfcount = 7\r\n', {'count': 7}),
     ("name = 'd\u00e9j\u00e0'\n", {'name': 'd\u00e9j\u00e0'}),
 ])
-def test_an_override_file_sets_what_it_assigns(script, text, changes):
+def test_an_override_file_sets_what_it_assigns(configured, text, changes):
     """Helpers and imports of the file are its own and no keys; the values so far are in scope."""
-    config, given = settings_of(script('file.py', files={'file.py': text}, PYTHONIOENCODING='utf-8'))
+    config, given = configured('file.py', files={'file.py': text})
     assert config == DEFAULTS | changes
     assert all(type(config[key]) is type(value) for key, value in changes.items())
     assert set(changes) <= set(given)
 
 
-def test_setting_a_key_to_its_default_counts_as_set(script):
+def test_setting_a_key_to_its_default_counts_as_set(configured):
     """A preset may fill only what nobody set."""
-    given = settings_of(script('file.py', '--flag=False', files={'file.py': 'count = 3\n'}))[1]
+    given = configured('file.py', '--flag=False', files={'file.py': 'count = 3\n'})[1]
     assert given.keys() == {'count', 'flag'}
 
 
@@ -249,17 +276,20 @@ def test_setting_a_key_to_its_default_counts_as_set(script):
     ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
     (b'# one\n# two\n# three\nname = "\xff"\n', ['line 4', 'SyntaxError']),
 ])
-def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
+def test_a_wrong_override_file_is_one_line_that_says_where(configured, text, parts):
     """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
-    refusal(script('file.py', files={'file.py': text}), *parts)
+    refused(parts, configured, 'file.py', files={'file.py': text})
 
 
-def test_a_missing_override_file_names_the_nearest(script):
+@pytest.mark.parametrize('path, parts', [
+    ('fiel.py', ["'fiel.py'", "did you mean 'file.py'"]),
+    ('elsewhere/file.py', ["'elsewhere/file.py'"]),
+    ('.', ["'.'"]),
+    ('', ["''"]),
+])
+def test_a_missing_override_file_names_the_nearest(configured, path, parts):
     """config/train_gtp2.py is not there, and which one is?"""
-    refusal(script('fiel.py', files={'file.py': ''}), "'fiel.py'", "did you mean 'file.py'")
-    refusal(script('elsewhere/file.py'), "'elsewhere/file.py'")
-    refusal(script('.'), "'.'")
-    refusal(script(''), "''")
+    refused(parts, configured, path, files={'file.py': ''})
 
 
 @pytest.mark.parametrize('args', [
@@ -267,10 +297,10 @@ def test_a_missing_override_file_names_the_nearest(script):
     ['a.py', '--count=9', 'b.py'],
     ['a.py', 'b.py', '--count=9'],
 ], ids=str)
-def test_flags_win_over_files_whatever_the_order(script, args):
+def test_flags_win_over_files_whatever_the_order(configured, args):
     """A flag before a file, which is how people write it half of the time, must not be undone by the file."""
     files = {'a.py': 'count = 5\nrate = 1.5\nname = "a"\n', 'b.py': 'rate = rate * 2\nname = "b"\n'}
-    config, given = settings_of(script(*args, files=files))
+    config, given = configured(*args, files=files)
     # the later file sees and overrides the earlier
     assert config == DEFAULTS | {'count': 9, 'rate': 3.0, 'name': 'b'}
     assert given['count'] == 'on the command line' and 'b.py' in given['rate']
