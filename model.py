@@ -28,33 +28,24 @@ from torch.utils.checkpoint import checkpoint
 
 # Module(dim, config); forward: (..., dim) -> same shape
 NORMALIZATION = {}
-
-# function, elementwise
+# elementwise function
 ACTIVATION = {}
-
 # Module(config); forward: x (B, T, C), pos (T,) -> x, rotate
 # rotate is None or a function that turns q and k, (B, H or K, T, D) -> same shape
 POSITION_ENCODING = {}
-
 # function(q, k, v, dropout, config, mask=None) -> (B, H, T, D), for q (B, H, T, D) and
 # k, v (B, K, S, D); queries are the last T of the S positions. mask: see attention_mask
 ATTENTION_BACKEND = {}
-
 # function(x, norm, sublayer) -> x
 # its attribute final_norm says whether the output of the last block still needs a norm
 NORM_POSITION = {}
-
-# Module(config); forward: (B, T, C) -> same shape
+# Module(config); forward: (B, T, C) -> same shape. extra_flops(T, causal) counts its FLOPs per
+# token beyond those of its Linears, if there are any
 FFN_TYPE = {}
 
-REGISTRY = {
-    'normalization': NORMALIZATION,
-    'activation': ACTIVATION,
-    'position_encoding': POSITION_ENCODING,
-    'attention_backend': ATTENTION_BACKEND,
-    'norm_position': NORM_POSITION,
-    'ffn_type': FFN_TYPE,
-}
+REGISTRY = dict(
+    normalization=NORMALIZATION, activation=ACTIVATION, position_encoding=POSITION_ENCODING,
+    attention_backend=ATTENTION_BACKEND, norm_position=NORM_POSITION, ffn_type=FFN_TYPE)
 
 
 def register(kind, name):
@@ -111,19 +102,19 @@ class GPTConfig:
     norm_position: str = 'pre'
     ffn_type: str = 'standard'
     weight_tying: bool = True
-    n_kv_head: int = None             # None: n_head
-    d_ff: int = None                  # None: 4 C; swiglu: 8/3 C, rounded up to a multiple of 256
-    qk_norm: bool = False             # normalize q and k per head: https://arxiv.org/abs/2010.04245
-    zero_init_residual: bool = False  # blocks start as the identity: https://arxiv.org/abs/1901.09321
+    n_kv_head: int = None  # None: n_head
+    d_ff: int = None  # None: 4 C; swiglu: 8/3 C, rounded up to a multiple of 256
+    qk_norm: bool = False  # normalize q and k per head: https://arxiv.org/abs/2010.04245
+    zero_init_residual: bool = False  # blocks start as the identity: arxiv.org/abs/1901.09321
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    logit_softcap: float = 0.0        # 0: none. https://arxiv.org/abs/2408.00118
-    attention_chunk_size: int = 256   # queries at a time with attention_backend='chunked'
+    logit_softcap: float = 0.0  # 0: none. https://arxiv.org/abs/2408.00118
+    attention_chunk_size: int = 256  # queries at a time with attention_backend='chunked'
     activation_checkpointing: bool = False
-    qkv_bias: bool = False            # biases on q, k and v even where bias is False, as in Qwen2
-    rope_scaling: dict = None         # LLaMA 3's stretched RoPE, with the keys of ROPE_SCALING
-    unpadded_vocab_size: int = None   # ids of the tokenizer; padding above is never sampled. None: all
-    doc_mask_token: int = None        # end-of-text id; attention never crosses it. None: no mask
+    qkv_bias: bool = False  # biases of q, k and v even where bias is False, as in Qwen2
+    rope_scaling: dict = None  # LLaMA 3's stretched RoPE, with the keys of ROPE_SCALING
+    unpadded_vocab_size: int = None  # ids below it are the tokenizer's; others are never sampled
+    doc_mask_token: int = None  # end-of-text id; attention never crosses it. None: no mask
 
     def __post_init__(self):
         for kind, parts in REGISTRY.items():
@@ -134,19 +125,13 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f'{key} must be a positive int, not {value!r}')
-        self.check_heads()
+        n_ids, scaling = self.unpadded_vocab_size, self.rope_scaling
         check_range('dropout', self.dropout, 0 <= self.dropout < 1)
         check_range('norm_eps', self.norm_eps, self.norm_eps > 0)
         check_range('rope_theta', self.rope_theta, self.rope_theta > 0)
         check_range('logit_softcap', self.logit_softcap, self.logit_softcap >= 0)
-        if self.rope_scaling is not None:
-            known = set(self.rope_scaling) == set(ROPE_SCALING)
-            check_range('rope_scaling', self.rope_scaling, known)
-        if self.unpadded_vocab_size is not None:
-            fits = 0 < self.unpadded_vocab_size <= self.vocab_size
-            check_range('unpadded_vocab_size', self.unpadded_vocab_size, fits)
-
-    def check_heads(self):
+        check_range('rope_scaling', scaling, scaling is None or set(scaling) == set(ROPE_SCALING))
+        check_range('unpadded_vocab_size', n_ids, n_ids is None or 0 < n_ids <= self.vocab_size)
         C, H, K = self.n_embd, self.n_head, self.n_kv_head or self.n_head
         if C % H:
             raise ValueError(f'n_embd ({C}) must be a multiple of n_head ({H})')
@@ -185,9 +170,9 @@ class GPTConfig:
 class LayerNorm(nn.Module):
     def __init__(self, dim, config, bias=None):
         super().__init__()
-        bias = config.bias if bias is None else bias
+        has_bias = config.bias if bias is None else bias
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if has_bias else None
         self.eps = config.norm_eps
 
     def forward(self, x):
@@ -247,8 +232,8 @@ class LearnedAbsolute(nn.Embedding):
 @register(POSITION_ENCODING, 'rope')
 class RoPE(nn.Module):
     """
-    https://arxiv.org/abs/2104.09864 in the half-rotation layout of Hugging Face's LLaMA:
-    dimensions i and i + D/2 form a pair, which turns by an angle proportional to the position.
+    https://arxiv.org/abs/2104.09864 in the layout of Hugging Face's LLaMA: dimensions i and
+    i + D/2 form a pair, which turns by an angle proportional to the position.
     """
     def __init__(self, config):
         super().__init__()
@@ -318,8 +303,7 @@ def attention_mask(T, S, device, doc=None, window=None, flex=False):
         return seen
 
     B = 1 if doc is None else doc.size(0)
-    if flex:
-        # imported here because it brings in torch.compile's front end
+    if flex:  # whose import brings in torch.compile's front end
         from torch.nn.attention.flex_attention import create_block_mask
         return create_block_mask(visible, B, None, T, S, device=device)
     b = torch.arange(B, device=device).view(B, 1, 1)
@@ -338,8 +322,8 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
         # under autocast qk_norm returns float32; torch 2.13 gave wrong results for mixed strides
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    on_cpu = q.device.type == 'cpu'
-    if on_cpu and v.dtype == torch.bfloat16 and v.requires_grad and T <= 512:
+    bfloat16_on_cpu = q.device.type == 'cpu' and v.dtype == torch.bfloat16
+    if bfloat16_on_cpu and v.requires_grad and T <= 512:
         return bfloat16_cpu_attention(q, k, v, dropout, mask)
     causal = mask is None and 1 < T == S  # the kernels' own case; a single query sees every key
     if mask is None and 1 < T < S:
@@ -381,15 +365,15 @@ def manual_attention(q, k, v, dropout, config, mask=None):
 @register(ATTENTION_BACKEND, 'chunked')
 def chunked_attention(q, k, v, dropout, config, mask=None):
     """
-    One chunk of queries at a time against the keys up to the chunk's end, recomputed in backward:
-    never more than (chunk, S) weights per head instead of (T, S).
+    One chunk of queries at a time against the keys up to the chunk's end, recomputed in backward,
+    so that a head holds (chunk, S) weights instead of (T, S).
     """
     recompute = torch.is_grad_enabled() and q.requires_grad
-    before = k.size(2) - q.size(2)  # keys before the first query
+    T, S = q.size(2), k.size(2)
     start, out = 0, []
     for rows in q.split(config.attention_chunk_size, dim=2):
         stop = start + rows.size(2)
-        end = before + stop
+        end = S - T + stop
         chunk_mask = None if mask is None else mask[..., start:stop, :end]
         args = rows, k[:, :, :end], v[:, :, :end], dropout, config, chunk_mask
         if recompute:
@@ -402,9 +386,8 @@ def chunked_attention(q, k, v, dropout, config, mask=None):
 
 class KVCache:
     """
-    Keys and values of one layer, in buffers of shape (B, K, max_length, D), of which the first
-    `length` positions are filled. Where doc_mask_token is set, the first layer's cache also
-    remembers the document number of each position: doc (B, length).
+    Keys and values of one layer, (B, K, max_length, D), filled up to `length`. With a document
+    mask the first layer's cache also holds the document number of each position, (B, length).
     """
     def __init__(self, shape, dtype, device):
         self.k = torch.empty(shape, dtype=dtype, device=device)
@@ -472,10 +455,7 @@ class CausalSelfAttention(nn.Module):
         return self.dropout(self.c_proj(y))
 
     def extra_flops(self, T, causal):
-        """
-        Forward FLOPs per token beyond the Linears: scores and values against T keys, counted in
-        full as in appendix B of PaLM (https://arxiv.org/abs/2204.02311); causal: half of them.
-        """
+        """Forward FLOPs per token of scores and values against T keys; causal: against half."""
         return 4 * T * self.n_head * self.head_dim * (0.5 if causal else 1.0)
 
 
@@ -540,8 +520,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotate=None, cache=None, mask=None):
         x = self.residual(x, self.ln_1, lambda h: self.attn(h, rotate, cache, mask))
-        x = self.residual(x, self.ln_2, self.mlp)
-        return x
+        return self.residual(x, self.ln_2, self.mlp)
 
 
 # the loss
@@ -566,14 +545,13 @@ def softmax_losses(logits, targets, softcap, need_grad):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    Mean cross-entropy of (x @ weight.T) against targets, where -1 is ignored, without ever holding
-    the logits of more than one chunk of rows: each chunk computes its logits, loss and gradients
-    at once, in forward (Liger Kernel, https://arxiv.org/abs/2410.10989). It takes the same three
-    matmuls as the plain way and repeats none; softmax is in float32.
+    Mean cross-entropy of x @ weight.T against targets, where -1 is ignored, without ever holding
+    the logits of more than `chunk` rows: each chunk computes its logits, loss and gradients at
+    once, in forward (Liger Kernel, https://arxiv.org/abs/2410.10989). The plain way's three
+    matmuls, none repeated. The softmax is in float32 and takes `part` rows of a chunk at a time.
 
-    x (N, C), weight (V, C), targets (N,) -> scalar float32. reduction='none' gives the (N,) losses
-    instead, 0 where ignored, without gradients. `chunk` rows share a matmul, of which `part` rows
-    at a time go through the softmax.
+    x (N, C), weight (V, C), targets (N,) -> scalar float32; with reduction='none' the (N,)
+    losses, 0 where ignored, without gradients.
 
     Why not F.linear_cross_entropy of newer torch: its chunked path ignores autocast, breaks
     torch.compile's graph, is invisible to FlopCounterMode, and was several times slower than plain
@@ -581,18 +559,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction='mean'):
-        w = weight.to(dtype)
+        w, dw = weight.to(dtype), None
         dx = torch.empty_like(x) if need_grad else None
-        dw = None
         loss, losses = torch.zeros((), dtype=torch.float32, device=x.device), []
         for i in range(0, x.size(0), chunk):
-            rows = x[i:i + chunk].to(dtype)
-            t = targets[i:i + chunk, None]
+            rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             logits = rows @ w.T  # (chunk, V)
             for logits_part, t_part in zip(logits.split(part), t.split(part)):
                 part_losses = softmax_losses(logits_part, t_part, softcap, need_grad)
                 loss += part_losses.sum()
-                losses.append(part_losses[:, 0])
+                if reduction == 'none':
+                    losses.append(part_losses[:, 0])
             if need_grad:
                 # logits hold their gradient here, not yet divided by the number of targets:
                 # in float16 that would underflow, as the loss scale only arrives in backward
@@ -639,14 +616,9 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
 
 # the whole
 
-# the name of a module in a parameter's path -> its row in params_by_part(); others are norms
-PARTS = {
-    'wte': 'token embeddings',
-    'wpe': 'position embeddings',
-    'attn': 'attention',
-    'mlp': 'ffn',
-    'lm_head': 'head',
-}
+# a module's name in the path of a parameter -> its row in params_by_part(); the rest are norms
+PARTS = dict(wte='token embeddings', wpe='position embeddings', attn='attention', mlp='ffn',
+             lm_head='head')
 
 
 class GPT(nn.Module):
@@ -673,9 +645,8 @@ class GPT(nn.Module):
         GPT-2's initialization: N(0, 0.02) and biases 0. Layers that write to the residual stream
         start smaller by sqrt(2 n_layer), so that the stream does not grow with depth, or at 0.
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        if self.config.zero_init_residual:
-            residual_std = 0.0
+        zero = self.config.zero_init_residual
+        residual_std = 0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = residual_std if name.endswith('c_proj') else 0.02
@@ -685,14 +656,13 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean'):
         """
-        idx (B, T) int64 -> (logits, loss).
+        idx (B, T) int64 -> (logits, loss). ValueError if it is longer than block_size.
 
         Without targets, loss is None and logits are those of the last position, (B, 1, V). With
         targets (B, T), where -1 is ignored, loss is the mean cross-entropy in nats and logits are
         None, because (B, T, V) floats would take the most memory of all. all_logits=True returns
         (B, T, V) in either case. reduction='none', only inside torch.no_grad(): loss per token,
-        (B, T) float32, 0 where ignored. cache: a list from new_cache(), whose positions precede
-        idx. ValueError if the sequence is longer than block_size.
+        (B, T), 0 where ignored. cache: a list from new_cache(), whose positions precede idx.
         """
         B, T = idx.size()
         start = cache[0].length if cache else 0
@@ -737,14 +707,10 @@ class GPT(nn.Module):
         return attention_mask(idx.size(1), doc.size(1), idx.device, doc, flex=flex)
 
     def takes_flex(self, device_type):
-        """
-        Whether a compiled forward uses flex attention for doc_mask_token. It needs a GPU and at
-        least these sizes, and it has no dropout.
-        """
+        """Whether a compiled forward masks documents by flex attention, which has no dropout."""
         c = self.config
-        large = c.block_size >= 128 and c.n_embd // c.n_head >= 16
-        possible = c.attention_backend == 'sdpa' and not c.dropout
-        return device_type == 'cuda' and possible and large
+        large = c.block_size >= 128 and c.n_embd // c.n_head >= 16  # the least its kernels take
+        return device_type == 'cuda' and c.attention_backend == 'sdpa' and not c.dropout and large
 
     # counts
 
@@ -770,9 +736,9 @@ class GPT(nn.Module):
 
     def flops_by_part(self, seq_len=None, causal=False):
         """
-        {part: forward FLOPs per token} at seq_len (default block_size): 2 per weight of every
-        Linear, plus each module's own extra_flops(T, causal). Only matmuls count; by convention
-        norms, RoPE, activations and softmax do not.
+        {part: forward FLOPs per token} at seq_len (default block_size), of matmuls only: 2 per
+        weight of every Linear, plus each module's own extra_flops(T, causal). Attention counts in
+        full, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B), or with causal by half.
         """
         T = seq_len or self.config.block_size
         flops = {'attention projections': 0, 'attention scores': 0, 'ffn': 0, 'head': 0}
@@ -787,10 +753,7 @@ class GPT(nn.Module):
         return flops
 
     def flops_per_token(self, seq_len=None, causal=False):
-        """
-        Training FLOPs per token, forward and backward: 3 x forward. Recomputation by activation
-        checkpointing does not count.
-        """
+        """Training FLOPs per token: 3 x forward, without activation checkpointing's recomputing."""
         return 3 * sum(self.flops_by_part(seq_len, causal).values())
 
     # optimizer
@@ -805,9 +768,9 @@ class GPT(nn.Module):
 
     def hidden_matrices(self):
         """
-        The parameters that Muon may train: matrices from hidden states to hidden states, which
-        are the weights of Linear layers in the blocks. A module inside a block can decide about
-        its own 2-D parameters with an attribute: hidden_matrix = True or False.
+        The matrices from hidden states to hidden states, which Muon may train: the weights of
+        Linear layers in the blocks. A module in a block can decide otherwise for its own 2-D
+        parameters with an attribute, hidden_matrix = True or False.
         """
         found = {}
         for module in self.transformer.h.modules():
@@ -828,18 +791,17 @@ class GPT(nn.Module):
     @classmethod
     def from_dict(cls, ckpt):
         """
-        The model of a checkpoint dict, ours or nanoGPT's, in eval mode, with the dict's tensors as
-        parameters. ValueError if it does not fit.
+        The model of a checkpoint dict, ours or nanoGPT's, in eval mode; it shares the tensors.
+        ValueError if they do not fit.
         """
-        known = {field.name for field in fields(GPTConfig)}
         try:
+            known = {field.name for field in fields(GPTConfig)}
             unknown = [str(key) for key in ckpt['model_args'] if key not in known]
             if unknown:
                 raise ValueError(f"unknown model_args {', '.join(unknown)}")
             with torch.device('meta'):
                 model = cls(GPTConfig(**ckpt['model_args']))
-            # nanoGPT's names may carry torch.compile's prefix, and before torch 2.0 its causal
-            # masks were stored as attn.bias
+            # nanoGPT: names with torch.compile's prefix; causal masks as attn.bias before torch 2.0
             state = {name.removeprefix('_orig_mod.'): tensor
                      for name, tensor in ckpt['model'].items() if not name.endswith('.attn.bias')}
             model.load_state_dict(state, assign=True)
@@ -860,19 +822,14 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, **overrides):
         """
-        The model of a Hugging Face folder or hub id such as gpt2, on the CPU, in eval mode: GPT-2,
-        LLaMA, Mistral, Qwen2, Qwen3, Arcee or Starcoder2. overrides: dropout, block_size and other
-        keys of GPTConfig on which no weight depends. ValueError names what cannot be held.
+        The model of a Hugging Face folder, or hub id such as gpt2, on the CPU, in eval mode.
+        overrides: dropout, block_size and other keys of GPTConfig on which no weight depends.
         """
         from engine.huggingface import from_pretrained
         return from_pretrained(name, dtype, overrides)
 
     def save_pretrained(self, folder, ckpt=None):
-        """
-        Write a folder that transformers loads: safetensors, config.json, a model card, and the
-        tokenizer of `ckpt`, the checkpoint dict that the model is from. The folder must be new or
-        empty. ValueError names the parts for which Hugging Face has no class.
-        """
+        """Write a folder for transformers, with the tokenizer of ckpt, a checkpoint dict."""
         from engine.huggingface import save_pretrained
         save_pretrained(self, folder, ckpt)
 
@@ -882,10 +839,7 @@ class GPT(nn.Module):
         return quantize_int8(self)
 
     def crop_block_size(self, block_size):
-        """
-        Change the context length of a trained model, for example to fine-tune at a smaller one.
-        ValueError where learned positions would have to grow.
-        """
+        """Change the context length. ValueError where learned positions would have to grow."""
         learned = self.config.position_encoding == 'learned_absolute'
         if block_size < 1:
             raise ValueError(f'block_size must be positive, not {block_size}')
@@ -912,19 +866,16 @@ class GPT(nn.Module):
     @torch.no_grad()
     def attention_weights(self, idx):
         """
-        Where each head looks in idx (B, T): one (B, H, T, T) float32 per layer, whose rows, the
-        queries, sum to 1. Computed by the definition from the q, k and mask that the attention
-        backend is given.
+        Where each head looks in idx (B, T): per layer (B, H, T, T) float32, whose rows, the
+        queries, sum to 1. By the definition, from the q, k and mask that the backend is given.
         """
         weights = []
         backend = ATTENTION_BACKEND[self.config.attention_backend]
 
         def record(q, k, v, dropout, config, mask=None):
             identity = torch.eye(k.size(2), device=k.device).expand(*k.shape[:2], -1, -1)
-            w = manual_attention(q.float(), k.float(), identity, 0.0, config, mask)
-            weights.append(w)
+            weights.append(manual_attention(q.float(), k.float(), identity, 0.0, config, mask))
             return backend(q, k, v, dropout, config, mask)
-
         try:
             for block in self.transformer.h:
                 block.attn.attend = record
