@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from engine.common import UserError, first_line
+from engine.common import UserError, first_line, out_of_memory
 
 
 def pick_device(device='auto', dtype='auto'):
@@ -223,3 +223,20 @@ def skip_dynamo_imports():
     if adamw.step is torch.optim.Adam.step:  # not replaced yet
         # Adam's step imports it too, in a wrapper around the function that computes.
         adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))
+
+
+def check_out_of_memory(error, smaller, distributed):
+    """
+    Return if `error` says that memory ran out and a smaller micro-batch may help; otherwise raise
+    it, or a UserError with the flags to use. smaller: (batch_size, gradient_accumulation_steps) of
+    that micro-batch, or None. Several processes would have to agree on it, so they end.
+    """
+    if not out_of_memory(error):
+        raise error
+    if smaller and not distributed:
+        return
+    remedy = '--activation_checkpointing=True, a smaller --block_size or a smaller model'
+    if smaller:
+        remedy = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]}, which are '
+                  'as many tokens per iteration')
+    raise UserError(f'out of memory; to need less: {remedy} ({first_line(error)[:200]})')
