@@ -57,6 +57,7 @@ class Setting(NamedTuple):
 
 def fail(message):
     """Raise the UserError of this message."""
+    sys.excepthook = show_error
     raise UserError(message)
 
 
