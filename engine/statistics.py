@@ -128,12 +128,21 @@ def power_law(x, a, alpha, e=0.0):
 def least_squares(x, losses, start, confidence):
     """
     Fit power_law() to losses at x, from the parameters `start`. Returns the parameters, half
-    their intervals, and the covariance of the parameters on the scale of these intervals.
+    their intervals, and their covariance on the scale of these intervals; or None if the fit
+    does not converge.
     """
     optimize = optional('scipy.optimize', 'a power law')
-    best, covariance = optimize.curve_fit(power_law, x, losses, start, maxfev=20000)
+    try:
+        best, covariance = optimize.curve_fit(power_law, x, losses, start, maxfev=20000)
+    except RuntimeError:
+        return None
     t = t_quantile(confidence, len(x) - len(start))
     return best, t * np.sqrt(np.diag(covariance)), t ** 2 * covariance
+
+
+def tells_floor(best, half, square):
+    """Whether a fit shows that E is above 0."""
+    return np.isfinite(half).all() and best[1] > 0 and best[2] > half[2]
 
 
 def fit_power_law(n, losses, confidence=0.95):
@@ -147,19 +156,15 @@ def fit_power_law(n, losses, confidence=0.95):
         raise ValueError('a power law needs at least 3 sizes')
     middle = np.exp(np.log(n).mean())  # A and alpha are almost uncorrelated at this scale
     x, mean = n / middle, losses.mean()
-    form, has_floor = 'L = E + A N^-alpha', False
+    fit = None
     if len(n) > 3:  # or there is no degree of freedom left to judge E by
-        try:
-            best, half, square = least_squares(x, losses, [mean / 2, 0.2, mean / 2], confidence)
-            has_floor = np.isfinite(half).all() and best[1] > 0 and best[2] > half[2]
-        except RuntimeError:
-            pass  # it does not converge
+        fit = least_squares(x, losses, [mean / 2, 0.2, mean / 2], confidence)
+    has_floor = fit is not None and tells_floor(*fit)
     if not has_floor:
-        form = 'L = A N^-alpha'
-        try:
-            best, half, square = least_squares(x, losses, [mean, 0.1], confidence)
-        except RuntimeError as e:
-            raise ValueError(f'no power law fits these losses: {e}') from None
+        fit = least_squares(x, losses, [mean, 0.1], confidence)
+    if fit is None:
+        raise ValueError('no power law fits these losses')
+    best, half, square = fit
 
     def predict(size):
         x = np.asarray(size, float) / middle
@@ -170,6 +175,11 @@ def fit_power_law(n, losses, confidence=0.95):
         return power_law(x, *best), np.sqrt(variance)
 
     return PowerLaw(
-        form=form, alpha=best[1], alpha_interval=half[1], A=best[0] * middle ** best[1],
-        df=len(n) - len(best), E=best[2] if has_floor else 0.0,
-        E_interval=half[2] if has_floor else None, predict=predict)
+        form='L = E + A N^-alpha' if has_floor else 'L = A N^-alpha',
+        alpha=best[1],
+        alpha_interval=half[1],
+        A=best[0] * middle ** best[1],
+        df=len(n) - len(best),
+        E=best[2] if has_floor else 0.0,
+        E_interval=half[2] if has_floor else None,
+        predict=predict)
