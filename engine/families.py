@@ -135,8 +135,9 @@ FAMILIES = {family.model_type: family for family in [  # export takes the first 
 
 def module_of(name, family):
     """The entry of family.modules that a tensor here belongs to."""
+    owner = '.' + name.rpartition('.')[0]
     for module in family.modules:
-        if f'.{name}'.rpartition('.')[0].endswith(f'.{module}'):
+        if owner.endswith('.' + module):
             return module
     raise UserError(f"{family.architecture} has no place for the tensor '{name}'")
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from data.tokenizer import BYTE_CHARS, find_tokenizer, get_tokenizer, to_hugging_face
-from engine.checkpoint import load_checkpoint, model_of
+from engine.checkpoint import load_checkpoint
 from engine.common import UserError, first_line, optional
 from engine.families import (
     ACTIVATIONS,
@@ -69,7 +69,7 @@ def from_pretrained(name, dtype, overrides):
     block_size = overrides.pop('block_size', None)
     ckpt = load_pretrained(name, block_size)
     ckpt['model_args'] |= overrides
-    model = model_of(ckpt).to(dtype)
+    model = GPT.from_dict(ckpt).to(dtype)
     if block_size is not None:
         model.crop_block_size(block_size)
     return model
