@@ -55,12 +55,6 @@ class Setting(NamedTuple):
     range: str  # a key of RANGES, or '' for any value of its kind
 
 
-def fail(message):
-    """Raise the UserError of this message."""
-    sys.excepthook = show_error
-    raise UserError(message)
-
-
 def read_block(script):
     """
     The settings of a script, {name: Setting}, read from its source without running it. They are

@@ -237,6 +237,6 @@ def check_out_of_memory(error, smaller, distributed):
         return
     remedy = '--activation_checkpointing=True, a smaller --block_size or a smaller model'
     if smaller:
-        remedy = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]}, which are '
-                  'as many tokens per iteration')
+        remedy = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]}, which '
+                  'are as many tokens per iteration')
     raise UserError(f'out of memory; to need less: {remedy} ({first_line(error)[:200]})')

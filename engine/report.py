@@ -16,6 +16,7 @@ import torch
 
 from engine.common import duration, first_line, replacing
 from engine.machine import memory
+from engine.parallel import Parallel
 
 GIB = 2 ** 30
 QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
@@ -46,12 +47,13 @@ class Console:
 # gradients
 
 @torch.no_grad()
-def gradient_statistics(model, parallel):
+def gradient_statistics(model, parallel=None):
     """
     Of the gradients of a model: {'norm', 'layers': {'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': the
     norm of each}, 'mean', 'std'}, floats, from two passes and one transfer to the host. norm is bit
     for bit the one that clip_grad_norm_ computes.
     """
+    parallel = parallel or Parallel()
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     names, grads = zip(*named)
     norms = parallel.norms(list(grads))

@@ -340,8 +340,8 @@ def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop)
         steps, n = saved['gradient_accumulation_steps'], parallel.world_size
         if steps % n:
             raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
-                            f'{steps}, which must be a multiple of the {n} processes that share it; '
-                            'give both keys for as many tokens per iteration: '
+                            f'{steps}, which must be a multiple of the {n} processes that share '
+                            'it; give both keys for as many tokens per iteration: '
                             f"{saved['batch_size'] * steps} sequences")
         return saved['batch_size'], steps
     flags = [arg for arg in sys.argv[1:] if arg != '--batch_size=auto']
