@@ -43,7 +43,7 @@ import numpy as np
 
 from configurator import coerce, configure, read_block
 from data.loader import find_datasets, prepare_facts, read_meta
-from engine.common import Locked, UserError, optional, replacing, show_error, try_lock
+from engine.common import Locked, UserError, optional, replacing, try_lock
 from engine.statistics import estimate, fit_power_law, seed_variance, variances_differ
 from engine.study import Launcher, Run, files_of, halving, read_run, run_all
 
@@ -799,5 +799,4 @@ def remove_checkpoints(runs):
 
 
 if __name__ == '__main__':
-    sys.excepthook = show_error
     raise SystemExit(main(sys.argv[1:]))
