@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import command
 from engine.common import UserError
 from engine.cost import describe, memory_estimate, meta_model
 from engine.machine import pick_device
+from engine.parallel import Parallel
 from engine.report import gradient_statistics
 from model import GPTConfig
 from test_model import TINY, B, T, every_combination, gradients, ids, on_meta, shaken
@@ -114,13 +116,13 @@ def test_memory_estimate_takes_any_part_and_leaves_nothing(parts):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_tensors_without_data_give_the_same_estimate():
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'modern'])
+def test_tensors_without_data_give_the_same_estimate(monkeypatch, preset):
     """A large step runs on fake tensors, a small one on real ones: the two must count alike."""
-    sizes = TINY | dict(n_embd=128, vocab_size=4096)
-    small = memory_estimate(GPTConfig(**sizes), 64, 'float32', CPU)
-    large = memory_estimate(GPTConfig(**sizes), 256, 'float32', CPU)
-    assert large['weights'] == small['weights']
-    assert large['activations'] == pytest.approx(4 * small['activations'], rel=0.1)
+    config = GPTConfig.from_settings(TINY | dict(arch_preset=preset))
+    real = memory_estimate(config, 8, 'float32', CPU)
+    monkeypatch.setattr('engine.cost.fake_tensors', lambda *_: FakeTensorMode())
+    assert memory_estimate(config, 8, 'float32', CPU) == pytest.approx(real, rel=0.01)
 
 
 WITHOUT_DYNAMO = """
@@ -203,7 +205,7 @@ def test_gradient_statistics_are_those_of_the_gradients(parts):
     """A layer left out or counted twice, or a norm that clips differently from clip_grad_norm_'s."""
     model = shaken(**parts)
     grads = gradients(model, ids(B, T), ids(B, T, seed=1))[1]
-    flat, stats = torch.cat([g.flatten() for g in grads.values()]).double(), gradient_statistics(model)
+    flat, stats = torch.cat([g.flatten() for g in grads.values()]).double(), gradient_statistics(model, Parallel())
     assert torch.tensor(stats['norm']) == torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     for key, value in (('norm', flat.norm()), ('mean', flat.mean()), ('std', flat.std(correction=0))):
         assert stats[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
