@@ -171,11 +171,12 @@ def make_cells(config, given, rng=None):
     axes = several_values(config)
     named = config['cells'] or {'': {}}
     check_named_cells(named, axes, given)
+    choices = combinations(axes, config['search'], rng)
     cells = {}
     for name, own in named.items():
-        for chosen in combinations(axes, config['search'], rng):
+        for chosen in choices:
             words = [v if isinstance(v, str) else f'{k}={v}' for k, v in chosen.items()]
-            label = ', '.join(([name] if name else []) + words)
+            label = ', '.join(filter(None, [name, *words]))
             cells[label or 'as configured'] = chosen | own
     return cells
 
@@ -259,13 +260,14 @@ def ladder(config, given):
     """
     from engine.cost import meta_model
     base, _ = configure(__file__, TRAIN, argv=[config['scaling']], convert=several)
-    widths = ladder_widths(config, given, base)
+    head_dim = base['n_embd'] // base['n_head']
+    widths = ladder_widths(config, given, base['n_head'], head_dim)
     vocab_size = known_vocab_size(config)
     batch = config['batch_size'] * config['gradient_accumulation_steps']
     tokens_per_iter = batch * config['block_size']
     cells = {}
     for width in widths:
-        own = dict(n_embd=width, n_head=width * base['n_head'] // base['n_embd'])
+        own = dict(n_embd=width, n_head=width // head_dim)
         if base['d_ff']:
             own['d_ff'] = round(base['d_ff'] * width / base['n_embd'])
         model = meta_model(config | own | dict(vocab_size=vocab_size))
@@ -282,8 +284,8 @@ def ladder(config, given):
     return runs
 
 
-def ladder_widths(config, given, base):
-    head_dim = base['n_embd'] // base['n_head']
+def ladder_widths(config, given, n_head, head_dim):
+    """The widths given, or half to twice the width of the config file, in whole heads."""
     widths = config['n_embd']
     wrong = [k for k in several_values(config) if k != 'n_embd']
     wrong += [k for k in ('cells', 'search') if config[k]]
@@ -293,8 +295,8 @@ def ladder_widths(config, given, base):
     if not isinstance(widths, list):
         if given.get('n_embd') == 'on the command line':
             raise UserError(f'scaling needs several widths, as in --n_embd=64,96,128, not {widths}')
-        heads = {max(1, round(f * base['n_head'])) for f in (0.5, 0.75, 1, 1.5, 2)}
-        widths = [head_dim * n_head for n_head in sorted(heads)]
+        heads = {max(1, round(factor * n_head)) for factor in (0.5, 0.75, 1, 1.5, 2)}
+        widths = [head_dim * n for n in sorted(heads)]
     for width in widths:
         if width % head_dim:
             raise UserError(f'n_embd={width} is not a multiple of {head_dim}, the size of a head '
