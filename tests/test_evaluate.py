@@ -140,7 +140,10 @@ def test_an_evaluation_never_prepares_what_a_checkpoint_names(finished, tmp_path
 
 
 def test_an_evaluation_needs_no_moments_and_finds_no_best(text_set, tmp_path):
-    """A run trained with Muon needs --optimizer=muon to be evaluated, or an evaluation of other windows counts as the best."""
+    """
+    A run trained with Muon needs --optimizer=muon to be evaluated, or an evaluation of other windows
+    counts as the best.
+    """
     succeeded(train(text_set, tmp_path, '--optimizer=muon', '--max_iters=2'))
     done = evaluate(tmp_path, '--eval_iters=1')
     succeeded(done, 'standard error')

@@ -1,159 +1,220 @@
-"""What must stay true: python -m pytest tests/test_parallel.py"""
+"""DDP, ZeRO-1 and FSDP: two processes train what one process trains, and write the same checkpoints."""
 import json
 
 import pytest
 import torch
 
 from conftest import (
-    MODES,
     MUON,
-    ROOT,
-    TINY,
+    PARALLEL_MODES,
     TORCHRUN,
     assert_equal_states,
     checkpoint,
     command,
     copy_run,
     losses,
+    losses_from,
     run_logs,
+    succeeded,
     train_mode,
 )
 from engine.checkpoint import load_checkpoint
 
+NAMES = {'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
-@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one'])
+
+@pytest.mark.parametrize('mode', PARALLEL_MODES)
 def test_every_mode_trains_as_one_process(modes, mode):
-    """Ranks that read the same data; losses, gradients or their norms that are not averaged over micro-steps and ranks, or are of one shard."""
-    (one, _), (two, console) = modes['one'], modes[mode]
-    assert len(losses(two)) == 20 and list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
+    """Ranks read the same data; or losses, gradients or norms are not averaged, or belong to one shard."""
+    (one, _), (two, console) = modes('one'), modes(mode)
+    assert len(losses(two)) == 20 and losses(two) == pytest.approx(losses(one), rel=1e-5)
     (a,), (b,) = run_logs(one), run_logs(two)
-    assert b['eval_steps'][1]['val']['loss'] == pytest.approx(a['eval_steps'][1]['val']['loss'], rel=0.1)  # eval_iters are over all processes
+    val_a, val_b = (log['eval_steps'][1]['val']['loss'] for log in (a, b))
+    assert val_b == pytest.approx(val_a, rel=0.1)  # of twice the windows: eval_iters is per process
     for x, y in zip(a['training_iterations'], b['training_iterations']):
-        assert y['gradients']['norm'] == pytest.approx(x['gradients']['norm'], rel=1e-4)
-        assert y['gradients'].get('layers') == (pytest.approx(x['gradients']['layers'], rel=1e-3) if 'layers' in x['gradients'] else None)
-        assert y['gradients'].get('std', 0) == pytest.approx(x['gradients'].get('std', 0), rel=1e-3)
-    assert console.count('iter 3 ') == 1 and {'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}[mode] in console  # only rank 0 speaks
+        x, y = x['gradients'], y['gradients']
+        assert x.keys() == y.keys() and y['norm'] == pytest.approx(x['norm'], rel=1e-4)
+        assert y.get('std', 0) == pytest.approx(x.get('std', 0), rel=1e-3)
+        assert y.get('layers', {}) == pytest.approx(x.get('layers', {}), rel=1e-3)
+    assert console.count('iter 3 ') == 1 and NAMES[mode] in console  # only rank 0 speaks
 
 
-@pytest.mark.parametrize('mode', [mode for mode in MODES if mode != 'one'])
+def test_torchrun_starts_a_run(text_set, modes, tmp_path):
+    """The other tests of this file set torchrun's variables themselves; torchrun sets others, and starts nothing."""
+    succeeded(train_mode('ddp', text_set, tmp_path, '--max_iters=3', launcher=TORCHRUN))
+    expected = {it: loss for it, loss in losses(modes('ddp')[0]).items() if it < 3}
+    assert losses(tmp_path) == expected
+
+
+@pytest.mark.parametrize('mode', PARALLEL_MODES)
 def test_a_checkpoint_does_not_tell_the_mode_that_wrote_it(modes, mode):
-    """Optimizer state keyed by name, on one rank's parameters only, or in DTensors; a tied matrix saved twice."""
-    a, b = checkpoint(modes['one'][0]), checkpoint(modes[mode][0])
-    assert list(a) == list(b) and list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    """
+    Optimizer state is keyed by name, covers one rank's parameters or holds DTensors; a tied matrix is
+    saved twice.
+    """
+    paths = [modes(m)[0] / 'ckpt.pt' for m in ('one', mode)]
+    a, b = (torch.load(path, weights_only=True) for path in paths)
+    assert list(a) == list(b) and list(a['model']) == list(b['model'])
+    assert a['optimizer']['param_groups'] == b['optimizer']['param_groups']
     assert list(a['optimizer']['state']) == list(b['optimizer']['state'])
     assert b['model']['lm_head.weight'].data_ptr() == b['model']['transformer.wte.weight'].data_ptr()
     for name, tensor in a['model'].items():
-        assert type(b['model'][name]) is torch.Tensor and torch.allclose(tensor, b['model'][name], atol=1e-5), name
+        other = b['model'][name]
+        assert type(other) is torch.Tensor and torch.allclose(tensor, other, atol=1e-5), name
     for i, state in a['optimizer']['state'].items():
         for key, value in state.items():
             other = b['optimizer']['state'][i][key]
-            assert type(other) is torch.Tensor and other.dtype == value.dtype and torch.allclose(value, other, rtol=1e-3, atol=1e-6), (i, key)
-    sizes = [(modes[m][0] / 'ckpt.pt').stat().st_size for m in ('one', mode)]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+            assert type(other) is torch.Tensor and other.dtype == value.dtype
+            assert torch.allclose(value, other, rtol=1e-3, atol=1e-6), (i, key)
+    assert paths[1].stat().st_size == pytest.approx(paths[0].stat().st_size, rel=0.01)
 
 
-@pytest.mark.parametrize('writer, reader', [('one', 'fsdp'), ('fsdp', 'zero1'), ('zero1', 'ddp'), ('ddp', 'one'), ('fsdp', 'fsdp')])
+@pytest.mark.parametrize('writer, reader', [
+    ('one', 'fsdp'),
+    ('fsdp', 'zero1'),
+    ('zero1', 'ddp'),
+    ('ddp', 'one'),
+    ('fsdp', 'fsdp'),
+])
 def test_every_mode_resumes_every_others_checkpoint(text_set, modes, tmp_path, writer, reader):
-    """Moments lost or given to another tensor: losses of the first steps would tell. A ring, because the checkpoints are all alike."""
-    out_dir = copy_run(modes[writer][0], tmp_path / 'out', 'ckpt_prev.pt')
-    done = train_mode(reader, text_set, out_dir, '--init_from=resume')
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = {i: loss for i, loss in losses(modes['one'][0]).items() if i >= 10}
-    assert losses(out_dir) == pytest.approx(expected, rel=1e-5)
-    if writer == reader or {writer, reader} == {'zero1', 'ddp'}:  # the same arithmetic on the same ranks
-        assert_equal_states(checkpoint(modes[writer][0]), checkpoint(out_dir))
+    """
+    Moments are lost or given to another tensor, which the losses of the first steps would tell. A
+    ring is enough, since the checkpoints of all modes are alike.
+    """
+    out_dir = copy_run(modes(writer)[0], tmp_path / 'out', 'ckpt_prev.pt')
+    succeeded(train_mode(reader, text_set, out_dir, '--init_from=resume'))
+    assert losses(out_dir) == pytest.approx(losses_from(modes('one')[0], 10), rel=1e-5)
+    if writer == reader or (writer, reader) == ('zero1', 'ddp'):  # the same arithmetic on the same ranks
+        assert_equal_states(checkpoint(modes(writer)[0]), checkpoint(out_dir))
 
 
 def test_sampling_reads_what_fsdp_wrote(modes):
-    """A checkpoint that only torchrun can read."""
-    texts = [command('sample.py', f'--out_dir={modes[mode][0]}', '--num_samples=1', '--max_new_tokens=20', '--device=cpu', '--dtype=float32', '--temperature=0')
-             for mode in ('one', 'fsdp')]
-    assert texts[0].returncode == texts[1].returncode == 0 and texts[0].stdout == texts[1].stdout
+    """Only torchrun can read the checkpoint."""
+    flags = '--num_samples=1 --max_new_tokens=20 --device=cpu --dtype=float32 --temperature=0'.split()
+    one, fsdp = (command('sample.py', f'--out_dir={modes(mode)[0]}', *flags) for mode in ('one', 'fsdp'))
+    succeeded(one)
+    succeeded(fsdp)
+    assert one.stdout == fsdp.stdout
 
 
 COUNT_BYTES = """
 import json, os, sys
-import torch
-import torch.optim.optimizer as optim
-out, script, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
-names, most = {'__name__': '__main__', '__file__': script}, {}
-def storages(tensors):
+import torch.optim.optimizer
+
+def nbytes(tensors):
     local = [t.to_local() if hasattr(t, 'to_local') else t for t in tensors]
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in local)}.values())
+    storages = [t.untyped_storage() for t in local]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
 def count(optimizer, *_):
-    params = list(names['raw_model'].parameters())
-    moments = [v for state in getattr(optimizer, 'optim', optimizer).state.values() for v in state.values() if v.dim()]
-    most.update(weights=storages(params), gradients=storages([p.grad for p in params]), moments=storages(moments), parameters=sum(p.numel() for p in params))
-    with open(f"{out}/{os.environ['RANK']}.json", 'w') as f:
-        json.dump(most, f)
-optim.register_optimizer_step_post_hook(count)
-exec(compile(open(script).read(), script, 'exec'), names)
+    params = list(sys.modules['__main__'].raw_model.parameters())
+    states = getattr(optimizer, 'optim', optimizer).state.values()
+    held = dict(weights=nbytes(params), gradients=nbytes([p.grad for p in params]),
+                moments=nbytes([t for state in states for t in state.values() if t.dim()]),
+                parameters=sum(p.numel() for p in params))
+    with open(os.path.join(folder, os.environ['RANK'] + '.json'), 'w') as f:
+        json.dump(held, f)
+
+torch.optim.optimizer.register_optimizer_step_post_hook(count)
 """
 
 
 @pytest.mark.parametrize('mode, per_parameter', [('ddp', 16), ('zero1', 8 + 8 / 2), ('fsdp', 16 / 2)])
-def test_bytes_of_model_states_a_rank_are_those_of_the_formulas(text_set, tmp_path, mode, per_parameter):
-    """Sharding that is switched on and saves nothing: every parameter, gradient and moment that each of two ranks holds after a step."""
-    (tmp_path / 'count.py').write_text(COUNT_BYTES)
-    done = command(tmp_path / 'count.py', tmp_path, ROOT / 'train.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path / "out"}', '--max_iters=2', *MODES[mode][1],
-                   launcher=TORCHRUN, env={'PYTHONPATH': str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_bytes_of_model_states_per_rank_are_those_of_the_formulas(text_set, tmp_path, mode, per_parameter):
+    """
+    Sharding is switched on and saves nothing: weights, gradients and moments that each of two ranks
+    holds after a step.
+    """
+    count_bytes = f'folder = {str(tmp_path)!r}\n{COUNT_BYTES}'
+    succeeded(train_mode(mode, text_set, tmp_path / 'out', '--max_iters=2', before=count_bytes))
     ranks = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1)]
-    for held in ranks:  # ZeRO-1 gives whole tensors to ranks, here 1 % off the half
-        assert held['weights'] + held['gradients'] + held['moments'] == pytest.approx(per_parameter * held['parameters'], rel=0.005 if mode == 'zero1' else 1e-9)
-    assert sum(held['moments'] for held in ranks) == 8 * ranks[0]['parameters'] * (2 if mode == 'ddp' else 1)
+    tolerance = 0.005 if mode == 'zero1' else 1e-9  # ZeRO-1 gives whole tensors to ranks, not exact halves
+    for held in ranks:
+        total = held['weights'] + held['gradients'] + held['moments']
+        assert total == pytest.approx(per_parameter * held['parameters'], rel=tolerance)
+    all_moments = 8 * ranks[0]['parameters']
+    assert sum(held['moments'] for held in ranks) == (2 * all_moments if mode == 'ddp' else all_moments)
 
 
+CHECKPOINTING = '--activation_checkpointing=True'
 COMBINATIONS = {
-    'fsdp, llama, checkpointing, accumulation': ('fsdp', '--arch_preset=llama', '--activation_checkpointing=True', '--gradient_accumulation_steps=6', '--grad_clip=0.1'),
-    'fsdp, gathered until backward': ('fsdp', '--fsdp_reshard_after_forward=False', '--gradient_accumulation_steps=6', '--logit_softcap=5', '--qk_norm=True'),
-    'fsdp, blocks with the root': ('fsdp', '--fsdp_min_num_params=1000000', '--arch_preset=gpt2', '--attention_backend=chunked', '--activation_checkpointing=True'),
-    'fsdp, compile, checkpointing': ('fsdp', '--compile=True', '--activation_checkpointing=True', '--arch_preset=hybrid', '--gradient_accumulation_steps=4'),
-    'zero1, llama, checkpointing, accumulation': ('zero1', '--arch_preset=llama', '--activation_checkpointing=True', '--gradient_accumulation_steps=6', '--grad_clip=0.1'),
+    'fsdp, llama, checkpointing': ('fsdp', '--arch_preset=llama', CHECKPOINTING, '--gradient_accumulation_steps=6',
+                                   '--grad_clip=0.1'),
+    'fsdp, gathered until backward': ('fsdp', '--fsdp_reshard_after_forward=False', '--gradient_accumulation_steps=6',
+                                      '--logit_softcap=5', '--qk_norm=True'),
+    'fsdp, blocks with the root': ('fsdp', '--fsdp_min_num_params=1000000', '--arch_preset=gpt2', CHECKPOINTING,
+                                   '--attention_backend=chunked'),
+    'fsdp, compile, checkpointing': ('fsdp', '--compile=True', CHECKPOINTING, '--arch_preset=hybrid',
+                                     '--gradient_accumulation_steps=4'),
+    'zero1, llama, checkpointing': ('zero1', '--arch_preset=llama', CHECKPOINTING, '--gradient_accumulation_steps=6',
+                                    '--grad_clip=0.1'),
     'zero1, compile': ('zero1', '--compile=True', '--gradient_accumulation_steps=4'),
-    'ddp, muon': ('ddp', *MUON), 'zero1, muon': ('zero1', *MUON), 'fsdp, muon': ('fsdp', *MUON, '--gradient_accumulation_steps=4'),
+    'ddp, muon': ('ddp', *MUON),
+    'zero1, muon': ('zero1', *MUON),
+    'fsdp, muon': ('fsdp', *MUON, '--gradient_accumulation_steps=4'),
 }
 
 
 @pytest.mark.parametrize('name', COMBINATIONS)
 def test_modes_compose(text_set, tmp_path, name):
-    """A combination that hangs, fails or trains something else: against one process without checkpointing and compiler."""
+    """A combination hangs, fails or trains something else than one process without checkpointing and compiler."""
     mode, *flags = COMBINATIONS[name]
     flags += ['--max_iters=5', '--eval_interval=3', '--sample_interval=1', '--gradient_log_interval=2']
-    plain = [flag for flag in flags if 'compile' not in flag and 'checkpointing' not in flag and 'fsdp' not in flag]
-    one, two = (train_mode(m, text_set, tmp_path / m, *f) for m, f in (('one', plain), (mode, flags)))
-    assert one.returncode == two.returncode == 0, (one.stderr + two.stderr)[-3000:]
-    assert 'WARNING' not in two.stdout and ('compiled in' in two.stdout) == ('compile' in name)
-    assert losses(tmp_path / mode) == pytest.approx(losses(tmp_path / 'one'), rel=1e-4 if name == 'fsdp, muon' else 1e-5)  # whose bfloat16 sums are in parts
-    sample = lambda out_dir: run_logs(tmp_path / out_dir)[0]['eval_steps'][0]['sample']
-    assert sample(mode) == sample('one')  # of the untrained model
+    plain = [flag for flag in flags if not any(word in flag for word in ('compile', 'checkpointing', 'fsdp'))]
+    one, two = tmp_path / 'one', tmp_path / mode
+    succeeded(train_mode('one', text_set, one, *plain))
+    done = train_mode(mode, text_set, two, *flags)
+    succeeded(done)
+    assert 'WARNING' not in done.stdout and ('compiled in' in done.stdout) == ('compile' in name)
+    tolerance = 1e-4 if name == 'fsdp, muon' else 1e-5  # Muon's bfloat16 sums over shards
+    assert losses(two) == pytest.approx(losses(one), rel=tolerance)
+    samples = [run_logs(out_dir)[0]['eval_steps'][0]['sample'] for out_dir in (one, two)]
+    assert samples[0] == samples[1]  # of the untrained model
 
 
-@pytest.mark.parametrize('mode, dtype, flags', [('fsdp', 'bfloat16', ()), ('fsdp', 'float16', ()), ('zero1', 'float16', ()), ('zero1', 'float16', MUON)],
-                         ids=str)
-def test_modes_train_in_mixed_precision(text_set, tmp_path, mode, dtype, flags):
-    """A residual stream in 16 bits, a loss scale that differs between ranks: against one process in float32."""
-    done = train_mode(mode, text_set, tmp_path, f'--dtype={dtype}', '--sample_interval=1', *flags)
-    reference = train_mode('one', text_set, tmp_path / 'one', *flags)
-    assert done.returncode == reference.returncode == 0, done.stderr[-3000:]
-    assert list(losses(tmp_path).values()) == pytest.approx(list(losses(tmp_path / 'one').values()), rel=3e-3)
+@pytest.mark.parametrize('mode, dtype, flags', [
+    ('fsdp', 'bfloat16', ()),
+    ('fsdp', 'float16', ()),
+    ('zero1', 'float16', ()),
+    ('zero1', 'float16', MUON),
+], ids=['fsdp-bfloat16', 'fsdp-float16', 'zero1-float16', 'zero1-float16-muon'])
+def test_modes_train_in_mixed_precision(text_set, modes, tmp_path, mode, dtype, flags):
+    """The residual stream is in 16 bits, or the loss scale differs between ranks: against one process in float32."""
+    succeeded(train_mode(mode, text_set, tmp_path, f'--dtype={dtype}', '--sample_interval=1', *flags))
+    assert losses(tmp_path) == pytest.approx(losses(modes('one', *flags)[0]), rel=3e-3)
 
 
-HUGE_STEP = '--learning_rate=1e39', '--min_lr=1e39', '--warmup_iters=0', '--grad_clip=0', '--save_interval=1'  # not a finite weight after it
+SHARDED = '--sharded_checkpoint=True'
 
 
-@pytest.mark.parametrize('mode, flags', [('ddp', []), ('zero1', []), ('fsdp', []), ('fsdp', ['--sharded_checkpoint=True'])])
-def test_ranks_stop_together(text_set, tmp_path, mode, flags):
-    """Rank 0 fails to write, or a loss is not finite, and the other ranks wait for it for half an hour."""
-    (tmp_path / 'full' / 'ckpt.pt.tmp').mkdir(parents=True)  # a file that cannot be opened, for root too
-    (tmp_path / 'full' / 'ckpt_sharded.tmp').touch()
-    done = train_mode(mode, text_set, tmp_path / 'full', '--save_interval=2', *flags)
-    assert done.returncode != 0 and done.stderr.count('could not be written') == 1 and 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
-    done = train_mode(mode, text_set, tmp_path / 'nan', '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1', *flags)
-    assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr.split('torch/distributed/elastic')[0]
-    for path in (tmp_path / 'nan').glob('ckpt*'):
-        assert all(torch.isfinite(t).all() for t in load_checkpoint(path)['model'].values()), path
-    done = train_mode(mode, text_set, tmp_path / 'inf', *HUGE_STEP, *flags)
-    assert done.returncode != 0 and 'a weight is not finite' in done.stderr and not list((tmp_path / 'inf').glob('ckpt*'))
+@pytest.mark.parametrize('mode, flags', [
+    ('ddp', []),
+    ('zero1', []),
+    ('fsdp', []),
+    ('fsdp', [SHARDED]),
+], ids=['ddp', 'zero1', 'fsdp', 'fsdp-sharded'])
+class TestRanksStopTogether:
+    """Otherwise the other ranks wait for half an hour for the one that has stopped."""
 
+    def test_when_rank_0_cannot_write(self, text_set, tmp_path, mode, flags):
+        """Rank 0 fails to write a checkpoint and the others train on."""
+        (tmp_path / 'ckpt.pt.tmp').mkdir()  # a file that cannot be opened, not even by root
+        (tmp_path / 'ckpt_sharded.tmp').touch()
+        done = train_mode(mode, text_set, tmp_path, '--save_interval=2', *flags)
+        assert done.returncode != 0 and done.stderr.count('could not be written') == 1
+        assert 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
 
+    def test_when_the_loss_is_not_finite(self, text_set, tmp_path, mode, flags):
+        """A rank takes a step with a gradient that is not finite, or a checkpoint holds such weights."""
+        diverging = '--learning_rate=1e30', '--grad_clip=0', '--warmup_iters=0', '--save_interval=1'
+        done = train_mode(mode, text_set, tmp_path, *diverging, *flags)
+        assert done.returncode != 0 and done.stdout.count('nothing saved') == 1 and 'Traceback' not in done.stderr
+        for path in tmp_path.glob('ckpt*'):
+            assert all(t.isfinite().all() for t in load_checkpoint(path)['model'].values()), path
+
+    def test_when_a_weight_is_not_finite(self, text_set, tmp_path, mode, flags):
+        """One step makes all weights infinite, and they are saved."""
+        huge_step = '--learning_rate=1e39', '--min_lr=1e39', '--warmup_iters=0', '--grad_clip=0', '--save_interval=1'
+        done = train_mode(mode, text_set, tmp_path, *huge_step, *flags)
+        assert done.returncode != 0 and 'a weight is not finite' in done.stderr
+        assert not list(tmp_path.glob('ckpt*'))

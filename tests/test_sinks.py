@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_sinks.py"""
+"""Weights & Biases and TensorBoard: they show what the run log has, and a run does not depend on them."""
 import json
 import os
 import subprocess
@@ -7,68 +7,126 @@ from pathlib import Path
 
 import pytest
 
-from conftest import assert_equal_states, checkpoint, logged, refused, run_logs, train
+from conftest import assert_equal_states, checkpoint, refused, run_logs, succeeded, train
+
+ALWAYS_LOGGED = {'loss', 'lr', 'val/loss', 'train/loss', 'val/bits_per_byte', 'gradients/norm', 'gradients/layers/wte',
+                 'mfu/mfu_percent', 'memory/peak'}
 
 
-def test_a_run_without_wandb_is_the_same_run(text_set, finished, tmp_path):
-    """A missing logger that ends the run, or changes it."""
-    (tmp_path / 'stub' / 'wandb').mkdir(parents=True)
-    (tmp_path / 'stub' / 'wandb' / '__init__.py').write_text('raise ImportError("No module named wandb")')
-    done = train(text_set, tmp_path / 'out', '--wandb_log=True', env={'PYTHONPATH': str(tmp_path / 'stub')})
-    assert done.returncode == 0 and 'without wandb' in done.stdout
-    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path / 'out'))
+def numbers(entry, prefix=''):
+    """{'val/loss': ...}: the numbers in an entry of the run log, under the names that sinks give them."""
+    found = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f'{prefix}{key}/')
+        elif isinstance(value, (int, float)):
+            found[prefix + key] = value
+    return found
+
+
+def logged(out_dir):
+    """{iteration: {name: number}} of the run log."""
+    log, steps = run_logs(out_dir)[-1], {}
+    for entry in log['eval_steps'] + log['training_iterations']:
+        steps.setdefault(entry['iter'], {}).update(numbers(entry))
+    assert ALWAYS_LOGGED <= steps[0].keys()
+    return steps
+
+
+def missing(module):
+    """Code for `before`: importing this module fails as if it were not installed."""
+    return f'import sys; sys.modules[{module!r}] = None'
 
 
 @pytest.fixture(scope='module')
 def watched(text_set, tmp_path_factory):
+    """The out_dir of the run of `finished` with every sink, wandb without an account."""
     out_dir = tmp_path_factory.mktemp('watched')
-    done = train(text_set, out_dir, '--save_interval=10', '--sample_interval=1', '--gradient_log_interval=5', '--wandb_log=True', '--wandb_artifacts=True', '--tensorboard_log=True',
-                 '--wandb_run_name=seen', env={'HOME': str(out_dir), 'WANDB_API_KEY': ''})
-    assert done.returncode == 0 and done.stdout.count('WARNING') == done.stdout.count('recorded offline') == 1, done.stdout + done.stderr
+    sinks = '--wandb_log=True', '--wandb_artifacts=True', '--wandb_run_name=seen', '--tensorboard_log=True'
+    flags = '--save_interval=10', '--sample_interval=1', '--gradient_log_interval=5'
+    done = train(text_set, out_dir, *flags, *sinks, env={'HOME': str(out_dir), 'WANDB_API_KEY': ''})
+    succeeded(done)
+    assert done.stdout.count('WARNING') == done.stdout.count('recorded offline') == 1, done.stdout
     return out_dir
 
 
-def test_wandb_has_everything_and_its_own_reader_finds_it(watched):
-    """A dashboard that lacks what was measured, or shows it at another iteration."""
-    run, = (watched / 'wandb').glob('offline-run-*')
-    printed = subprocess.run([Path(sys.executable).parent / 'wandb', 'leet', 'inspect', '--json', run], capture_output=True, text=True, timeout=100, check=True).stdout
-    records = list(map(json.loads, printed.splitlines()))
-    start = next(r['run'] for r in records if 'run' in r)
-    assert start['display_name'] == 'seen' and start['config']['update']['n_layer'] == 2 and start['config']['update']['total_params'] > 0
-    history = [r['history']['item'] for r in records if 'history' in r]
-    steps = {row['_step']: {k: v for k, v in row.items() if not k.startswith(('_', 'samples'))} for row in history}
-    evaluations = [e['iter'] for e in run_logs(watched)[-1]['eval_steps']]
-    assert steps == logged(watched) and [row['_step'] for row in history if any(k.startswith('samples') for k in row)] == evaluations
-    table = json.loads(sorted((run / 'files/media/table').glob('samples_*'), key=os.path.getmtime)[-1].read_text())
-    assert table['columns'] == ['iter', 'text'] and table['data'] == [[e['iter'], e['sample']] for e in run_logs(watched)[-1]['eval_steps']]
-    artifacts = [r['artifact'] for r in records if r.get('artifact', {}).get('type') == 'model']
-    assert len(artifacts) == len(run_logs(watched)[-1]['checkpoints']) and len({a['name'] for a in artifacts}) == 1 and {'latest', 'iter-20'} <= set(artifacts[-1]['aliases'])
-    copies = [Path(content['local_path']) for a in artifacts for content in a['manifest']['contents']]
-    assert copies[-1].read_bytes() == (watched / 'ckpt.pt').read_bytes() and len(set(copies)) == len(copies) and all(watched in path.parents for path in copies)
+@pytest.fixture(scope='module')
+def wandb_run(watched):
+    """(the folder of the run that wandb wrote, the records in it as wandb's own reader prints them)."""
+    folder, = (watched / 'wandb').glob('offline-run-*')
+    reader = [Path(sys.executable).parent / 'wandb', 'leet', 'inspect', '--json', folder]
+    printed = subprocess.run(reader, capture_output=True, text=True, timeout=100, check=True).stdout
+    return folder, [json.loads(line) for line in printed.splitlines()]
+
+
+def test_wandb_has_the_numbers_of_the_run_log(watched, wandb_run):
+    """A dashboard lacks what was measured, or shows it at another iteration."""
+    _, records = wandb_run
+    run = next(record['run'] for record in records if 'run' in record)
+    config = run['config']['update']
+    assert run['display_name'] == 'seen' and config['n_layer'] == 2 and config['total_params'] > 0
+    history = [record['history']['item'] for record in records if 'history' in record]
+    steps = {}
+    for row in history:
+        steps[row['_step']] = {key: value for key, value in row.items() if not key.startswith(('_', 'samples'))}
+    assert steps == logged(watched)
+    with_samples = [row['_step'] for row in history if any(key.startswith('samples') for key in row)]
+    assert with_samples == [e['iter'] for e in run_logs(watched)[-1]['eval_steps']]
+
+
+def test_wandb_has_a_table_of_all_samples(watched, wandb_run):
+    """Each sample replaces the one before."""
+    folder, _ = wandb_run
+    tables = sorted((folder / 'files' / 'media' / 'table').glob('samples_*'), key=os.path.getmtime)
+    table = json.loads(tables[-1].read_text())
+    samples = [[e['iter'], e['sample']] for e in run_logs(watched)[-1]['eval_steps']]
+    assert table['columns'] == ['iter', 'text'] and table['data'] == samples
+
+
+def test_wandb_keeps_every_checkpoint_as_a_version_of_one_artifact(watched, wandb_run):
+    """An artifact per checkpoint; or all versions refer to the file that the next checkpoint replaces."""
+    _, records = wandb_run
+    artifacts = [record['artifact'] for record in records if record.get('artifact', {}).get('type') == 'model']
+    assert len(artifacts) == len(run_logs(watched)[-1]['checkpoints'])
+    assert len({artifact['name'] for artifact in artifacts}) == 1
+    assert {'latest', 'iter-20'} <= set(artifacts[-1]['aliases'])
+    copies = [Path(content['local_path']) for artifact in artifacts for content in artifact['manifest']['contents']]
+    assert copies[-1].read_bytes() == (watched / 'ckpt.pt').read_bytes() and len(set(copies)) == len(copies)
+    assert all(watched in path.parents for path in copies)
 
 
 def test_tensorboard_has_the_same_under_the_same_names(watched):
-    reader = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator').EventAccumulator(str(watched), size_guidance={'scalars': 0, 'tensors': 0})
+    """TensorBoard and wandb show different numbers, or the same under different names."""
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    reader = accumulator.EventAccumulator(str(watched), size_guidance={'scalars': 0, 'tensors': 0})
     reader.Reload()
     steps = {}
     for name in reader.Tags()['scalars']:
         for event in reader.Scalars(name):
             steps.setdefault(event.step, {})[name] = event.value
     expected = logged(watched)
-    assert {i: values.keys() for i, values in steps.items()} == {i: values.keys() for i, values in expected.items()}
+    assert steps.keys() == expected.keys()
     for i, values in steps.items():
         assert values == pytest.approx(expected[i], rel=1e-6)
-    samples = [e.tensor_proto.string_val[0].decode() for e in reader.Tensors('samples/text_summary')]
-    assert len(samples) == len(run_logs(watched)[-1]['eval_steps']) and 'n_layer' in reader.Tensors('config/text_summary')[0].tensor_proto.string_val[0].decode()
+    samples = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors('samples/text_summary')]
+    assert len(samples) == len(run_logs(watched)[-1]['eval_steps'])
+    assert 'n_layer' in reader.Tensors('config/text_summary')[0].tensor_proto.string_val[0].decode()
 
 
 def test_a_run_that_is_watched_is_the_same_run(finished, watched):
+    """A sink draws random numbers or changes settings of torch."""
     assert_equal_states(checkpoint(finished[0]), checkpoint(watched))
 
 
+def test_a_run_without_wandb_is_the_same_run(text_set, finished, tmp_path):
+    """A missing logger ends the run, or changes it."""
+    done = train(text_set, tmp_path, '--wandb_log=True', before=missing('wandb'))
+    succeeded(done, 'without wandb')
+    assert_equal_states(checkpoint(finished[0]), checkpoint(tmp_path))
+
+
 def test_tensorboard_that_is_missing_is_one_line(text_set, tmp_path):
-    (tmp_path / 'tensorboard.py').write_text('raise ImportError("not here")')
-    refused(train(text_set, tmp_path / 'out', '--tensorboard_log=True', env={'PYTHONPATH': str(tmp_path)}), 'pip install tensorboard')
+    """torch's import of tensorboard fails with a traceback."""
+    done = train(text_set, tmp_path / 'out', '--tensorboard_log=True', before=missing('tensorboard'))
+    refused(done, 'pip install tensorboard')
     assert not (tmp_path / 'out').exists()
-
-

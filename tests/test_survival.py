@@ -1,4 +1,4 @@
-"""What a run survives, or ends with a line: signals, kills, full disks, other runs, broken numbers, too little memory."""
+"""Runs survive, or end with a line: signals, kills, full disks, other runs, broken numbers, lack of memory."""
 import os
 import pickle
 import re
@@ -94,7 +94,10 @@ def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up_for(tm
 
 
 def test_a_signal_to_a_whole_torchrun_job_saves(text_set, tmp_path):
-    """torchrun passes on the signal that its workers have received already; two signals end a run without a checkpoint."""
+    """
+    torchrun passes on the signal that its workers have received already; two signals end a run without
+    a checkpoint.
+    """
     process = start(text_set, tmp_path, launcher=TORCHRUN)
     os.killpg(process.pid, signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
@@ -199,7 +202,10 @@ def test_a_kill_between_the_renames_of_a_sharded_checkpoint_never_goes_back(text
 
 @pytest.mark.parametrize('fault', ['flip:rank_0001.pt', 'flip:info.pt', 'small disk'])
 def test_a_sharded_checkpoint_that_cannot_be_written_leaves_the_last_one(text_set, sharded, tmp_path, fault):
-    """A checkpoint that is damaged on its way to the disk replaces the last good one, or parts of it stay on a full disk."""
+    """
+    A checkpoint that is damaged on its way to the disk replaces the last good one, or parts of it stay
+    on a full disk.
+    """
     out_dir = copy_sharded(sharded('fsdp'), tmp_path / 'out')
     folder = out_dir / 'ckpt_sharded'
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -339,7 +345,7 @@ def test_a_run_that_is_not_finite_ends_and_saves_nothing(text_set, tmp_path, fla
     step for ever; or an evaluation of broken weights saves them.
     """
     done = train(text_set, tmp_path, *DIVERGING, *flags)
-    assert done.returncode in (1, 2) and 'not finite' in done.stdout + done.stderr
+    assert done.returncode == 1 and 'not finite' in done.stdout + done.stderr
     assert run_logs(tmp_path)[0]['summary']['outcome'] in ('not finite', 'failed')
     assert_finite_checkpoints(tmp_path)
 
