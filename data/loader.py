@@ -56,9 +56,7 @@ def read_meta(data_dir):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads plain values only. Every global is a way to run code, and a character table has none."""
-
-    def find_class(self, module, name):
+    def find_class(self, module, name):  # every global is a way to run code
         raise pickle.UnpicklingError(f'it wants to import {module}.{name}')
 
 
@@ -437,7 +435,8 @@ class Loader:
             path, at = self.shards[numbers[row]].path, starts[row] + column
             found = f'id {ids[row, column]} at token {at}'
             remedy = f"raise vocab_size, or {REMEDY} with the model's tokenizer"
-            raise UserError(f'{path}: {found} is not below vocab_size {self.vocab_size}: {remedy}')
+            problem = f'{found} is not below vocab_size {self.vocab_size}'
+            raise UserError(f'{path}: {problem}: {remedy}')
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
         if self.device.type == 'cuda':
             x, y = x.pin_memory(), y.pin_memory()
@@ -471,7 +470,7 @@ class Loader:
                 yield from itertools.starmap(self.to_device, reading.result())
 
     def next_group(self, index_arrays):
-        """Up to 16 small batches to read together: waking a thread takes longer than reading one."""
+        """Up to 16 small batches, read together since waking a thread takes longer than one."""
         group = list(itertools.islice(index_arrays, 1))
         if group:
             n = min(16, 2**18 // (len(group[0]) * self.block_size))
