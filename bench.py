@@ -16,7 +16,6 @@ alternating steps, so other load on the machine affects them alike. Figures are 
 middle half beside them. Model and ids are random. FLOPs are those of matmuls, with attention in
 full; MFU is their share of the peak for the side's dtype.
 """
-# ruff: noqa: F841 (configure() reads the settings of settings() from the source)
 import ast
 import glob
 import json

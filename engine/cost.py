@@ -1,14 +1,13 @@
 """
 Describe a model: parameters, FLOPs, memory. Inspect, merge and export checkpoints.
 
-    python model.py config/full_llama_1.36b.py --n_layer=24     # describe (the model takes no memory)
+    python model.py config/full_llama_1.36b.py --n_layer=24     # describe; needs no memory
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
     python model.py --ckpt=out --export=hf_dir                  # for Hugging Face transformers
     python model.py --ckpt=out --export=model.onnx              # for ONNX
     python model.py --list=True                                 # every config with its counts
 """
-# ruff: noqa: F841 (configure() reads the settings of main() from the source)
 import contextlib
 import os
 import sys
@@ -280,7 +279,7 @@ def inspect_checkpoint(source):
     for split, values in (saved.get('losses') or {}).items():
         print(f'  {split:<24} ' + ', '.join(f'{key} {v:.4f}' for key, v in values.items()))
     for key in ('tokenizer', 'torch_version'):
-        print(f'  {key:<24} {str(saved.get(key)):.120}')
+        print(f'  {key:<24} {saved.get(key)!s:.120}')
     print('config')
     for key, value in config.items():
         print(f'  {key:<24} {value!r}')

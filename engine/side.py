@@ -25,6 +25,7 @@ import model as our_model
 from data.loader import Loader
 from engine.common import UserError, first_line, out_of_memory
 from engine.machine import limit_memory, memory, synchronize
+from engine.parallel import Parallel
 from engine.report import gradient_statistics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -158,7 +159,7 @@ def training_step(model, s):
         if parts:
             watch.lap('optimizer')
         if parts and not s['versus']:
-            gradient_statistics(raw_model)
+            gradient_statistics(raw_model, Parallel())
             watch.lap('gradient statistics')
         optimizer.zero_grad(set_to_none=True)
         if not parts:
