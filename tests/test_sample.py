@@ -58,14 +58,15 @@ def test_streamed_text_is_the_generated_text(finished, trained):
     assert done.stdout.decode() == trained.tokenizer.decode(ids) + '\n'
 
 
-def test_interactive_answers_prompt_after_prompt(finished):
+@pytest.mark.parametrize('slide, says', [(1, 'parameters'), (17, 'slide=17')])
+def test_interactive_answers_prompt_after_prompt(finished, slide, says):
     """One prompt, then the end; or the end at the first mistake."""
-    flags = [f'--out_dir={finished[0]}', '--interactive=True', '--num_samples=1', '--max_new_tokens=5', '--slide=17']
-    for flag, said in (('--slide=1', ''), ('--slide=17', 'slide=17')):
-        done = subprocess.run([sys.executable, 'sample.py', *flags, '--device=cpu', flag], cwd=ROOT,
-                              input='first\nsecond\n', capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and done.stderr.count(said or 'seed') == (2 if said else 1), done.stderr
-        assert said or ('first' in done.stdout and 'second' in done.stdout)
+    flags = [f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', f'--slide={slide}']
+    done = subprocess.run([sys.executable, 'sample.py', '--interactive=True', *flags], cwd=ROOT,
+                          input='first\nsecond\n', capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count('> ') == 3, done.stderr
+    assert done.stderr.count(says) == (1 if slide == 1 else 2)
+    assert ('first' in done.stdout and 'second' in done.stdout) == (slide == 1)
 
 
 def test_a_reader_that_has_had_enough_is_no_error(finished):
