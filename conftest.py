@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -352,3 +353,24 @@ def llama3_json():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     reader.train_from_iterator([some_text()], trainer)
     return reader.to_str()
+
+# data
+
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """prepare(script, *flags): run a prepare.py in this process; returns what subprocess.run() would."""
+    def run(script, *flags):
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / script), *map(str, flags)])
+        monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+        capsys.readouterr()
+        status = 0
+        try:
+            try:
+                runpy.run_path(sys.argv[0], run_name='__main__')
+            except Exception as e:
+                status = 1
+                sys.excepthook(type(e), e, e.__traceback__)  # as the interpreter does at the end of a script
+        except SystemExit as e:
+            status = e.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
+    return run

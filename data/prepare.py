@@ -331,7 +331,7 @@ class Preparation:
         stays but downloads; after any other interruption the same call resumes.
         """
         meta, left = read_meta(self.data_dir), self.read_state()
-        if self.is_complete(meta):
+        if self.is_complete(meta, left):
             if left.get('identity') in (None, self.identity):
                 shutil.rmtree(self.folder, ignore_errors=True)  # a kill may have left it
             print(f'{self.data_dir} is already prepared from this input with these settings: '
@@ -359,18 +359,21 @@ class Preparation:
 
     # whether to begin, and from where
 
-    def is_complete(self, meta):
-        same = meta.get('prepared_from') == self.identity
-        return same and all((self.data_dir / name).exists() for name in meta['files'])
+    def half_published(self, left):
+        return left.get('identity') == self.identity and 'meta' in left
+
+    def is_complete(self, meta, left):
+        if meta.get('prepared_from') != self.identity or self.half_published(left):
+            return False
+        return all((self.data_dir / name).exists() for name in meta['files'])
 
     def refuse_to_replace(self, meta, left):
         """UserError if a data set, or what another command has done so far, is in the way."""
-        ours = left.get('identity') == self.identity
-        half_published = ours and 'meta' in left
-        if (meta or any(self.data_dir.glob('train*.bin'))) and not half_published:
+        taken = meta or any(self.data_dir.glob('train*.bin'))
+        if taken and not self.half_published(left):
             remedy = '--overwrite replaces it, another --out keeps it'
             raise UserError(f'{self.data_dir} already holds another data set: {remedy}')
-        if left and not ours:
+        if left and left['identity'] != self.identity:
             problem = f'{self.folder} is the unfinished work of a command with other settings'
             remedy = 'that command resumes it, --overwrite or removing the folder starts anew'
             raise UserError(f'{problem} or another input: {remedy}')

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import TEXTS, llama3_json, llama_json, one_line, tokenizer_named
-from data.prepare import cut_before
+from data.documents import cut_before
 from data.tokenizer import get_tokenizer, tokenizer_from_file
 
 # data: tokenizers
