@@ -92,7 +92,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if self.command == 'GET':
                 self.fetched.append(name)
         elif '/tree/' in path:
-            body = json.dumps([{'type': 'directory', 'path': 'data', 'oid': '0'}, *map(self.entry, self.files)]).encode()
+            folder = {'type': 'directory', 'path': 'data', 'oid': '0'}
+            body = json.dumps([folder, *map(self.entry, self.files)]).encode()
         elif path.startswith('/api/datasets/') and '/resolve/' not in path:
             repo = path.removeprefix('/api/datasets/')
             body = json.dumps({'id': repo, 'sha': self.commit, 'tags': [], 'siblings': []}).encode()
