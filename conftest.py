@@ -266,7 +266,7 @@ class Bomb:
 
 
 def llmc_shard(n_tokens, version=1, says=None):
-    """The bytes of a file as llm.c writes it, with ids 0, 1, 2, ...; `says`: the number of tokens in its header."""
+    """The bytes of a file as llm.c writes it, of ids 0, 1, 2, ...; `says`: the number of tokens in its header."""
     header = np.zeros(256, '<i4')
     header[:3] = 20240520, version, n_tokens if says is None else says
     return header.tobytes() + np.arange(n_tokens, dtype='<u2').tobytes()

@@ -99,7 +99,7 @@ def test_sampling_reads_what_fsdp_wrote(modes):
 
 COUNT_BYTES = """
 import json, os, sys
-import torch.optim.optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 def nbytes(tensors):
     local = [t.to_local() if hasattr(t, 'to_local') else t for t in tensors]
@@ -115,7 +115,7 @@ def count(optimizer, *_):
     with open(os.path.join(folder, os.environ['RANK'] + '.json'), 'w') as f:
         json.dump(held, f)
 
-torch.optim.optimizer.register_optimizer_step_post_hook(count)
+register_optimizer_step_post_hook(count)
 """
 
 
@@ -184,23 +184,25 @@ def test_modes_train_in_mixed_precision(text_set, modes, tmp_path, mode, dtype, 
     assert losses(tmp_path) == pytest.approx(losses(modes('one', *flags)[0]), rel=3e-3)
 
 
-SHARDED = '--sharded_checkpoint=True'
+FULL_DISK_ON_RANK_0 = """
+import os, resource
+if os.environ['RANK'] == '0':
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+"""
 
 
 @pytest.mark.parametrize('mode, flags', [
     ('ddp', []),
     ('zero1', []),
     ('fsdp', []),
-    ('fsdp', [SHARDED]),
+    ('fsdp', ['--sharded_checkpoint=True']),
 ], ids=['ddp', 'zero1', 'fsdp', 'fsdp-sharded'])
 class TestRanksStopTogether:
     """Otherwise the other ranks wait for half an hour for the one that has stopped."""
 
     def test_when_rank_0_cannot_write(self, text_set, tmp_path, mode, flags):
         """Rank 0 fails to write a checkpoint and the others train on."""
-        (tmp_path / 'ckpt.pt.tmp').mkdir()  # a file that cannot be opened, not even by root
-        (tmp_path / 'ckpt_sharded.tmp').touch()
-        done = train_mode(mode, text_set, tmp_path, '--save_interval=2', *flags)
+        done = train_mode(mode, text_set, tmp_path, '--save_interval=2', *flags, before=FULL_DISK_ON_RANK_0)
         assert done.returncode != 0 and done.stderr.count('could not be written') == 1
         assert 'iter 1 ' in done.stdout and 'iter 2 ' not in done.stdout
 

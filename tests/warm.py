@@ -25,18 +25,14 @@ PRELOAD = 'numpy', 'torch', 'torch.distributed.fsdp', 'torch.distributed.optim'
 def run(argv, cwd, env, processes=1, before='', text=True, timeout=300):
     """
     Run a script, or several processes of it as torchrun would; each runs the Python code in `before`
-    first. Returns what subprocess.run returns, with the output of all processes together.
+    first. Returns what subprocess.run returns, with the output of one process after the other.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        jobs = [Job(argv, cwd, env | variables, before, out, err) for variables in torchrun_variables(processes)]
-        returncode = wait(jobs, timeout)
-        printed = []
-        for file in (out, err):
-            file.seek(0)
-            printed.append(file.read())
+    jobs = [Job(argv, cwd, env | variables, before) for variables in torchrun_variables(processes)]
+    returncode = wait(jobs, timeout)
+    out, err = (b''.join(job.written(stream) for job in jobs) for stream in ('out', 'err'))
     if text:
-        printed = [data.decode() for data in printed]
-    return subprocess.CompletedProcess(argv, returncode, *printed)
+        out, err = out.decode(), err.decode()
+    return subprocess.CompletedProcess(argv, returncode, out, err)
 
 
 def torchrun_variables(processes):
@@ -51,12 +47,19 @@ def torchrun_variables(processes):
 
 class Job:
     """A process that the server forks. `answers` delivers its pid, then its exit status."""
-    def __init__(self, argv, cwd, env, before, out, err):
+    def __init__(self, argv, cwd, env, before):
         self.answers, answer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         message = json.dumps(dict(argv=argv, cwd=str(cwd), env=env, before=before)).encode()
         with answer:
-            socket.send_fds(server(), [message], [out.fileno(), err.fileno(), answer.fileno()])
+            socket.send_fds(server(), [message], [self.out.fileno(), self.err.fileno(), answer.fileno()])
         self.pid = int(self.answers.recv(100))
+
+    def written(self, stream):
+        """The bytes that the process has written to its 'out' or 'err'; closes the file."""
+        with getattr(self, stream) as file:
+            file.seek(0)
+            return file.read()
 
 
 def wait(jobs, timeout):
