@@ -111,7 +111,8 @@ def read_lines(path, field):
     rest, number = b'', 0
     for chunk, read in read_chunks(path):
         *lines, rest = (rest + chunk).split(b'\n')
-        for number, line in enumerate(lines, number + 1):
+        for line in lines:
+            number += 1
             if line.strip():
                 yield Item(line, number, read)
     if rest.strip():
@@ -146,7 +147,8 @@ def read_rows(path, field):
                 has = ', '.join(columns)
                 raise UserError(f'{path} has no column {field!r}, but {has}: --field names one')
             for rows in f.iter_batches(batch_size=1000, columns=[field], use_threads=False):
-                for number, text in enumerate(rows.column(0).to_pylist(), number + 1):
+                for text in rows.column(0).to_pylist():
+                    number += 1
                     yield Item(text, number, size * number // f.metadata.num_rows)
     except ArrowException as e:
         problem = f'{path} is not a whole parquet file ({first_line(e):.100})'

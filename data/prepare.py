@@ -440,7 +440,7 @@ class Preparation:
     def make_char(self):
         characters, progress = set(), Progress('characters', self.total)
         settings = None, self.field, self.bad_bytes
-        for found, position in in_order('characters', self.batches(), self.processes, settings):
+        for found, position in in_order('characters', self.batches(Position()), self.processes, settings):
             characters |= found
             progress.show(position.read)
         return get_tokenizer({'name': 'char', 'chars': sorted(characters)})
@@ -449,7 +449,7 @@ class Preparation:
         """Documents from all over the input, BPE_BYTES of them, to train a BPE on."""
         every = max(1, round(self.total / BPE_BYTES))
         length, progress = 0, Progress('reading for the BPE', self.total)
-        for items, position in itertools.islice(self.batches(), 0, None, every):
+        for items, position in itertools.islice(self.batches(Position()), 0, None, every):
             for item in items:
                 text = text_of(item, self.field, self.bad_bytes)
                 length += len(text)
@@ -460,7 +460,7 @@ class Preparation:
 
     # reading
 
-    def batches(self, start=Position()):
+    def batches(self, start):
         """Yield (items, the position after them) from a position on."""
         batch, size, position = [], 0, start
         for item, position in self.items(start):

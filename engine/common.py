@@ -50,7 +50,7 @@ def print_error(message):
     One line on stderr. Before torch.distributed is set up every process of a node meets the same
     error, so only rank 0 speaks; after that, a rank has an error of its own.
     """
-    who, rank = os.path.basename(sys.argv[0]), os.environ.get('RANK', '0')
+    who, rank = script_name(), os.environ.get('RANK', '0')
     dist = sys.modules.get('torch.distributed')
     if rank != '0':
         own_error = dist is not None and dist.is_initialized()
@@ -58,6 +58,12 @@ def print_error(message):
             return
         who += f': rank {rank}'
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def script_name():
+    """The script as a person would type it: train.py, data/prepare.py."""
+    path = os.path.relpath(sys.argv[0])
+    return os.path.basename(path) if path.startswith(os.pardir) else path
 
 
 def optional(module, purpose):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from engine.common import UserError, first_line, show_error
+from engine.common import UserError, first_line, script_name, show_error
 
 MODES = {'none': 'one process', 'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
@@ -275,6 +275,6 @@ def show_lost_process(kind, error, trace):
     """sys.excepthook of a rank: losing another process is one line, since that one says why."""
     if not issubclass(kind, dist.DistError) and 'gloo' not in str(error):
         return show_error(kind, error, trace)
-    script, rank = os.path.basename(sys.argv[0]), os.environ['RANK']
-    print(f'{script}: rank {rank}: another process of this run has ended or does not answer '
+    rank = os.environ['RANK']
+    print(f'{script_name()}: rank {rank}: another process of this run has ended or does not answer '
           f'({first_line(error)[:200]})', file=sys.stderr, flush=True)

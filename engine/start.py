@@ -159,6 +159,9 @@ def run_recipe(name, folder, console):
     if megabytes > 100:
         raise UserError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} "
                         f'MB; to fetch it: {command}')
+    if facts['needs_flags']:
+        raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
+                        f"{facts['needs_flags']}")
     size = f'a download of {megabytes} MB' if megabytes else 'no download'
     console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
     if subprocess.run([sys.executable, script]).returncode:

@@ -1,4 +1,5 @@
 """What must stay true: python -m pytest tests/test_prepare.py"""
+import functools
 import gzip
 import json
 import multiprocessing
@@ -400,6 +401,10 @@ def test_killed_anywhere_the_same_command_finishes_with_the_same_bytes(tmp_path,
     assert n > 20
 
 
+def prepare_bytes(sources, out, tokens_per_shard, **kwargs):
+    Preparation(sources, out, get_tokenizer('byte'), tokens_per_shard=tokens_per_shard).run(**kwargs)
+
+
 def test_killed_while_it_replaces_a_data_set_nothing_of_the_old_one_stays(tmp_path, text_file, monkeypatch):
     """Killed among the renames, the old shards passed for the new ones, and these were removed."""
     monkeypatch.setattr(os, 'fsync', lambda fd: None)
@@ -407,12 +412,11 @@ def test_killed_while_it_replaces_a_data_set_nothing_of_the_old_one_stays(tmp_pa
     n = 1
     while True:
         out = tmp_path / str(n)
-        make = lambda path, limit, **kwargs: Preparation(
-            find_sources([path], None), out, get_tokenizer('byte'), tokens_per_shard=limit).run(**kwargs)
-        make(tmp_path / 'old.txt', 80)
-        if not killed_at(n, lambda: make(text_file, 300, overwrite=True)):
+        sources = find_sources([text_file], None)
+        prepare_bytes(find_sources([tmp_path / 'old.txt'], None), out, 80)
+        if not killed_at(n, functools.partial(prepare_bytes, sources, out, 300, overwrite=True)):
             break
-        make(text_file, 300, overwrite=True)
+        prepare_bytes(sources, out, 300, overwrite=True)
         assert {path.name for path in out.iterdir()} == {'meta.json', *read_meta(out)['files']}
         for split in ('train', 'val'):
             Loader(out, split, T)

@@ -8,7 +8,6 @@ from conftest import TEXTS, llama3_json, llama_json, one_line, tokenizer_named
 from data.documents import cut_before
 from data.tokenizer import get_tokenizer, tokenizer_from_file
 
-
 KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
 
 
