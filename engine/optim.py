@@ -5,7 +5,8 @@ To add one, register its class here under a function that returns the class's ke
 Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py follow from that entry.
 """
 import contextlib
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
