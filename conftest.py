@@ -49,6 +49,7 @@ SMALL_DISK = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 """  # as `before`: no file can grow beyond 100 kB
+IMPORT_TORCH = 'train.py', 'sample.py', 'model.py', 'bench.py'  # scripts that warm.py can start faster
 READ_AT_START = 'PYTHON', 'MALLOC'  # variables that have no effect once Python runs
 
 
@@ -60,7 +61,7 @@ def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher
     """
     argv, added = [str(script), *map(str, flags)], env or {}
     env = os.environ | {'OMP_NUM_THREADS': '1'} | added
-    if launcher is None and (not argv[0].endswith('.py') or any(name.startswith(READ_AT_START) for name in added)):
+    if launcher is None and (argv[0] not in IMPORT_TORCH or any(name.startswith(READ_AT_START) for name in added)):
         launcher = PYTHON
     if launcher is None:
         return warm.run(argv, cwd, env, processes, before, text)
