@@ -136,6 +136,17 @@ peak_tflops: NonNegativeFloat = 0.0  # the device's dense peak, for MFU; 0: know
 config, given = configure(__file__)
 globals().update(config)
 # -------------------------------------------------------------------------------------------------
+
+
+def training_loss(model, X, Y):
+    """
+    The loss of one micro-batch that training minimizes: add a loss term here. Evaluations report
+    the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price of
+    another matmul with the head and of (B, T, V) floats.
+    """
+    return model(X, Y)[1]
+
+
 # set-up: processes and device
 parallel = Parallel(use_zero1, use_fsdp)
 console = Console(speaks=parallel.master)
@@ -236,7 +247,7 @@ if eval_only and given.get('eval_iters') not in ('on the command line', given.ge
     splits['val'].n = eval_loaders['val'].n_windows
 
 # set-up: what it will cost
-costs = measure_costs(config, given, raw_model, opt, state_tensors, batches, splits,
+costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
                       state.iter_num, compile, parallel, console)
 compiled = config['compile'] = costs.compiled
 startup = startup_report(config, costs, raw_model, opt, batches, splits, data_sets, train_loader,
@@ -287,11 +298,6 @@ def get_lr(it):
     if lr_schedule in ('linear', 'wsd'):
         coeff = 1 - ratio
     return min_lr + coeff * (learning_rate - min_lr)
-
-
-def training_loss(model, X, Y):
-    """The loss of one micro-batch that training minimizes. Add a loss term here."""
-    return model(X, Y)[1]
 
 
 def forward_backward():
@@ -377,7 +383,7 @@ if compiled:
     X, Y = train_loader.batch(range(batches.batch_size))
     note = ', with a dense doc_mask' if costs.flex else ''
     compiled = config['compile'] = within_memory(
-        lambda: compile_model(raw_model, X, Y, autocast, parallel, console, note))
+        lambda: compile_model(raw_model, training_loss, X, Y, autocast, parallel, console, note))
     run_log.data['startup_info']['compiled'] = compiled
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling

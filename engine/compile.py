@@ -24,10 +24,10 @@ def choose_compile(setting, given, device, expected, eval_only):
     return device.type == 'cuda' or long_on_cpu, why
 
 
-def compile_model(model, X, Y, autocast, parallel, console, fallback_note=''):
+def compile_model(model, loss, X, Y, autocast, parallel, console, fallback_note=''):
     """
-    Compile the model in place and try a forward and backward of the batch X, Y. Returns whether it
-    works: a compiler that fails, for want of a C++ compiler say, costs one warning, not the run.
+    Compile the model in place and try a forward and backward of loss(model, X, Y). Returns whether
+    it works: a compiler that fails, for want of a C++ compiler say, costs one warning, not the run.
     """
     started = time.time()
     # FSDP gathers weights between blocks, which cannot be compiled.
@@ -37,7 +37,7 @@ def compile_model(model, X, Y, autocast, parallel, console, fallback_note=''):
         module.compile()
     try:
         with autocast():
-            model(X, Y)[1].backward()
+            loss(model, X, Y).backward()
     except Exception as e:  # the compiler and its tools raise all kinds
         if out_of_memory(e):
             raise

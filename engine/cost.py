@@ -73,7 +73,11 @@ def fake_tensors(config, batch_size, device):
     return FakeTensorMode()
 
 
-def trace_step(config, batch_size, dtype, device, accumulation):
+def models_loss(model, X, Y):
+    return model(X, Y)[1]
+
+
+def trace_step(config, batch_size, dtype, device, accumulation, loss):
     """(model, bytes of its weights, peak bytes) of the forward and backward passes of a step."""
     autocast = contextlib.nullcontext()
     if dtype != 'float32':
@@ -85,24 +89,25 @@ def trace_step(config, batch_size, dtype, device, accumulation):
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         for _ in range(min(accumulation, 2)):  # in a second forward pass gradients are alive
             with autocast:
-                loss = model(idx, idx)[1]
-            loss.backward()
+                value = loss(model, idx, idx)
+            value.backward()
     return model, weights, live.peak
 
 
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='none', world_size=1,
-                    optimizer='adamw'):
+                    optimizer='adamw', loss=models_loss):
     """
     Bytes of tensors per device in a training step of batch_size sequences of block_size, without
     torch.compile, which needs less: {'weights', 'gradients', 'moments', 'gathered',
     'activations', 'peak'}.
 
-    The step runs on tensors without data, so the estimate holds for any part. mode: none, ddp,
+    The step runs on tensors without data, so the estimate holds for any part and for any
+    loss(model, X, Y). mode: none, ddp,
     zero1 or fsdp (https://arxiv.org/abs/1910.02054). `moments` is the state of the optimizer.
     `gathered` is what FSDP holds unsharded at its worst moment. `activations` is the rest of the
     peak: what autograd saved, autocast's copies of weights, and temporaries.
     """
-    model, weights, peak = trace_step(config, batch_size, dtype, device, accumulation)
+    model, weights, peak = trace_step(config, batch_size, dtype, device, accumulation, loss)
     weights_share = 1 / world_size if mode == 'fsdp' else 1
     moments_share = 1 / world_size if mode in ('zero1', 'fsdp') else 1
     sizes = dict(

@@ -41,8 +41,8 @@ class Costs:
                     memory_estimate=self.estimate, torch_version=str(torch.__version__))
 
 
-def measure_costs(settings, given, model, opt, state_tensors, batches, splits, iter_num, compile,
-                  parallel, console):
+def measure_costs(settings, given, model, loss, opt, state_tensors, batches, splits, iter_num,
+                  compile, parallel, console):
     """The Costs of the rest of a run, on all processes alike; measures the peak if need be."""
     device, dtype = parallel.device, settings['dtype']
     peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
@@ -58,8 +58,8 @@ def measure_costs(settings, given, model, opt, state_tensors, batches, splits, i
     tokens = iters_left * tokens_per_iter + evaluations * eval_tokens / 3
     expected = tokens * flops_per_token / (0.5 * peak * parallel.world_size)
     compiled, why = choose_compile(compile, given, device, expected, settings['eval_only'])
-    estimate = estimate_memory(model.config, batches, settings['optimizer'], opt, state_tensors,
-                               dtype, parallel, console)
+    estimate = estimate_memory(model.config, loss, batches, settings['optimizer'], opt,
+                               state_tensors, dtype, parallel, console)
     ranks_here = parallel.world_size if device.type == 'cpu' else 1
     too_large = estimate['peak'] * ranks_here > total_memory(device)
     # FSDP compiles block by block, and the mask is made outside the blocks
@@ -141,7 +141,8 @@ def memory_line(estimate, compiled):
     return f"about {estimate['peak'] / GIB:.2f} GiB per device estimated: {parts}{note}"
 
 
-def estimate_memory(model_config, batches, name, opt, state_tensors, dtype, parallel, console):
+def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype, parallel,
+                    console):
     """
     engine.cost.memory_estimate of a step, with state_tensors, and with what the rest of the process
     takes on a CPU, where memory() counts all of it. Zeros, with a NOTE, for a part that the
@@ -150,7 +151,8 @@ def estimate_memory(model_config, batches, name, opt, state_tensors, dtype, para
     device, present = parallel.device, memory(parallel.device)
     try:
         estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
-                                   batches.per_rank, parallel.mode, parallel.world_size, name)
+                                   batches.per_rank, parallel.mode, parallel.world_size, name,
+                                   loss)
     except Exception as e:  # tensors without data do not go through everything
         console.say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
         estimate = dict(weights=0, moments=0, peak=0)
