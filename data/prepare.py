@@ -440,7 +440,8 @@ class Preparation:
     def make_char(self):
         characters, progress = set(), Progress('characters', self.total)
         settings = None, self.field, self.bad_bytes
-        for found, position in in_order('characters', self.batches(Position()), self.processes, settings):
+        batches = self.batches(Position())
+        for found, position in in_order('characters', batches, self.processes, settings):
             characters |= found
             progress.show(position.read)
         return get_tokenizer({'name': 'char', 'chars': sorted(characters)})
