@@ -1,4 +1,4 @@
-"""A picture of where each head of a model looks."""
+"""Draw where each head of a model attends."""
 import numpy as np
 
 from engine.common import optional
@@ -10,13 +10,13 @@ LARGEST = 10000  # pixels of width or height
 
 def draw_attention(weights, tokens, path):
     """
-    Draw attention weights (layers, heads, T, T) as heat maps, one row per layer and one column
-    per head, into the file `path`. tokens: T strings, for the axes where there is room for them.
+    Draw attention weights (layers, heads, T, T) as heat maps, one row per layer and one column per
+    head, into the file `path`. `tokens` are T strings that label the axes if there is room.
     """
     Figure = optional('matplotlib.figure', '--attention').Figure
     PowerNorm = optional('matplotlib.colors', '--attention').PowerNorm
     layers, heads, T, _ = weights.shape
-    step = T + 1  # from map to map, with a white line between them
+    step = T + 1  # distance between maps: a white line separates them
     legible = T <= 40 and T * max(layers, heads) <= 600
     size = max(1.2, 0.13 * step if legible else T / 60)  # inches per map
     width, height = size * heads + LEFT + RIGHT, size * layers + TOP + BOTTOM
@@ -31,7 +31,7 @@ def draw_attention(weights, tokens, path):
     else:
         ax.set_xticks([])
         ax.set_yticks([])
-    ax.set(xlabel='token looked at', ylabel='token that looks')
+    ax.set(xlabel='attended token (key)', ylabel='attending token (query)')
     for head in range(heads):
         middle = head * step + T / 2
         ax.text(middle, -1, f'head {head}', ha='center', va='bottom', fontsize=8)
@@ -44,9 +44,9 @@ def draw_attention(weights, tokens, path):
 
 
 def side_by_side(weights):
-    """All maps in one image, (layers * (T + 1), heads * (T + 1)); nan is drawn white."""
+    """Return all maps in one image, (layers * (T + 1), heads * (T + 1)). NaN is drawn white."""
     layers, heads, T, _ = weights.shape
-    seen = np.tri(T, dtype=bool)  # nothing looks ahead
+    seen = np.tri(T, dtype=bool)  # attention is causal
     image = np.full((layers, T + 1, heads, T + 1), np.nan, np.float32)
     image[:, :T, :, :T] = np.where(seen, weights, np.nan).swapaxes(1, 2)
     return image.reshape(layers * (T + 1), heads * (T + 1))

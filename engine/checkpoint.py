@@ -1,13 +1,15 @@
 """
-A run on disk. out_dir holds the newest checkpoint, the one before it and the best one, each as one
-file (ckpt.pt) or, with --sharded_checkpoint, as a folder (ckpt_sharded) with a file per process.
+Read and write the checkpoints of a run. out_dir holds the newest checkpoint, the previous one and
+the best one, each as one file (ckpt.pt) or, with --sharded_checkpoint, as a folder (ckpt_sharded)
+with a file per process.
 
 A checkpoint is a dict of tensors and plain values, a superset of nanoGPT's: 'model', 'optimizer',
-'model_args', 'iter_num', 'best_val_loss' and 'config'. It does not tell the mode that wrote it,
-and it is only ever read with weights_only=True, which runs no code. A folder has
+'model_args', 'iter_num', 'best_val_loss' and 'config'. It does not depend on the parallel mode that
+wrote it. It is always read with weights_only=True, so reading runs no code. A sharded folder
+contains
 
     rank_0000.pt, ...   {'set/name': (shape, first row, rows)}: the tensors of one process
-    info.pt             everything else; written last
+    info.pt             everything else; it is written last
 """
 import contextlib
 import math
@@ -35,7 +37,10 @@ SHARDED = 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
 
 @dataclass
 class State:
-    """The facts of a run that survive a resume. The checkpoint stores them under these names."""
+    """
+    Counters of a run. A checkpoint stores them under these names, and a resume restores them (all
+    but `losses`).
+    """
     iter_num: int = 0
     best_val_loss: float = math.inf
     losses: dict = field(default_factory=dict)  # of the last evaluation, per split
@@ -45,15 +50,16 @@ class State:
 
     def add_evaluation(self, losses, count=True):
         """
-        Note the losses of an evaluation, {split: {'loss', ...}}; returns whether val loss is the
-        lowest so far. count=False: it may be on other windows than the run's own.
+        Record the losses of an evaluation, {split: {'loss', ...}}. Return whether the val loss is
+        the lowest so far. With count=False nothing is counted, because the windows may not be the
+        run's own.
         """
         self.losses = losses
         if not count:
             return False
         val_loss = losses['val']['loss']
         best = val_loss < self.best_val_loss
-        if self.iter_num != self.last_eval_iter:  # or it was counted before a resume
+        if self.iter_num != self.last_eval_iter:  # otherwise it was counted before a resume
             self.best_val_loss = min(self.best_val_loss, val_loss)
             self.stale_evals = 0 if best else self.stale_evals + 1
             self.last_eval_iter = self.iter_num
@@ -61,7 +67,9 @@ class State:
 
     @classmethod
     def from_dict(cls, ckpt):
-        """The state in a checkpoint, nanoGPT's included, which knows only the first two facts."""
+        """
+        Return the State in a checkpoint. A nanoGPT checkpoint has only iter_num and best_val_loss.
+        """
         return cls(ckpt['iter_num'], float(ckpt['best_val_loss']), {},
                    ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', ckpt['iter_num']),
                    ckpt.get('train_seconds', 0.0))
@@ -71,61 +79,62 @@ class State:
 # reading
 
 def check_crcs(path):
-    """ValueError if a zip file, as torch.save writes it, does not match its own checksums."""
+    """Raise ValueError if a zip file written by torch.save does not match its checksums."""
     with zipfile.ZipFile(path) as z:
-        damaged = z.testzip()  # torch.load does not look at the checksums
+        damaged = z.testzip()  # torch.load does not verify the checksums
     if damaged is not None:
         raise ValueError(f"'{damaged}' inside it does not match its checksum")
 
 
 def read_file(path, **kwargs):
-    """The dict in a checkpoint file, on the CPU, with checksums verified."""
+    """Return the dict in a checkpoint file, on the CPU, after verifying its checksums."""
     check_crcs(path)
     return torch.load(path, map_location='cpu', weights_only=True, **kwargs)
 
 
 def read_facts(path):
     """
-    The plain values in a checkpoint, quickly: tensors are not read and checksums not verified.
-    UserError names a file without them.
+    Return the plain values in a checkpoint quickly, without reading tensors or verifying checksums.
+    Raise UserError if the file cannot be read.
     """
     path = os.path.join(path, 'info.pt') if os.path.isdir(path) else path
     try:
         return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
-    except Exception as e:  # zip, pickle and torch each raise their own kinds
+    except Exception as e:  # zip, pickle and torch raise different types
         raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
 
 
 def newest_checkpoint(folder):
-    """The path of the checkpoint in a run's folder that is furthest on; None without any."""
+    """Return the path of the checkpoint in a run's folder with the highest iteration, or None."""
     def existing(*names):
         paths = [os.path.join(folder, name) for name in names]
         return [path for path in paths if os.path.exists(path)]
 
-    def reached(path):  # a copy changes the times of files, so they tell nothing
+    def reached(path):  # not file times, which a copy changes
         try:
             return read_facts(path)['iter_num']
-        except (ValueError, KeyError):  # a damaged one comes first, so that it is noticed
+        except (ValueError, KeyError):  # a damaged one counts as newest, so it is noticed
             return math.inf
 
     found = existing('ckpt.pt', 'ckpt_sharded')
-    if not existing('ckpt_sharded'):  # a kill came between the two renames that replace it
+    if not existing('ckpt_sharded'):  # a kill between the two renames that replace it
         found += existing('ckpt_sharded_prev')
-    if not found:  # a kill came during the first save, which is also the best one
+    if not found:  # a kill during the first save, which is also the best one
         found = existing('ckpt_best.pt', 'ckpt_sharded_best')
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
 
 
 def is_sharded(path):
-    """Whether a folder is a checkpoint itself and not the folder of a run."""
+    """Return whether a folder is itself a sharded checkpoint, and not a run's folder."""
     return os.path.isdir(path) and os.path.exists(os.path.join(path, 'info.pt'))
 
 
 def load_checkpoint(path, moments=True):
     """
-    The dict in a checkpoint, on the CPU: a file, a sharded one, or the newest in a run's folder.
-    Checksums are verified. With moments=False the optimizer state of a sharded checkpoint stays on
-    disk, as Pieces to take rows from. UserError names the file and what is wrong with it.
+    Load a checkpoint as a dict on the CPU. `path` is a file, a sharded folder, or a run's folder,
+    whose newest checkpoint is loaded. Checksums are verified. With moments=False the optimizer
+    state of a sharded checkpoint stays on disk, as Pieces. UserError names the file and the
+    problem.
     """
     if os.path.isdir(path) and not is_sharded(path):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
@@ -137,21 +146,21 @@ def load_checkpoint(path, moments=True):
                                                  for key in ('model', 'model_args')):
             raise ValueError("it has no 'model' and 'model_args'")
     except pickle.UnpicklingError as e:
-        raise UserError(f"checkpoint '{path}' is refused: it holds something besides tensors and "
-                        'plain values, which could run code') from e
-    except Exception as e:  # zip, pickle and torch each raise their own kinds
+        raise UserError(f"checkpoint '{path}' is refused: it contains objects other than "
+                        'tensors and plain values, which could run code') from e
+    except Exception as e:  # zip, pickle and torch raise different types
         raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
     ckpt['path'] = path
     return ckpt
 
 
 class Pieces:
-    """A tensor whose rows lie in the files of several processes, read when they are asked for."""
+    """A tensor whose rows are in the files of several processes and are read on demand."""
     def __init__(self, shape):
         self.shape, self.parts = torch.Size(shape), []  # [(first row, its rows)]
 
     def rows(self, first, n):
-        """Its rows first, ..., first + n - 1 as a tensor; a 0-dim tensor as it is."""
+        """Return rows first to first + n - 1 as one tensor, or a 0-dim tensor unchanged."""
         if not self.shape:
             return self.parts[0][1].clone()
         pieces, at = [], first
@@ -169,10 +178,10 @@ class Pieces:
 
 
 def load_sharded(path, moments):
-    """The dict that ckpt.pt would hold, whatever the number of processes that wrote the folder."""
+    """Return the dict that ckpt.pt would hold, however many processes wrote the folder."""
     ckpt = read_file(os.path.join(path, 'info.pt'))
     if 'n_files' not in ckpt:
-        raise ValueError('an older version wrote this folder; make one file of it with that '
+        raise ValueError('an older version wrote this folder; convert it to one file with that '
                          'version: python model.py --ckpt=FOLDER --consolidate=ckpt.pt')
     sets = {}
     for number in range(ckpt.pop('n_files')):
@@ -197,7 +206,7 @@ def load_sharded(path, moments):
 
 
 def number_of(name):
-    """The parameter's number in the name of an optimizer tensor, 'number/key'."""
+    """Return the parameter's number from an optimizer tensor's name, 'number/key'."""
     return int(name.partition('/')[0])
 
 
@@ -206,18 +215,18 @@ def number_of(name):
 
 def restore_optimizer(optimizer, name, ckpt, parallel):
     """
-    Give the optimizer of that name the moments in a checkpoint, or this process's share of them.
-    Learning rate, betas, weight decay and kernel stay those of today. UserError if the checkpoint
-    is of another optimizer.
+    Load the moments in a checkpoint into the optimizer, or this process's share of them. Learning
+    rate, betas, weight decay and kernel keep their current settings. Raise UserError if the
+    checkpoint is of another optimizer.
     """
     saved = ckpt['optimizer']
-    theirs = (ckpt.get('config') or {}).get('optimizer', 'adamw')  # nanoGPT's does not say
+    theirs = (ckpt.get('config') or {}).get('optimizer', 'adamw')  # nanoGPT's does not name it
     their_sizes = [len(group['params']) for group in saved['param_groups']]
     sizes = [len(group['params']) for group in optimizer.param_groups]
     if theirs != name or their_sizes != sizes:
-        remedy = 'resume with the same' if theirs == name else \
+        remedy = 'resume with the same settings' if theirs == name else \
             f"resume with the run's config file, or --optimizer={theirs}"
-        raise UserError(f'the checkpoint has the state of {theirs} for groups of {their_sizes} '
+        raise UserError(f'the checkpoint holds the state of {theirs} with groups of {their_sizes} '
                         f"tensors, and optimizer='{name}' has {sizes}: {remedy}")
     inner, numbers = parallel.inner_optimizer(optimizer)
     loaded = inner.state_dict()
@@ -232,8 +241,8 @@ def restore_optimizer(optimizer, name, ckpt, parallel):
 @torch.no_grad()
 def restore_tensors(sets, ckpt, parallel):
     """
-    Fill every set of tensors like parameters, {set: {name: tensor}}, from a checkpoint. The model
-    and the optimizer are restored elsewhere. UserError names a set that the checkpoint lacks.
+    Fill {set: {name: tensor}}, tensors shaped like parameters, from a checkpoint. UserError names a
+    set that the checkpoint lacks. The model and the optimizer are restored elsewhere.
     """
     for kind, tensors in sets.items():
         if kind not in ckpt:
@@ -243,7 +252,7 @@ def restore_tensors(sets, ckpt, parallel):
 
 
 def own_share(value, like, parallel):
-    """This process's part of a whole tensor, or of Pieces, that is divided as `like` is."""
+    """Return this process's part of a whole tensor or of Pieces, divided as `like` is."""
     first, n = parallel.rows(value.shape, like)
     whole = n == (value.shape[0] if value.shape else 0)
     if isinstance(value, Pieces):
@@ -257,7 +266,7 @@ def own_share(value, like, parallel):
 # writing
 
 def save_checked(obj, path):
-    """torch.save to a file that is on the disk and has been read back when this returns."""
+    """Save with torch.save, flush the file to disk, and read it back to check it."""
     with open(path, 'wb') as f:
         torch.save(obj, f)
         f.flush()
@@ -266,7 +275,7 @@ def save_checked(obj, path):
 
 
 def remove(path):
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -276,25 +285,25 @@ def remove(path):
 
 class RunFolder:
     """
-    The out_dir of a run: its lock and its checkpoints. Every method that takes part in a collective
-    is called on all processes.
+    The out_dir of a run, with its lock and its checkpoints. All processes must call lock() and
+    save(), which use collectives.
     """
     def __init__(self, path, sharded, parallel):
         self.path, self.sharded, self.parallel = path, sharded, parallel
         self.names = SHARDED if sharded else PLAIN  # newest, previous, best
         self.newest, self.previous, self.best = (os.path.join(path, name) for name in self.names)
         self.new_run = True
-        self.newest_is_ours = False  # until this run has saved it or resumed from it
+        self.newest_is_ours = False  # True once this run has saved it or resumed from it
         self.lock_file = None
 
     def used(self):
-        """The names of the checkpoints that are in the folder."""
+        """Return the names of the checkpoints in the folder."""
         return [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(self.path, name))]
 
     def lock(self):
         """
-        Lock the folder, if it exists, for as long as this process lives. UserError if another run
-        has it, on all processes alike.
+        Lock the folder for as long as this process lives; do nothing if it does not exist yet or is
+        locked already. If another run holds the lock, raise an error on all processes.
         """
         refusal = None
         if os.path.isdir(self.path) and not os.access(self.path, os.W_OK):
@@ -306,7 +315,7 @@ class RunFolder:
                 self.lock_file = try_lock(path, holder)
             except Locked as e:
                 refusal = (f"out_dir '{self.path}' is in use by another run, {e.holder}; "
-                           '--out_dir=... gives this one another')
+                           'choose another with --out_dir=...')
             except OSError as e:
                 print(f"WARNING: '{path}' cannot be locked here, so a second run in this out_dir "
                       f'would not be noticed: {first_line(e)}', flush=True)
@@ -314,19 +323,19 @@ class RunFolder:
             self.parallel.fail(refusal)
 
     def resumes(self, path):
-        """Note that the run resumes from the checkpoint at `path`."""
+        """Record that the run resumes from the checkpoint at `path`."""
         self.new_run = False
-        self.newest_is_ours = os.path.basename(path) == self.names[0]  # not after a fall back
+        self.newest_is_ours = os.path.basename(path) == self.names[0]  # not a fallback
 
     def save(self, sets, param_groups, facts, best, before_rename):
         """
-        Replace the newest checkpoint so that a kill at any moment leaves a whole one. The previous
-        one is kept, and so is the best one if this is it.
+        Replace the newest checkpoint. A kill at any moment leaves a complete one. The previous
+        checkpoint is kept, and the best one if `best`.
 
-        sets: {'model': state dict, 'optimizer': Parallel.moments(), and any other set of tensors
-        like parameters}; facts: plain values; before_rename: called on rank 0 when every tensor is
-        on the disk. UserError, on all processes, if any of them cannot write; what was there is
-        untouched then.
+        `sets` is {'model': state dict, 'optimizer': Parallel.moments(), and any other set of
+        tensors shaped like parameters}. `facts` are plain values. `before_rename` is called on rank
+        0 once every tensor is on disk. If any process cannot write, all raise an error and the
+        existing checkpoints stay as they are.
         """
         temporary = self.newest + '.tmp'
         write = self._write_folder if self.sharded else self._write_file
@@ -336,12 +345,14 @@ class RunFolder:
             self._on_master(lambda: self._rename(temporary, best))
         except OSError as e:
             self._on_master(lambda: remove(temporary))
-            self.parallel.fail(f"checkpoint '{self.newest}' could not be written, what was there "
-                               f'is untouched: {e}')
+            self.parallel.fail(f"checkpoint '{self.newest}' could not be written; the existing "
+                               f'checkpoints are untouched: {e}')
         self.newest_is_ours = True
 
     def _together(self, step):
-        """Call step() on every process. If it fails on one of them, OSError on all of them."""
+        """
+        Call step() on every process. If it fails on one of them, raise OSError on all of them.
+        """
         problem = None
         try:
             step()
@@ -377,7 +388,7 @@ class RunFolder:
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
             save_checked(pieces, os.path.join(path, f'rank_{self.parallel.rank:04d}.pt'))
 
-        def check_next():  # a file of another process, which may be on another node
+        def check_next():  # check another process's file, which may be on another node
             number = (self.parallel.rank + 1) % self.parallel.world_size
             try:
                 check_crcs(os.path.join(path, f'rank_{number:04d}.pt'))
@@ -400,7 +411,7 @@ class RunFolder:
         self._on_master(finish)
 
     def _pieces(self, sets):
-        """{'set/name': (shape, first row, rows)} of what this process writes."""
+        """Return {'set/name': (shape, first row, rows)} for what this process writes."""
         pieces = {}
         for kind, tensors in sets.items():
             own = self.parallel.owned(tensors)
@@ -421,13 +432,13 @@ class RunFolder:
         else:
             if self.newest_is_ours:
                 link_or_copy(self.newest, self.previous)
-            if best:  # before the iterations that found it count as done
+            if best:  # first, because replacing `newest` marks these iterations as done
                 link_or_copy(temporary, self.best)
             os.replace(temporary, self.newest)
         sync_folder(self.path)
 
     def _rename_folder(self, temporary, best):
-        if best:  # the same files once more, by links
+        if best:  # hard links to the same files
             remove(self.best + '.tmp')
             shutil.copytree(temporary, self.best + '.tmp', copy_function=link_or_copy)
             remove(self.best)
@@ -440,13 +451,16 @@ class RunFolder:
         os.replace(temporary, self.newest)
 
     def _remove_earlier_run(self):
-        """An earlier run's checkpoints are no fallback for this one, and not further on either."""
+        """
+        Remove an earlier run's checkpoints, so that this run never falls back to one or takes it
+        for newer because of its iteration number.
+        """
         for name in self.used():
-            if name != 'ckpt.pt' or self.sharded:  # a file is replaced at once
+            if name != 'ckpt.pt' or self.sharded:  # os.replace replaces that file atomically
                 remove(os.path.join(self.path, name))
 
 
 def check_finite(tensors):
-    """ValueError if a weight is not finite, so that no such checkpoint is ever written."""
+    """Raise ValueError if a weight is not finite, so that no such checkpoint is written."""
     if not all(t.isfinite().all() for t in tensors):
         raise ValueError('a weight is not finite')

@@ -1,6 +1,6 @@
 """
-Small things that every room needs: the one error for a person's mistakes, the one atomic write,
-the one lock, the one duration. Nothing here imports torch.
+Small helpers for every module: user errors, atomic writes, locks, durations. Nothing here imports
+torch.
 """
 import contextlib
 import fcntl
@@ -13,16 +13,21 @@ import time
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data that a person can mend: one line, exit status 2."""
+    """
+    A mistake in flags, files or data that the user can fix. It is shown as one line, with exit
+    status 2.
+    """
 
 
 def first_line(error):
-    """The first line of an exception's message, or the name of its type."""
+    """Return the first line of an exception's message, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def out_of_memory(error):
-    """Whether an exception means that memory ran out. Only CUDA has a type of its own for it."""
+    """
+    Return whether an exception means that memory ran out. Only CUDA has an exception type for it.
+    """
     kinds = (MemoryError, getattr(sys.modules.get('torch'), 'OutOfMemoryError', MemoryError))
     signs = ('out of memory', 'allocate memory', 'bad_alloc', 'alloc_failed', 'start new thread')
     return isinstance(error, kinds) or any(sign in str(error).lower() for sign in signs)
@@ -30,8 +35,9 @@ def out_of_memory(error):
 
 def show_error(kind, error, trace):
     """
-    sys.excepthook of every script. A UserError, an OSError or a lack of memory becomes one line
-    and exit status 2; everything else is a bug and keeps its traceback.
+    Show an uncaught exception; this is sys.excepthook of every script. A UserError, an OSError or
+    an out-of-memory error becomes one line and exit status 2. Anything else is a bug and keeps its
+    traceback.
     """
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(130)
@@ -39,16 +45,16 @@ def show_error(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     message = str(error)
     if not issubclass(kind, (UserError, OSError)):
-        message = ('out of memory; a smaller --batch_size or --block_size, or '
-                   f'--activation_checkpointing=True, needs less ({first_line(error)[:200]})')
+        message = ('out of memory; try a smaller --batch_size or --block_size, or '
+                   f'--activation_checkpointing=True ({first_line(error)[:200]})')
     print_error(message)
     raise SystemExit(2)
 
 
 def print_error(message):
     """
-    One line on stderr. Before torch.distributed is set up every process of a node meets the same
-    error, so only rank 0 speaks; after that, a rank has an error of its own.
+    Print one line on stderr. Before torch.distributed is initialized all processes of a node meet
+    the same error, so only the first one prints it. After that every rank prints its own.
     """
     who, rank = script_name(), os.environ.get('RANK', '0')
     dist = sys.modules.get('torch.distributed')
@@ -61,13 +67,15 @@ def print_error(message):
 
 
 def script_name():
-    """The script as a person would type it: train.py, data/prepare.py."""
+    """Return the script's path as a user would type it: train.py, data/prepare.py."""
     path = os.path.relpath(sys.argv[0])
     return os.path.basename(path) if path.startswith(os.pardir) else path
 
 
 def optional(module, purpose):
-    """Import a library that only this purpose needs. UserError says what to install."""
+    """
+    Import a library that only `purpose` needs. If it is missing, UserError says what to install.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -76,7 +84,7 @@ def optional(module, purpose):
 
 
 def duration(seconds):
-    """'2d03h', '1h02m' or '3m04s'."""
+    """Format seconds as '2d03h', '1h02m' or '3m04s'."""
     s = int(max(0, seconds))
     if s >= 86400:
         return f'{s // 86400}d{s // 3600 % 24:02d}h'
@@ -88,8 +96,8 @@ def duration(seconds):
 @contextlib.contextmanager
 def replacing(path, mode='wb', **kwargs):
     """
-    Open a file beside `path` that takes its name when the block ends, with every byte on the
-    disk. If the block raises, `path` is untouched and nothing temporary is left behind.
+    Open a temporary file that replaces `path` when the block ends and all bytes are on disk. If the
+    block raises, `path` is unchanged and the temporary file is removed.
     """
     temporary = f'{path}.tmp'
     try:
@@ -105,14 +113,14 @@ def replacing(path, mode='wb', **kwargs):
 
 
 def sync_folder(path):
-    """Make the renames in a folder survive a power cut."""
+    """Flush a folder to disk, so that renames in it survive a power cut."""
     folder = os.open(path, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
 
 
 def link_or_copy(path, other):
-    """Make `other` the same file as `path`, atomically; a copy where there are no hard links."""
+    """Replace `other` atomically by a hard link to `path`, or by a copy if links are impossible."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(f'{other}.tmp')
     try:
@@ -123,7 +131,9 @@ def link_or_copy(path, other):
 
 
 class Locked(UserError):
-    """Another process holds the lock; `holder` is the text that it left in the file."""
+    """
+    Raised if another process holds the lock. `holder` is the text that it wrote into the file.
+    """
     def __init__(self, holder):
         super().__init__(f'in use by {holder}')
         self.holder = holder
@@ -131,9 +141,9 @@ class Locked(UserError):
 
 def try_lock(path, text):
     """
-    Lock `path` and write `text` into it for others to read. Returns the open file, which holds
-    the lock until the process dies, however it dies. Locked if another process has it, OSError
-    where the file system has no locks.
+    Lock `path` and write `text` into it for others to read. Return the open file, which holds the
+    lock until the process ends. Raise Locked if another process has it, and OSError if the file
+    system has no locks.
     """
     f = open(path, 'a+', encoding='utf-8')
     try:
@@ -151,17 +161,17 @@ def try_lock(path, text):
 
 class StopSignal:
     """
-    The first SIGINT, SIGTERM or SIGHUP that this process gets, as `number` (0: none yet), which a
-    loop looks at when it can stop. A second one, 2 seconds later or more, ends the process at once.
+    Record the first SIGINT, SIGTERM or SIGHUP as `number` (0: none yet), for a loop to check. A
+    second signal more than 2 seconds later ends the process at once.
     """
     def __init__(self, notice=''):
         self.number, self.time, self.notice = 0, 0.0, notice
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as nohup wants it
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number, frame):
-        if self.number:  # torchrun passes signals on, so a job that gets one as a whole gets two
+        if self.number:  # torchrun forwards signals, so one sent to the whole job arrives twice
             if time.time() - self.time > 2:
                 os._exit(128 + number)
             return

@@ -1,11 +1,11 @@
-"""torch.compile: whether it pays, and what happens where it does not work."""
+"""Decide whether torch.compile pays off, and continue without it where it fails."""
 import time
 
 from engine.common import first_line, out_of_memory
 
 
 def choose_compile(setting, given, device, expected, eval_only):
-    """(whether to compile, why) for compile=setting; expected: seconds that the run will take."""
+    """Return (whether to compile, reason). `expected` is the run's expected time in seconds."""
     if 'compile' in given:
         why = 'as asked'
     elif setting != 'auto':
@@ -26,8 +26,9 @@ def choose_compile(setting, given, device, expected, eval_only):
 
 def compile_model(model, loss, X, Y, autocast, parallel, console, fallback_note=''):
     """
-    Compile the model in place and try a forward and backward of loss(model, X, Y). Returns whether
-    it works: a compiler that fails, for want of a C++ compiler say, costs one warning, not the run.
+    Compile the model in place and try a forward and backward pass of loss(model, X, Y). Return
+    whether it works. If the compiler fails (for example without a C++ compiler), warn and leave the
+    model uncompiled.
     """
     started = time.time()
     # FSDP gathers weights between blocks, which cannot be compiled.
@@ -38,11 +39,11 @@ def compile_model(model, loss, X, Y, autocast, parallel, console, fallback_note=
     try:
         with autocast():
             loss(model, X, Y).backward()
-    except Exception as e:  # the compiler and its tools raise all kinds
+    except Exception as e:  # the compiler and its tools raise many types
         if out_of_memory(e):
             raise
-        console.say('WARNING: torch.compile failed on this machine, going on without it, slower'
-                    f'{fallback_note}: {first_line(e)}')
+        console.say('WARNING: torch.compile failed on this machine; continuing without it, which '
+                    f'is slower{fallback_note}: {first_line(e)}')
         for module in modules:
             module._compiled_call_impl = None
         if parallel.mode == 'fsdp':

@@ -33,8 +33,8 @@ TRAIN = os.path.join(ROOT, 'train.py')
 
 class LiveBytes(TorchDispatchMode):
     """
-    While entered, count the bytes of new tensors that are still alive: `now`, and at their `peak`.
-    Views share the storage of their base and count once.
+    Inside this context, count the bytes of new tensors that are alive: `now`, and the highest so
+    far, `peak`. Views share their base's storage and count once.
     """
     def __init__(self):
         super().__init__()
@@ -62,8 +62,8 @@ class LiveBytes(TorchDispatchMode):
 
 def fake_tensors(config, batch_size, device):
     """
-    A context in which tensors have shapes but no data. A small step on a CPU gets real ones: it
-    takes a tenth of a second, less than the import of fake tensors.
+    Return a context in which tensors have shapes but no data. For a small step on a CPU it does
+    nothing, because running that step is faster than importing fake tensors.
     """
     multiplications = 12 * config.n_layer * config.n_embd + config.vocab_size
     work = batch_size * config.block_size * config.n_embd * multiplications
@@ -78,7 +78,9 @@ def models_loss(model, X, Y):
 
 
 def trace_step(config, batch_size, dtype, device, accumulation, loss):
-    """(model, bytes of its weights, peak bytes) of the forward and backward passes of a step."""
+    """
+    Run the forward and backward passes of a step. Return (model, bytes of its weights, peak bytes).
+    """
     autocast = contextlib.nullcontext()
     if dtype != 'float32':
         autocast = torch.autocast(device.type, getattr(torch, dtype))
@@ -87,7 +89,7 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
         model = GPT(config)
         weights = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
-        for _ in range(min(accumulation, 2)):  # in a second forward pass gradients are alive
+        for _ in range(min(accumulation, 2)):  # gradients exist during a second forward pass
             with autocast:
                 value = loss(model, idx, idx)
             value.backward()
@@ -97,15 +99,15 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='none', world_size=1,
                     optimizer='adamw', loss=models_loss):
     """
-    Bytes of tensors per device in a training step of batch_size sequences of block_size, without
-    torch.compile, which needs less: {'weights', 'gradients', 'moments', 'gathered',
+    Return the bytes of tensors per device in a training step of batch_size sequences of block_size,
+    without torch.compile, which needs less: {'weights', 'gradients', 'moments', 'gathered',
     'activations', 'peak'}.
 
-    The step runs on tensors without data, so the estimate holds for any part and for any
-    loss(model, X, Y). mode: none, ddp,
-    zero1 or fsdp (https://arxiv.org/abs/1910.02054). `moments` is the state of the optimizer.
-    `gathered` is what FSDP holds unsharded at its worst moment. `activations` is the rest of the
-    peak: what autograd saved, autocast's copies of weights, and temporaries.
+    The step really runs, on tensors without data, so the estimate covers any part and any
+    loss(model, X, Y). `mode` is none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054).
+    `moments` is the optimizer state. `gathered` is the most that FSDP holds unsharded.
+    `activations` is the rest of the peak: tensors saved by autograd, autocast's copies of weights,
+    and temporaries.
     """
     model, weights, peak = trace_step(config, batch_size, dtype, device, accumulation, loss)
     weights_share = 1 / world_size if mode == 'fsdp' else 1
@@ -122,9 +124,9 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='non
 
 def gathered_bytes(model, dtype):
     """
-    What FSDP holds unsharded: embeddings and head in float32, their gradients and the buffer that
-    reduces them; of the blocks, the current one, the next one, and the gradients of one in dtype
-    and in float32.
+    Return the bytes that FSDP holds unsharded: embeddings and head in float32, with their gradients
+    and the buffer that reduces them; and of the blocks, the current one and the next one in dtype,
+    and one block's gradients in dtype and in float32.
     """
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     outside = model.get_num_params(False) - in_blocks
@@ -137,8 +139,8 @@ def gathered_bytes(model, dtype):
 
 def meta_model(settings):
     """
-    The model of a dict of settings, on the meta device. A vocab_size of None comes from the data
-    set, or is GPT-2's.
+    Build the model of a dict of settings on the meta device. If vocab_size is None it comes from
+    the data set, or else is GPT-2's.
     """
     folder = os.path.join(ROOT, 'data', settings['dataset'])
     script = os.path.join(folder, 'prepare.py')
@@ -157,8 +159,8 @@ def meta_model(settings):
 
 def describe(model, settings, device, dtype):
     """
-    The architecture of a model and its costs when trained with these settings, as text. The model
-    may be on the meta device, where it takes no memory.
+    Return a text about a model's architecture and the cost of training it with these settings. The
+    model may be on the meta device.
     """
     config = model.config
     lines = ['architecture']
@@ -241,7 +243,7 @@ def list_configs():
 
 
 def consolidate_checkpoint(source, path):
-    """Write a checkpoint, sharded or not, as one file, the way train.py would."""
+    """Write a checkpoint, sharded or not, as one file, as train.py would."""
     from engine.checkpoint import load_checkpoint, save_checked
     saved = load_checkpoint(source)
     if os.path.exists(path):
@@ -268,12 +270,13 @@ def export_checkpoint(source, path, dtype):
         model.to(getattr(torch, 'float32' if dtype == 'auto' else dtype))
         model.save_pretrained(path, saved)
         if not os.path.exists(os.path.join(path, 'tokenizer.json')):
-            print('without a tokenizer: the checkpoint names none that fits', file=sys.stderr)
+            print('NOTE: exported without a tokenizer, because the checkpoint names none that fits',
+                  file=sys.stderr)
     print(f"{saved['path']} -> {path}")
 
 
 def inspect_checkpoint(source):
-    """Print the model in a checkpoint, how far its training came, and its settings."""
+    """Print the model in a checkpoint, its training progress, and its settings."""
     from engine.huggingface import load_weights
     saved = load_weights(source)
     config = saved.get('config') or {}
@@ -291,7 +294,7 @@ def inspect_checkpoint(source):
 
 
 def model_in(saved):
-    """The model in a checkpoint dict; a file that does not fit is the user's mistake."""
+    """Return the model in a checkpoint dict. Raise UserError if it does not fit."""
     try:
         return GPT.from_dict(saved)
     except ValueError as e:

@@ -1,6 +1,6 @@
 """
-The loss of a model on fixed windows of text, with its standard error. The windows depend on nothing
-but block_size, so two runs are compared on the same text.
+Measure the loss of a model, with its standard error, on fixed windows of text. The order of the
+windows depends only on the data set and block_size, so runs are compared on the same text.
 """
 import math
 
@@ -12,19 +12,24 @@ from engine.statistics import mean_and_error
 
 
 class Split:
-    """The first n windows of a split, in the order of a loader that does not shuffle by run."""
+    """
+    The first n windows of a split. The loader has a fixed seed, so they are the same in every run.
+    """
     def __init__(self, loader, n, bytes_per_id=None):
         self.loader, self.n, self.bytes_per_id = loader, n, bytes_per_id
         self.facts = None  # {'bytes_per_token', 'crc'} after the first evaluation
 
     @property
     def total(self):
-        """Windows that there are; a mixture's end where one of its data sets would repeat."""
+        """
+        The number of windows in the split. A mixture's n_windows is smaller, because it ends before
+        a data set repeats.
+        """
         return sum(part.n_windows for part in getattr(self.loader, 'loaders', [self.loader]))
 
 
 def bytes_per_id(tokenizer, vocab_size):
-    """(at least vocab_size,) int64, the UTF-8 bytes that each id stands for; None if unknown."""
+    """Return the UTF-8 bytes of each id, (at least vocab_size,) int64, or None if unknown."""
     if tokenizer is None:
         return None
     out = torch.zeros(max(vocab_size, tokenizer.vocab_size), dtype=torch.long)
@@ -35,13 +40,14 @@ def bytes_per_id(tokenizer, vocab_size):
 @torch.no_grad()
 def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progress):
     """
-    {split: {'loss', 'standard_error', 'perplexity', 'bits_per_byte'}} of {split: Split}, on all
-    processes, which share the work. Loss is in nats per token; bits per byte of UTF-8 text do not
-    depend on the tokenizer and are there if it can tell. 'val' also has 'window_losses', in the
-    order of the text, and 'by_position', the loss from the first to the last position of each
-    stretch of the context. Means over windows are float64, so neither batches nor ranks show.
+    Evaluate {split: Split} with all processes sharing the work. Return {split: {'loss',
+    'standard_error', 'perplexity', 'bits_per_byte'}} on all of them. Loss is in nats per token.
+    Bits per byte do not depend on the tokenizer, and are left out if the bytes per id are unknown.
+    'val' also has 'window_losses', in text order, and 'by_position', the loss in ranges of the
+    context. Means over windows use float64, so batch size and number of processes do not matter.
 
-    None if should_stop() says so between two batches; progress(text) is called after each.
+    Return None if should_stop() is true between two batches. progress(text) is called after each
+    batch.
     """
     was_training = model.training
     model.eval()
@@ -60,16 +66,16 @@ def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progres
 
 
 def stretches(block_size):
-    """(first position, length) of the stretches 0, 1, 2-3, 4-7, ... of a context."""
+    """Return (first position, length) of the ranges 0, 1, 2-3, 4-7, ... of a context."""
     starts = [0] + [2 ** i for i in range(block_size.bit_length()) if 2 ** i < block_size]
     return list(zip(starts, np.diff([*starts, block_size]).tolist()))
 
 
 def window_losses(model, name, split, batch_size, parallel, autocast, should_stop, progress):
     """
-    (n, stretches of the context) mean losses of a split's windows, float32 on the device; None if
-    should_stop() says so. Ranks take batches in turn. The last batch may reach beyond n, because
-    it keeps its shape for the compiler.
+    Return the mean losses of a split's windows, (n, ranges of the context) float32 on the device,
+    or None if should_stop() is true. Ranks take batches in turn. The last batch may go beyond n,
+    because all batches keep one shape for the compiler.
     """
     loader, n = split.loader, split.n
     sizes = [length for _, length in stretches(loader.block_size)]
@@ -94,13 +100,13 @@ def window_losses(model, name, split, batch_size, parallel, autocast, should_sto
     if split.facts is None:  # the windows are fixed, so these facts are too
         sums = torch.tensor([n_bytes, crc], device=loader.device)
         n_bytes, crc = parallel.all_reduce(sums).tolist()
-        # JSON's readers have exact integers up to 2^53
+        # JSON readers represent integers exactly up to 2^53
         split.facts = dict(bytes_per_token=n_bytes / (n * loader.block_size), crc=crc % 2 ** 53)
     return parallel.all_reduce(losses)[:n]
 
 
 def summary(split, losses, detailed):
-    """The figures of one split, from window_losses(); see evaluate()."""
+    """Compute the figures of one split from window_losses(); see evaluate()."""
     loader, sizes = split.loader, [length for _, length in stretches(split.loader.block_size)]
     shard, offset = loader.locate(np.arange(split.n))
     in_text = np.lexsort((offset, shard))
@@ -120,15 +126,18 @@ def summary(split, losses, detailed):
 
 
 def loss_and_error(losses, sets):
-    """{'loss', 'standard_error'} of windows in the order of the text; None for too few to tell."""
+    """
+    Return {'loss', 'standard_error'} of window losses in text order. The error is None if there are
+    too few.
+    """
     loss, error, _ = mean_and_error(losses, sets)
     return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
 
 
 def sample_text(model, tokenizer, n_tokens, seed, parallel, autocast):
     """
-    A text of at most n_tokens from the model, after an end-of-text token or else id 0, the same
-    whenever the weights are. It draws from a generator of its own.
+    Generate at most n_tokens after an end-of-text token, or id 0 if there is none. The text uses
+    its own random generator, so it depends only on the weights and the seed.
     """
     start = torch.full((1, 1), tokenizer.eot or 0, device=parallel.device)
     slide = max(1, model.config.block_size // 2)

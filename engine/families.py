@@ -1,12 +1,12 @@
 """
-The classes of Hugging Face's transformers that have a counterpart here: which settings of
-GPTConfig each covers, and how its config.json and its tensors map to ours.
+The Hugging Face transformers classes that our model can be loaded from and exported to: the
+GPTConfig settings that each covers, and how its config.json and tensors map to ours.
 """
 from dataclasses import dataclass
 
 from engine.common import UserError
 
-ACTIVATIONS = {  # name there: name here; the first of several is the one that is exported
+ACTIVATIONS = {  # name there: name here; of several, the first is exported
     'gelu_new': 'gelu_tanh',
     'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu': 'gelu',
@@ -20,12 +20,12 @@ ACTIVATIONS = {  # name there: name here; the first of several is the one that i
 
 @dataclass
 class Family:
-    """One class. 'Here' is our model, 'there' is theirs."""
+    """One transformers class. 'Here' means our model and 'there' means theirs."""
     model_type: str
     architecture: str
-    parts: dict     # key of GPTConfig: values that the class covers, first the one it loads as
+    parts: dict     # key of GPTConfig: values that the class covers; it loads as the first
     keys: dict      # key of GPTConfig: key of config.json
-    defaults: dict  # key of GPTConfig: value where config.json has none; activations by their name
+    defaults: dict  # key of GPTConfig: value if config.json has none; activations by their name
     modules: dict   # module here: modules there, whose tensors are stacked in ours
     blocks: str = 'model.layers'  # prefix of the blocks there
     biased: tuple = ()            # modules here whose bias always exists there
@@ -92,7 +92,7 @@ GPT2_KEYS = dict(
 GPT2_BLOCK = ('ln_1', 'ln_2', 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
 GPT2_MODULES = ('transformer.wte', 'transformer.wpe', 'transformer.ln_f', 'lm_head', *GPT2_BLOCK)
 
-FAMILIES = {family.model_type: family for family in [  # export takes the first that fits best
+FAMILIES = {family.model_type: family for family in [  # export chooses the first of the best fits
     Family(
         'gpt2', 'GPT2LMHeadModel', GPT2_PARTS, GPT2_KEYS,
         defaults=dict(activation='gelu_new', weight_tying=True),
@@ -134,7 +134,7 @@ FAMILIES = {family.model_type: family for family in [  # export takes the first 
 
 
 def module_of(name, family):
-    """The entry of family.modules that a tensor here belongs to."""
+    """Return the key of family.modules that one of our tensors belongs to."""
     owner = '.' + name.rpartition('.')[0]
     for module in family.modules:
         if owner.endswith('.' + module):
@@ -143,7 +143,7 @@ def module_of(name, family):
 
 
 def names_there(name, family):
-    """The names of the tensors there that, stacked in this order, are our tensor."""
+    """Return the names of their tensors that, stacked in this order, make our tensor."""
     module = module_of(name, family)
     prefix, _, kind = name.rpartition(f'{module}.')
     prefix = prefix.replace('transformer.h', family.blocks)
@@ -154,8 +154,8 @@ def is_transposed(name, family):
     return name.endswith('.weight') and module_of(name, family) in family.transposed
 
 
-# Keys of GPTConfig that change no exported number: training, speed or memory only, and two that
-# save_pretrained handles itself. Every other key must be in a Family or have its default.
+# Keys of GPTConfig that affect only training, speed or memory, and two that save_pretrained handles
+# itself. Every other key must be in a Family or have its default.
 NOT_EXPORTED = (
     'dropout', 'zero_init_residual', 'attention_backend', 'attention_chunk_size',
     'activation_checkpointing', 'unpadded_vocab_size', 'doc_mask_token',
@@ -163,7 +163,7 @@ NOT_EXPORTED = (
 
 
 def effective_settings(config):
-    """The settings of a model, with those that have no effect beside the others at defaults."""
+    """Return the settings of a model, with settings that have no effect reset to their defaults."""
     settings, defaults = dict(vars(config)), vars(type(config)())
     if settings['position_encoding'] != 'rope':
         settings |= {key: defaults[key] for key in ('rope_theta', 'rope_scaling')}
@@ -175,7 +175,7 @@ def effective_settings(config):
 
 
 def misfits(config, family):
-    """['key=value', ...] of the settings that a family cannot express."""
+    """Return ['key=value', ...] for the settings that a family cannot express."""
     defaults = vars(type(config)())
     found = []
     for key, value in effective_settings(config).items():
@@ -190,10 +190,12 @@ def misfits(config, family):
 
 
 def family_of(config):
-    """The family that a model is exported as. UserError names the settings that none covers."""
+    """
+    Return the family to export a model as. If none fits, UserError names what the nearest lacks.
+    """
     lacks = {name: misfits(config, family) for name, family in FAMILIES.items()}
     nearest = min(lacks, key=lambda name: len(lacks[name]))
     if lacks[nearest]:
-        raise UserError("Hugging Face's transformers has no class for this mix: the nearest, "
-                        f"{nearest}, is without {', '.join(lacks[nearest])}")
+        raise UserError("Hugging Face's transformers has no class for this combination; the "
+                        f"nearest, {nearest}, does not support {', '.join(lacks[nearest])}")
     return FAMILIES[nearest]

@@ -1,6 +1,6 @@
 """
-Models from and to other people's formats: Hugging Face's transformers (folders and ids on its
-hub), and ONNX. Training and sampling models of our own needs nothing in here.
+Load and export models in other formats: Hugging Face transformers (folders and hub ids) and ONNX.
+load_weights() also loads our own checkpoints.
 
     model = GPT.from_pretrained('gpt2')
     model.save_pretrained('hf_dir')
@@ -35,9 +35,9 @@ from engine.model_card import model_card
 from model import ATTENTION_BACKEND, GPT, ROPE_SCALING, GPTConfig
 
 # ------------------------------------------------------------------------------------------------
-# In: read a folder
+# load
 
-SUPPORTED = {  # keys of config.json without a counterpart here: the values that our model computes
+SUPPORTED = {  # keys of config.json without a counterpart here: supported values
     'quantization_config': (None,),
     'partial_rotary_factor': (None, 1),
     'scale_attn_weights': (True,),
@@ -48,7 +48,10 @@ SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'n_k
 
 
 def load_weights(name, block_size=None):
-    """The checkpoint that init_from names: a run, a checkpoint file, or as load_pretrained."""
+    """
+    Load the checkpoint that init_from names: a run, a checkpoint file, a Hugging Face folder or a
+    hub id.
+    """
     exists = os.path.exists(name)
     if exists:
         pretrained = os.path.exists(os.path.join(name, 'config.json'))
@@ -65,7 +68,7 @@ def load_weights(name, block_size=None):
 
 
 def from_pretrained(name, dtype, overrides):
-    """See GPT.from_pretrained."""
+    """Implement GPT.from_pretrained; see there."""
     block_size = overrides.pop('block_size', None)
     ckpt = load_pretrained(name, block_size)
     ckpt['model_args'] |= overrides
@@ -77,9 +80,9 @@ def from_pretrained(name, dtype, overrides):
 
 def load_pretrained(name, block_size=None):
     """
-    A checkpoint dict like load_checkpoint's, from a Hugging Face folder or a hub id, in the dtype
-    of its files. block_size: the context that the caller wants, if known. UserError says what is
-    missing, left over or not supported.
+    Return a checkpoint dict like load_checkpoint's, from a Hugging Face folder or hub id, in the
+    dtype of its files. block_size is the context that the caller wants, or None. UserError says
+    what is missing, left over or unsupported.
     """
     folder = pretrained_folder(name)
     try:
@@ -95,21 +98,23 @@ def load_pretrained(name, block_size=None):
 
 
 def pretrained_folder(name):
-    """`name` if it is a folder, else the folder of the hub's model of that id, downloaded once."""
+    """
+    Return `name` if it is a folder; otherwise download that hub model once and return its folder.
+    """
     if os.path.isdir(name):
         return name
     hub = optional('huggingface_hub', f"'{name}' is no folder, and Hugging Face's hub")
     try:
         return hub.snapshot_download(
             name, allow_patterns=['*.json', '*.safetensors'],
-            ignore_patterns=['*/*', 'consolidated*'])  # these repeat the weights
+            ignore_patterns=['*/*', 'consolidated*'])  # such files repeat the weights
     except Exception as e:  # the library has many errors, from a wrong name to no network
-        raise UserError(f"'{name}' is no folder, and could not be had from Hugging Face's hub: "
-                        f'{type(e).__name__}: {first_line(e)[:200]}') from e
+        raise UserError(f"'{name}' is no folder, and could not be downloaded from Hugging "
+                        f"Face's hub: {type(e).__name__}: {first_line(e)[:200]}") from e
 
 
 def read_object(folder, name):
-    """The object in a JSON file of a folder, as a dict."""
+    """Return the object in a folder's JSON file as a dict."""
     with open(os.path.join(folder, name), encoding='utf-8') as f:
         try:
             found = json.load(f)
@@ -121,7 +126,7 @@ def read_object(folder, name):
 
 
 def read_settings(hf, block_size=None):
-    """The keys of GPTConfig that a config.json stands for. UserError names what does not fit."""
+    """Translate a config.json into keys of GPTConfig. UserError names what is not supported."""
     require(hf, 'model_type', FAMILIES)
     family = FAMILIES[hf['model_type']]
     supported = SUPPORTED | {family.keys['activation']: (None, *ACTIVATIONS)}
@@ -146,7 +151,7 @@ def read_settings(hf, block_size=None):
     if window and (block_size or 0) > window:
         raise UserError(f'block_size={block_size} is beyond its sliding_window={window}, '
                         'and attention here is full')
-    if window:  # within it, attention there is full too
+    if window:  # attention within the window is full, as ours is
         settings['block_size'] = min(settings['block_size'], window)
     return settings
 
@@ -174,7 +179,10 @@ def check_sizes(settings, family):
 
 
 def read_bias(hf):
-    """Whether the Linears have biases; UserError if only some of them have, unlike here."""
+    """
+    Return whether the Linears have biases. Raise UserError if only some do, which GPTConfig cannot
+    express.
+    """
     kind = hf['model_type']
     if kind == 'starcoder2':
         return hf.get('use_bias', True)
@@ -188,7 +196,10 @@ def read_bias(hf):
 
 
 def read_rope(hf, theta):
-    """rope_theta and rope_scaling. They are at the top level or in a dict, by the file's age."""
+    """
+    Return rope_theta and rope_scaling. Older files have them at the top level, newer ones in a
+    dict.
+    """
     key = 'rope_parameters' if 'rope_parameters' in hf else 'rope_scaling'
     rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -199,7 +210,7 @@ def read_rope(hf, theta):
 
 
 def sliding_window(hf):
-    """How many positions attention there sees, or None if it sees all of them."""
+    """Return how many positions their attention sees, or None if it sees all."""
     kind = hf['model_type']
     if not hf.get('use_sliding_window', kind in ('mistral', 'starcoder2')):
         return None
@@ -207,7 +218,10 @@ def sliding_window(hf):
 
 
 def read_state(folder, family, settings):
-    """The state dict of GPT from a folder's tensors. UserError if one is missing or left over."""
+    """
+    Read a folder's tensors into a state dict of GPT. Raise UserError if one is missing or left
+    over.
+    """
     with torch.device('meta'):
         wanted = GPT(GPTConfig(**settings)).state_dict()
     tied = settings['weight_tying']
@@ -226,7 +240,7 @@ def read_state(folder, family, settings):
                             f'{tuple(like.shape)}')
         state[name] = tensor
     left = sorted(name for name, t in theirs.items() if not name.endswith('.bias') or t.any())
-    if left:  # a bias of zeros is none
+    if left:  # biases of zeros were left out above
         more = ', ...' if len(left) > 3 else ''
         raise UserError(f"there is no place here for its tensors {', '.join(left[:3])}{more}")
     if tied:
@@ -235,14 +249,14 @@ def read_state(folder, family, settings):
 
 
 def read_tensors(folder, family, tied):
-    """{name: tensor} of a folder, without those that are no weights."""
+    """Return {name: tensor} of a folder, without buffers that are not weights."""
     files = tensor_files(folder, 'model.safetensors') or tensor_files(folder, 'pytorch_model.bin')
     if not files:
         raise UserError('it has no model.safetensors and no pytorch_model.bin')
     tensors = {}
     for path in files:
         tensors |= read_tensor_file(path)
-    # RoPE's frequencies, and the causal masks of old GPT-2 files
+    # RoPE's frequencies, and causal masks in old GPT-2 files
     buffers = ('.rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
     if family.model_type == 'gpt2':  # the hub's own GPT-2 files lack the prefix
         prefixes = ('transformer.', 'lm_head.')
@@ -254,7 +268,7 @@ def read_tensors(folder, family, tied):
 
 
 def tensor_files(folder, name):
-    """The paths of the file of that name, or of the shards that its index lists; [] if neither."""
+    """Return the paths of that file or of the shards in its index; [] if there is neither."""
     index = f'{name}.index.json'
     if os.path.exists(os.path.join(folder, index)):
         shards = set(read_object(folder, index)['weight_map'].values())
@@ -267,7 +281,7 @@ def read_tensor_file(path):
     if path.endswith('.safetensors'):
         read = optional('safetensors.torch', 'to read safetensors').load_file
     else:
-        def read(path):  # a pickle that holds anything but tensors is refused
+        def read(path):  # refuses a pickle of anything but tensors
             return torch.load(path, map_location='cpu', weights_only=True)
     try:
         return read(path)
@@ -276,7 +290,10 @@ def read_tensor_file(path):
 
 
 def read_tokenizer(folder):
-    """The spec of a folder's tokenizer for get_tokenizer, or None if it has no tokenizer.json."""
+    """
+    Return the spec of a folder's tokenizer, for get_tokenizer, or None if there is no
+    tokenizer.json.
+    """
     path = os.path.join(folder, 'tokenizer.json')
     if not os.path.exists(path):
         return None
@@ -303,10 +320,10 @@ def is_gpt2_vocabulary(vocab):
 
 
 # ------------------------------------------------------------------------------------------------
-# Out: write a folder
+# export a folder
 
 def config_json(model):
-    """The config.json, as a dict, that describes a model."""
+    """Return the config.json of a model as a dict."""
     c, family = model.config, family_of(model.config)
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
     hf = {theirs: getattr(c, ours) for ours, theirs in family.keys.items()}
@@ -327,7 +344,7 @@ def config_json(model):
 
 
 def tensors_there(model, family):
-    """{name: tensor} of a model as the class of that family has them."""
+    """Return {name: tensor} of a model as that family's class names and lays them out."""
     c, state = model.config, model.state_dict()
     if c.weight_tying:
         del state['lm_head.weight']
@@ -343,44 +360,46 @@ def tensors_there(model, family):
         if is_transposed(name, family):
             tensor = tensor.T
         names = names_there(name, family)
-        rows = qkv_rows if len(names) == 3 else len(tensor) // len(names)  # gate and up are alike
+        rows = qkv_rows if len(names) == 3 else len(tensor) // len(names)  # gate and up
         for theirs, part in zip(names, tensor.split(rows)):
             tensors[theirs] = part.contiguous()
     return tensors
 
 
 def save_pretrained(model, folder, ckpt):
-    """See GPT.save_pretrained. The folder appears under its name once it is complete."""
+    """
+    Implement GPT.save_pretrained; see there. The folder is renamed into place once it is complete.
+    """
     hf = config_json(model)
     save_file = optional('safetensors.torch', 'to write safetensors').save_file
     folder = os.path.normpath(folder)
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f"'{folder}' is there already: another name, or remove it first")
+        raise UserError(f"'{folder}' already exists: choose another name, or remove it first")
     if model.config.doc_mask_token is not None:
-        print('NOTE: doc_mask is lost in this format: across documents in one window transformers '
-              'gives other logits', file=sys.stderr)
+        print('NOTE: this format cannot express doc_mask: in a window of several '
+              'documents, transformers gives different logits', file=sys.stderr)
     tokenizer = find_tokenizer(ckpt) if ckpt else None
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-        tokenizer = None  # a guess for a checkpoint that names none, and a wrong one
+        tokenizer = None  # find_tokenizer guessed, and guessed wrong
     texts = config_files(model, hf, tokenizer)
     texts['README.md'] = model_card(model, ckpt or {}, hf['architectures'][0], tokenizer)
     tensors = tensors_there(model, FAMILIES[hf['model_type']])
     try:
         with folder_beside(folder) as temporary:
             complete = os.path.join(temporary, 'complete')
-            os.mkdir(complete)  # readable by others, unlike the temporary one around it
+            os.mkdir(complete)  # readable by others, unlike the temporary folder
             tensor_file = os.path.join(complete, 'model.safetensors')
             save_file(tensors, tensor_file, metadata={'format': 'pt'})
             for name, text in texts.items():
                 with open(os.path.join(complete, name), 'w', encoding='utf-8') as f:
                     f.write(text)
             os.replace(complete, folder)
-    except Exception as e:  # safetensors has an error of its own for a full disk
+    except Exception as e:  # safetensors raises its own type for a full disk
         raise OSError(f"'{folder}' could not be written: {first_line(e)}") from e
 
 
 def config_files(model, hf, tokenizer):
-    """{file name: text} of the JSON files beside the weights."""
+    """Return {file name: text} for the JSON files beside the weights."""
     c = model.config
     eot = tokenizer.eot if tokenizer else None
     ends = dict(bos_token_id=eot, eos_token_id=eot)
@@ -407,7 +426,7 @@ def config_files(model, hf, tokenizer):
 
 
 def folder_beside(path):
-    """A context: a new folder beside path, removed at the end."""
+    """Return a context that makes a temporary folder beside `path` and removes it at the end."""
     parent = os.path.dirname(path) or '.'
     os.makedirs(parent, exist_ok=True)
     prefix = f'{os.path.basename(path)}.'
@@ -415,10 +434,10 @@ def folder_beside(path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Out: write ONNX
+# export ONNX
 
 class Logits(nn.Module):
-    """The function in the ONNX file: ids (B, T) -> logits (B, T, V)."""
+    """The function to export as ONNX: ids (B, T) -> logits (B, T, V)."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -429,11 +448,11 @@ class Logits(nn.Module):
 
 def save_onnx(model, path):
     """
-    Write a model with its weights as ONNX: ids (B, T) int64 -> logits (B, T, V) float32, for any
-    batch and any length up to block_size.
+    Write a model with its weights as ONNX: ids (B, T) int64 -> logits (B, T, V) float32. It takes
+    any batch size and any length up to block_size.
     """
     if os.path.exists(path):
-        raise UserError(f"'{path}' is there already: another name, or remove it first")
+        raise UserError(f"'{path}' already exists: choose another name, or remove it first")
     optional('onnxscript', 'to write ONNX')
     program = onnx_program(model)
     too_large = model.get_num_params(False) > 4e8  # one file can hold 2 GB
@@ -451,13 +470,13 @@ def save_onnx(model, path):
 def onnx_program(model):
     for module in model.modules():
         if hasattr(module, 'attend'):
-            # the fused kernels branch on whether there is one query, which is not known yet
+            # the fused kernels branch on the number of queries, which the export leaves open
             module.attend = ATTENTION_BACKEND['manual']
     block_size = model.config.block_size
     example = torch.zeros(2, min(block_size, 8), dtype=torch.long)
     length = torch.export.Dim('length', max=block_size)
     shape = {0: torch.export.Dim('batch'), 1: length}
-    logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # such as: no torchvision
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # it warns that torchvision is missing
     quiet = contextlib.redirect_stdout(io.StringIO())
     with warnings.catch_warnings(), quiet, torch.no_grad():
         warnings.simplefilter('ignore')
@@ -465,6 +484,6 @@ def onnx_program(model):
             return torch.onnx.export(
                 Logits(model).eval(), (example,), dynamo=True, verbose=False,
                 input_names=['ids'], output_names=['logits'], dynamic_shapes={'ids': shape})
-        except Exception as e:  # it has no common error for a part that it cannot follow
+        except Exception as e:  # it has no common type for what it cannot trace
             reason = first_line(e.__cause__ or e)[:200]
             raise UserError(f'torch.onnx cannot export this model: {reason}') from e

@@ -1,4 +1,4 @@
-"""int8 weights, for sampling only."""
+"""Quantize weights to int8, for sampling only."""
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 class Int8Linear(nn.Module):
     """
-    A Linear whose weight is int8 with one scale per output: half the bytes of bfloat16.
+    A Linear with int8 weights and one scale per output: half the bytes of bfloat16.
 
-    For up to 4 rows of bfloat16 a CPU has a kernel that reads int8 directly, no slower than
-    bfloat16. Everything else first converts the weight to x's dtype, which is slower.
+    For up to 4 rows in bfloat16 on a CPU a kernel reads int8 directly and is no slower than
+    bfloat16. Otherwise the weight is first converted to x's dtype, which is slower.
     """
     def __init__(self, linear):
         super().__init__()
@@ -30,13 +30,16 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def converted(self, rows):
-        """In parts, because a large head converted at once would take more than int8 saves."""
+        """
+        Convert and multiply in parts, because converting a large head at once would take more
+        memory than int8 saves.
+        """
         parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))
         y = torch.cat([F.linear(rows, part.to(rows.dtype)) for part in parts], dim=-1)
         return y * self.scale
 
     def embed(self, ids):
-        """The rows of these ids, for an embedding that is tied to this layer."""
+        """Return the rows of these ids, for an embedding tied to this layer."""
         return self.weight[ids].to(self.scale.dtype) * self.scale[ids][..., None]
 
 
@@ -53,8 +56,8 @@ class Int8Embedding(nn.Module):
 @torch.no_grad()
 def quantize_int8(model):
     """
-    Replace every Linear of a GPT by an Int8Linear, in place, and the token embedding if it is
-    tied to the head. Returns the model.
+    Replace every Linear of a GPT with an Int8Linear, in place, and the token embedding if it is
+    tied to the head. Return the model.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

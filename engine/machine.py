@@ -1,4 +1,4 @@
-"""The machine: device, dtype, peak speeds, memory."""
+"""Find out about the machine: device, dtype, peak speed, memory."""
 import contextlib
 import ctypes
 import gc
@@ -16,7 +16,7 @@ from engine.common import UserError, first_line, out_of_memory
 
 
 def pick_device(device='auto', dtype='auto'):
-    """(torch.device, name of the dtype); 'auto' takes the fastest that this machine has."""
+    """Return (torch.device, dtype name). 'auto' picks the fastest that this machine has."""
     if device == 'auto':
         device = fastest_device()
     try:
@@ -26,7 +26,7 @@ def pick_device(device='auto', dtype='auto'):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device '{device}' is not available here: {first_line(e)[:120]}; "
-                        '--device=auto takes the best that is') from e
+                        '--device=auto chooses the fastest available') from e
     if dtype == 'auto':
         dtype = fastest_dtype(device)
     return device, dtype
@@ -39,7 +39,10 @@ def fastest_device():
 
 
 def fastest_dtype(device):
-    """bfloat16 where the hardware has units for it; otherwise float16 on CUDA, else float32."""
+    """
+    Return 'bfloat16' if the hardware supports it, otherwise 'float16' on CUDA and 'float32'
+    elsewhere.
+    """
     if device.type == 'cuda':
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if has_units else 'float16'
@@ -62,8 +65,8 @@ def synchronize(device):
 
 
 # Dense bfloat16 TFLOP/s from the vendors' datasheets; float16 for V100 and T4, which have no
-# bfloat16 units. The doubled figures in circulation assume 2:4 sparsity. The first name that
-# occurs as whole words in the device's name counts.
+# bfloat16 units. Figures twice as high assume 2:4 sparsity. The first name that occurs as
+# whole words in the device's name is used.
 DENSE_PEAKS = {
     'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312,
     'L40S': 362, 'A10': 125, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
@@ -73,8 +76,8 @@ DENSE_PEAKS = {
 
 def peak_flops(device, dtype):
     """
-    (FLOP/s, its source): the datasheet's dense peak, or for an unknown device the speed of a
-    large matmul, measured for a third of a second.
+    Return (FLOP/s, source): the datasheet's dense peak or, for an unknown device, the measured
+    speed of a large matmul.
     """
     name = device_name(device) if device.type == 'cuda' else ''
     for known, tflops in DENSE_PEAKS.items():
@@ -91,15 +94,17 @@ def peak_flops(device, dtype):
 
 def peak_bandwidth(device):
     """
-    Bytes/s at which the device reads memory, which limits generation: the best of a second of
-    sums over 1 GiB of float32.
+    Measure the bytes/s at which the device reads memory, which limits generation: the best of one
+    second of sums over 1 GiB of float32.
     """
     x = torch.ones(2 ** 28, device=device)
     return x.nbytes / shortest_time(x.sum, 1.0)
 
 
 def shortest_time(work, seconds):
-    """The shortest time of work(), which returns a tensor, over at least that many seconds."""
+    """
+    Return the shortest time of work(), called for at least `seconds`. work() returns a tensor.
+    """
     best, spent = math.inf, 0.0
     while spent < seconds:
         t0 = time.perf_counter()
@@ -111,18 +116,18 @@ def shortest_time(work, seconds):
 
 def memory(device):
     """
-    Bytes in use and at their peak. CUDA: of tensors (allocated, peak), and what torch's allocator
-    has taken for them (reserved). MPS: the same without a peak, which it does not count. CPU: the
-    whole process (resident, peak), or its peak alone without /proc.
+    Return the bytes in use and at their peak. CUDA: tensors (allocated, peak) and what torch's
+    allocator holds (reserved). MPS: the same without a peak. CPU: the whole process (resident,
+    peak), or only its peak without /proc.
     """
     if device.type == 'cuda':
         return dict(allocated=torch.cuda.memory_allocated(device),
                     peak=torch.cuda.max_memory_allocated(device),
                     reserved=torch.cuda.memory_reserved(device))
-    if device.type == 'mps':  # its pool does not shrink unasked, so reserved is close to a peak
+    if device.type == 'mps':  # its pool only shrinks on request, so reserved is close to a peak
         return dict(allocated=torch.mps.current_allocated_memory(),
                     reserved=torch.mps.driver_allocated_memory())
-    try:  # not getrusage, whose peak starts at that of the parent process
+    try:  # not getrusage, whose peak starts at the parent process's peak
         sizes = read_sizes('/proc/self/status')
         return dict(resident=sizes['VmRSS'], peak=sizes['VmHWM'])
     except OSError:
@@ -131,14 +136,14 @@ def memory(device):
 
 
 def read_sizes(path):
-    """{name: bytes} of the lines 'name: n kB' of a file in /proc."""
+    """Parse the lines 'name: n kB' of a file in /proc into {name: bytes}."""
     with open(path) as f:
         found = re.findall(r'^(\w+):\s+(\d+) kB$', f.read(), re.MULTILINE)
     return {name: int(kilobytes) * 1024 for name, kilobytes in found}
 
 
 def total_memory(device):
-    """Bytes of memory that a GPU has, or for other devices this computer."""
+    """Return the bytes of memory of a GPU or, for other devices, of this computer."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -146,8 +151,8 @@ def total_memory(device):
 
 def free_memory(device):
     """
-    Bytes that the device can still give out, within the limit of a container. All of its memory
-    where the system does not say.
+    Return the bytes still free on the device, within a container's limit. If the system does not
+    say, return all of its memory.
     """
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
@@ -164,9 +169,9 @@ def free_memory(device):
 
 def limit_memory(device):
     """
-    Make this process run out of memory, with an error, at nine tenths of what is free; otherwise
-    the kernel might kill it, or another process. Ranks on one node share its CPU memory. Only
-    CUDA and Linux have such limits.
+    Limit this process to nine tenths of the free memory, so that it gets an error instead of being
+    killed by the kernel. Ranks on one node share its CPU memory. Only CUDA and Linux have such
+    limits.
     """
     if device.type == 'cuda':
         torch.cuda.set_per_process_memory_fraction(0.9, device)
@@ -184,31 +189,31 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 def keep_freed_memory():
     """
-    Stop glibc's malloc from returning freed tensors to the kernel, whose pages it would have to
-    fault in again for the next ones. Does nothing on other systems.
+    Stop glibc's malloc from returning freed memory to the kernel, because faulting it in again for
+    the next tensors is slow. Do nothing on other systems.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, 'mallopt'):
-        libc.mallopt(M_MMAP_MAX, 0)  # no block is mapped by itself
+        libc.mallopt(M_MMAP_MAX, 0)  # do not mmap large blocks separately
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give memory back
         libc.mallopt(M_TOP_PAD, 2 ** 28)  # grow by 256 MiB at a time
 
 
 def release_freed_memory(device):
-    """After an out-of-memory error, give cached memory back and keep less of it from then on."""
+    """Release cached memory after an out-of-memory error, and cache less from then on."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if device.type == 'cuda':
         torch.cuda.empty_cache()
     elif hasattr(libc, 'malloc_trim'):
-        libc.mallopt(M_MMAP_MAX, 65536)  # its default
+        libc.mallopt(M_MMAP_MAX, 65536)  # the default
         libc.malloc_trim(0)
 
 
 def never_compiled(function):
     """
     Mark a function that torch wraps in its private _disable_dynamo. Without the mark, its first
-    call imports the front end of torch.compile, only to learn how not to be compiled.
+    call imports torch.compile's front end for nothing.
     """
     original = inspect.unwrap(function)
     original.__dynamo_disable = original
@@ -216,20 +221,24 @@ def never_compiled(function):
 
 
 def skip_dynamo_imports():
-    """Spare a run that never compiles the import of torch.compile's front end, about a second."""
+    """
+    Avoid the import of torch.compile's front end, about a second, in runs that never compile. This
+    is harmless in runs that do.
+    """
     adamw = torch.optim.AdamW
     for method in (adamw.add_param_group, adamw.zero_grad, adamw.state_dict, adamw.load_state_dict):
         never_compiled(method)
     if adamw.step is torch.optim.Adam.step:  # not replaced yet
-        # Adam's step imports it too, in a wrapper around the function that computes.
+        # Adam's step is wrapped in a function that imports it, too.
         adamw.step = torch.no_grad()(inspect.unwrap(adamw.step))
 
 
 def check_out_of_memory(error, smaller, distributed):
     """
-    Return if `error` says that memory ran out and a smaller micro-batch may help; otherwise raise
-    it, or a UserError with the flags to use. smaller: (batch_size, gradient_accumulation_steps) of
-    that micro-batch, or None. Several processes would have to agree on it, so they end.
+    Decide what follows an error in a step. Return if memory ran out and a single process can use a
+    smaller micro-batch. Raise UserError with the flags to use if memory ran out otherwise, and any
+    other error unchanged. `smaller` is (batch_size, gradient_accumulation_steps) of that
+    micro-batch, or None.
     """
     if not out_of_memory(error):
         raise error
@@ -238,5 +247,5 @@ def check_out_of_memory(error, smaller, distributed):
     remedy = '--activation_checkpointing=True, a smaller --block_size or a smaller model'
     if smaller:
         remedy = (f'--batch_size={smaller[0]} --gradient_accumulation_steps={smaller[1]}, which '
-                  'are as many tokens per iteration')
-    raise UserError(f'out of memory; to need less: {remedy} ({first_line(error)[:200]})')
+                  'keep the tokens per iteration')
+    raise UserError(f'out of memory; try {remedy} ({first_line(error)[:200]})')

@@ -1,4 +1,4 @@
-"""The README.md of an exported model, from its checkpoint and the run logs beside it."""
+"""Write the README.md of an exported model from its checkpoint and run logs."""
 import contextlib
 import glob
 import json
@@ -24,19 +24,19 @@ pipeline_tag: text-generation
 
 ## Limits
 
-A plain language model: it continues a text, of which it sees the last {block_size} tokens. \
-Nothing about it has been measured beyond the losses above; false or offensive statements in its \
-training text can come out again.{doc_mask}
+This is a plain language model: it continues a text and sees the last {block_size} tokens of it. \
+Nothing has been measured except the losses above. It can repeat false or offensive statements \
+from its training text.{doc_mask}
 '''
 DOC_MASK = (
-    ' It was trained with attention inside a document, which this format cannot express: after an '
-    'end-of-text token transformers gives other logits than plainGPT, so give it one document at '
-    'a time.'
+    ' It was trained with attention limited to one document, which this format cannot express. '
+    'After an end-of-text token, transformers gives other logits than plainGPT, so give it one '
+    'document at a time.'
 )
 
 
 def model_card(model, ckpt, architecture, tokenizer):
-    """The card as text. Facts that the checkpoint and the logs do not give are left out."""
+    """Return the card as text. Facts that neither the checkpoint nor the logs give are left out."""
     c, trained, logs = model.config, ckpt.get('config') or {}, run_logs(ckpt)
     rows = {
         'architecture': describe_architecture(c, architecture),
@@ -95,7 +95,10 @@ def describe_loss(losses, trained, block_size):
 
 
 def run_logs(ckpt):
-    """The run_*.json beside a checkpoint, as dicts, oldest first. Unreadable ones are skipped."""
+    """
+    Return the run_*.json files beside a checkpoint as dicts, oldest first. Unreadable ones are
+    skipped.
+    """
     folder = glob.escape(os.path.dirname(ckpt.get('path', '')))
     logs = []
     for path in sorted(glob.glob(os.path.join(folder, 'run_*.json'))):
@@ -106,8 +109,8 @@ def run_logs(ckpt):
 
 def tokens_seen(ckpt, logs):
     """
-    (tokens that a checkpoint was trained on, the init_from of its first run), or (None, None).
-    The checkpoint's own config knows only the last of several runs; the logs know the others.
+    Return (tokens that a checkpoint was trained on, init_from of its first run), or (None, None).
+    Its config describes only the last of several runs; the logs describe the others.
     """
     trained, reached = ckpt.get('config') or {}, ckpt.get('iter_num')
     if reached is None:
@@ -121,7 +124,7 @@ def tokens_seen(ckpt, logs):
         summary = log.get('summary', {})
         end = summary.get('iter_num', 0)
         begin = end - summary.get('iterations', 0)
-        if begin < reached <= end:  # a run may have gone past the checkpoint that was resumed
+        if begin < reached <= end:  # a run may have gone beyond the checkpoint that was resumed
             tokens += (reached - begin) * log['startup_info']['tokens_per_iter']
             reached = begin
             if begin == 0:

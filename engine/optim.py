@@ -1,8 +1,8 @@
 """
-The optimizers that --optimizer can name, and several of them as one.
+Register the optimizers that --optimizer can name, and combine several into one.
 
-To add one, register its class here under a function that returns the class's keyword arguments.
-Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py follow from that entry.
+To add one, write a function that returns the keyword arguments of its class and decorate it with
+@register. Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py use the registry.
 """
 import contextlib
 from collections.abc import Callable
@@ -19,16 +19,16 @@ class Entry(NamedTuple):
     cls: type          # the torch.optim.Optimizer
     options: Callable  # (settings, device_type) -> its keyword arguments but lr and weight_decay
     moments: int       # tensors of state per parameter that have the parameter's shape
-    rate: str          # the setting that is its highest learning rate
-    rest: str | None   # None: trains all parameters. A name: only GPT.hidden_matrices(), while
-                       # the optimizer of that name trains the rest
+    rate: str          # the setting with its highest learning rate
+    rest: str | None   # None: it trains all parameters. A name: it trains only
+                       # GPT.hidden_matrices(), and the optimizer of that name the rest
 
 
 OPTIMIZER = {}
 
 
 def register(name, cls, moments, rate='learning_rate', rest=None):
-    """Decorator: make `cls`, with the options that the function below returns, selectable."""
+    """Decorator: make `cls` selectable. The decorated function returns its keyword arguments."""
     def add(options):
         OPTIMIZER[name] = Entry(cls, options, moments, rate, rest)
         return options
@@ -42,7 +42,7 @@ def adamw(settings, device_type):
 
 
 class Float32(TorchFunctionMode):
-    """While entered, Tensor.bfloat16() returns float32."""
+    """Inside this context, Tensor.bfloat16() returns float32."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.bfloat16:
             return args[0].float().clone()
@@ -51,8 +51,8 @@ class Float32(TorchFunctionMode):
 
 def fast_bfloat16(groups):
     """
-    A context in which bfloat16 is fast: Muon's matmuls take 20 times as long on a device that
-    emulates bfloat16, so there they run in float32.
+    Return a context that runs Muon's matmuls in float32 on devices that only emulate bfloat16,
+    where they would take 20 times as long.
     """
     params = [p for group in groups for p in group['params']]
     device = params[0].device.type if params else 'cpu'
@@ -62,8 +62,8 @@ def fast_bfloat16(groups):
 
 class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 has no Muon
     """
-    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/). The spectral norm of a step is
-    lr * sqrt(max(1, rows / columns)).
+    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/), with float32 matmuls where
+    bfloat16 is emulated. A step has spectral norm lr * sqrt(max(1, rows / columns)).
     """
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
@@ -85,9 +85,9 @@ def muon(settings, device_type):
 
 class Together(torch.optim.Optimizer):
     """
-    Several optimizers as one with a single state dict, so that ZeRO-1, fp16's scaler and
-    checkpoints need not know. group['optimizer'] names the one that steps a group. Groups must be
-    complete: `Together(groups)` is all that ZeRO-1 calls.
+    Several optimizers with one state dict, so that ZeRO-1, the fp16 scaler and checkpoints see a
+    single optimizer. group['optimizer'] names the optimizer of a group. Groups must contain every
+    setting, because ZeRO-1 constructs this class as Together(groups).
     """
     def __init__(self, groups):
         self.parts = {}
@@ -99,7 +99,7 @@ class Together(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for name, part in self.parts.items():
-            # loading a state dict replaces both, so hand them over at each step
+            # pass them on at each step, because loading a state dict replaces both
             part.state = self.state
             part.param_groups = [g for g in self.param_groups if g['optimizer'] == name]
             part.step()
@@ -107,8 +107,8 @@ class Together(torch.optim.Optimizer):
 
 def parameter_groups(name, model, weight_decay=0.0):
     """
-    The model's parameter groups, each with the name of its optimizer. Those of `rest` come first;
-    checkpoints number the parameters in this order.
+    Return the model's parameter groups, each with its optimizer's name. Groups of `rest` come
+    first. Checkpoints number parameters in this order.
     """
     if name not in OPTIMIZER:
         raise UserError(f"unknown optimizer {name!r}; choose from {', '.join(OPTIMIZER)}")
@@ -126,16 +126,16 @@ def parameter_groups(name, model, weight_decay=0.0):
 
 
 def moment_numel(name, model):
-    """How many numbers of optimizer state have the shapes of the model's parameters."""
+    """Return the number of elements of optimizer state that are shaped like the parameters."""
     return sum(OPTIMIZER[group['optimizer']].moments * p.numel()
                for group in parameter_groups(name, model) for p in group['params'])
 
 
 def build(name, model, settings, device_type):
     """
-    The torch optimizer `name` for a GPT. settings: a dict with learning_rate, weight_decay and
-    the other settings that the optimizer takes. A group's learning rate is to be the schedule's
-    times its 'lr_scale'. UserError for an unknown name, or one that torch lacks.
+    Build the optimizer `name` for a GPT from settings. The training loop must set each group's lr
+    to the scheduled rate times 'lr_scale'. Raise UserError if the name is unknown or torch lacks
+    it.
     """
     groups = parameter_groups(name, model, settings['weight_decay'])
     for group in groups:
@@ -145,12 +145,15 @@ def build(name, model, settings, device_type):
                      lr_scale=rate / settings['learning_rate'])
     if OPTIMIZER[name].rest is not None:
         return Together(groups)
-    # options once more: torch's AdamW looks at its own arguments to see whether it is fused
+    # pass the options again: torch's AdamW checks its arguments to see whether it is fused
     return OPTIMIZER[name].cls(groups, **OPTIMIZER[name].options(settings, device_type))
 
 
 def describe(optimizer):
-    """'muon at 0.02 for 48 matrices, adamw at 0.0006', with the rates before any schedule."""
+    """
+    Describe an optimizer, as in 'muon at 0.02 for 48 matrices, adamw at 0.0006', with the rates
+    before any schedule.
+    """
     texts = []
     for group in reversed(optimizer.param_groups):
         name = group['optimizer']

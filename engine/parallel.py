@@ -1,6 +1,6 @@
 """
-How a run spreads over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or
-FSDP2, behind one object. train.py calls the same methods in every mode.
+Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2.
+train.py calls the same methods in every mode.
 """
 import ctypes
 import math
@@ -19,8 +19,8 @@ MODES = {'none': 'one process', 'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
 class Parallel:
     """
-    mode is a key of MODES; rank, world_size and local_rank are torchrun's. Without torchrun it is
-    a single process, for which every method below does nothing or returns what it was given.
+    `mode` is a key of MODES. rank, world_size and local_rank come from torchrun. Without torchrun
+    there is one process, and collectives return what they are given.
     """
     def __init__(self, use_zero1=False, use_fsdp=False):
         self.distributed = 'RANK' in os.environ
@@ -37,7 +37,10 @@ class Parallel:
     # start and end
 
     def own_device(self, device):
-        """The device that --device means for this process: under torchrun, a GPU of its own."""
+        """
+        Return the device that --device means for this process. Under torchrun each process has its
+        own GPU.
+        """
         if not self.distributed or device not in ('auto', 'cuda'):
             return device
         if not torch.cuda.is_available():
@@ -45,63 +48,65 @@ class Parallel:
         processes, gpus = int(os.environ['LOCAL_WORLD_SIZE']), torch.cuda.device_count()
         if processes > gpus:
             raise UserError(f'{processes} processes on this machine, which has {gpus} GPUs; '
-                            f'--nproc_per_node={gpus}')
+                            f'use --nproc_per_node={gpus}')
         return f'cuda:{self.local_rank}'
 
     def connect(self, device, backend='auto'):
-        """Join the process group. From here on, `device` is where collectives take place."""
+        """Join the process group. Collectives use `device` from here on."""
         self.device = device
         if not self.distributed:
             return
         if backend == 'nccl' and device.type != 'cuda':
             raise UserError(f'backend=nccl needs a GPU for each process, and this is '
-                            f'{device.type}; --backend=gloo')
+                            f'{device.type}; use --backend=gloo')
         if backend == 'auto':
             backend = 'nccl' if device.type == 'cuda' else 'gloo'
         device_id = device if device.type == 'cuda' else None
         dist.init_process_group(backend=backend, device_id=device_id)
         sys.excepthook = show_lost_process
-        if sys.platform == 'linux':  # if torchrun itself is killed: save and end
+        if sys.platform == 'linux':  # save and end if torchrun itself is killed
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def leave(self, code):
-        """Exit with this status, all processes together."""
+        """Exit all processes together with this status."""
         if self.distributed:
             dist.barrier()
             dist.destroy_process_group()
             sys.stdout.flush()
-            os._exit(code)  # Python's own shutdown under gloo's threads aborts a few times in 1000
+            os._exit(code)  # Python's shutdown with gloo's threads aborts a few times in 1000
         raise SystemExit(code)
 
     # -----------------------------------------------------------------------------------------
     # agreement between processes
 
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM):
-        """Reduce over all processes, in place; returns the tensor."""
+        """Reduce a tensor over all processes, in place, and return it."""
         if self.distributed:
             dist.all_reduce(tensor, op)
         return tensor
 
     def all_max(self, number):
-        """The largest of the ints that the processes pass, on all of them."""
+        """Return, on all processes, the largest int that any of them passes."""
         if not self.distributed:
             return number
         return self.all_reduce(torch.tensor(number, device=self.device), dist.ReduceOp.MAX).item()
 
     def all_equal(self, number):
-        """Whether all processes pass the same int."""
+        """Return whether all processes pass the same int."""
         return self.all_max(number) == -self.all_max(-number)
 
     def mean(self, number):
-        """The mean of the floats that the processes pass, on all of them."""
+        """Return, on all processes, the mean of the floats that they pass."""
         if not self.distributed:
             return number
         total = self.all_reduce(torch.tensor(number, dtype=torch.float64, device=self.device))
         return total.item() / self.world_size
 
     def gather_objects(self, value):
-        """[the value that each process passes], on all of them. Plain values only."""
+        """
+        Return, on all processes, the list of values that they pass, which must be plain values.
+        """
         if not self.distributed:
             return [value]
         values = [None] * self.world_size
@@ -113,7 +118,7 @@ class Parallel:
             dist.barrier()
 
     def fail(self, message):
-        """End all processes, each of which calls this; rank 0 says why."""
+        """End all processes, which must all call this. Rank 0 prints the message."""
         raise UserError(message) if self.master else SystemExit(2)
 
     # -----------------------------------------------------------------------------------------
@@ -147,13 +152,16 @@ class Parallel:
             if sum(p.numel() for p in block.parameters()) >= min_num_params:
                 fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward,
                             mp_policy=policy)
-        # The rest is one group, so that embeddings and a tied head stay one tensor.
+        # The rest is one group, so that the embedding and a tied head stay one tensor.
         fully_shard(raw_model, mesh=mesh)
         register_fsdp_forward_method(raw_model, 'generate')
         self.reshard_after_forward = reshard_after_forward
 
     def shard_optimizer(self, optimizer):
-        """With ZeRO-1, an optimizer that keeps the moments of some parameters only."""
+        """
+        Return the optimizer, or, with ZeRO-1, one that keeps only this process's share of the
+        moments.
+        """
         if self.mode != 'zero1':
             return optimizer
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -162,9 +170,9 @@ class Parallel:
 
     def sync_gradients(self, model, last):
         """
-        Whether the next backward averages gradients over processes. Only the last micro-batch's
-        does, except that FSDP does it each time unless its weights stay gathered: gradients that
-        wait for the last micro-batch take the memory of whole weights.
+        Set whether the next backward averages gradients over processes. Normally only the last
+        micro-batch does. FSDP does so every time unless its weights stay gathered, because
+        unreduced gradients take as much memory as all weights.
         """
         if self.mode == 'fsdp':
             model.set_requires_gradient_sync(last or self.reshard_after_forward)
@@ -172,38 +180,42 @@ class Parallel:
             model.require_backward_grad_sync = last
 
     def release_gathered(self, raw_model):
-        """After a forward without backward: free the weights that FSDP keeps for backward."""
+        """Free the weights that FSDP keeps for backward, after a forward pass without one."""
         if self.mode == 'fsdp':
             raw_model.reshard()
 
     def local(self, tensor):
-        """The part of a tensor that this process holds."""
+        """Return the part of a tensor that this process holds."""
         return tensor.to_local() if self.mode == 'fsdp' else tensor
 
     def sum_over_shards(self, tensor):
-        """Sum over processes what each has computed from its shards; in place."""
+        """With FSDP, sum over processes, in place, what each computed from its shards."""
         return self.all_reduce(tensor) if self.mode == 'fsdp' else tensor
 
     @torch.no_grad()
     def norms(self, tensors):
-        """The 2-norm of each of a list of tensors like parameters, (n,) float32."""
+        """
+        Return the 2-norm of each tensor of a list, (n,) float32. With FSDP they are sharded like
+        parameters.
+        """
         if self.mode != 'fsdp':
             return torch.stack(torch._foreach_norm(tensors))
         norms = torch.stack(torch._foreach_norm([t.to_local() for t in tensors]))
         return self.all_reduce(norms.double().square()).sqrt().float()
 
     def global_norm(self, tensors):
-        """The 2-norm of all of them together, a 0-dim tensor, as clip_grad_norm_ computes it."""
+        """
+        Return the 2-norm of all tensors together as a 0-dim tensor, as clip_grad_norm_ computes it.
+        """
         return torch.linalg.vector_norm(self.norms(tensors))
 
     # -----------------------------------------------------------------------------------------
-    # tensors like parameters, between one process's view and this process's share
+    # tensors shaped like parameters: whole, or this process's share
 
     def moments(self, optimizer):
         """
-        ({'number/key': tensor} of this process's optimizer state, the settings of all groups).
-        Whatever the mode, parameters are numbered as a single process numbers them, group after
-        group.
+        Return ({'number/key': tensor} of this process's optimizer state, settings of all groups).
+        Parameters are numbered as in a single process, group after group, in every mode.
         """
         inner, numbers = self.inner_optimizer(optimizer)
         tensors = {f'{numbers[p]}/{key}': value
@@ -212,14 +224,14 @@ class Parallel:
         return tensors, torch.optim.Optimizer.state_dict(optimizer)['param_groups']
 
     def inner_optimizer(self, optimizer):
-        """(the optimizer with this process's moments, {parameter: its number})."""
+        """Return (the optimizer that holds this process's moments, {parameter: its number})."""
         params = [p for group in optimizer.param_groups for p in group['params']]
         return getattr(optimizer, 'optim', optimizer), {p: i for i, p in enumerate(params)}
 
     def gather(self, tensors):
         """
-        {name: whole tensor} on rank 0, from a dict of which each process has some tensors or some
-        rows of them; meaningless on the other ranks. One tensor travels at a time.
+        Collect {name: whole tensor} on rank 0; each process passes a dict with some tensors or some
+        rows. The result on other ranks is not meaningful. Tensors are sent one at a time.
         """
         if self.mode == 'fsdp':
             return self._gather_rows(tensors)
@@ -238,12 +250,12 @@ class Parallel:
         return whole
 
     def owned(self, tensors):
-        """The names in a dict of tensors that no process with a lower rank has in its dict."""
+        """Return the names in this process's dict that no lower rank has."""
         lower = self.gather_objects(list(tensors))[:self.rank]
         return set(tensors).difference(*lower)
 
     def _gather_rows(self, tensors):
-        gathered = {}  # a tied tensor is in there twice and gathered once
+        gathered = {}  # a tied tensor occurs twice but is gathered once
         for t in tensors.values():
             if id(t) not in gathered:
                 full = t.detach().full_tensor() if hasattr(t, 'full_tensor') else t
@@ -252,18 +264,18 @@ class Parallel:
 
     def rows(self, shape, like):
         """
-        (first row, number of rows) of a tensor of that shape that this process has, if it is
-        divided like the parameter `like`: as torch.chunk divides it.
+        Return (first row, number of rows) that this process holds of a tensor of that shape,
+        divided like the parameter `like` (as torch.chunk does).
         """
         n = shape[0] if len(shape) else 0
-        if self.mode != 'fsdp' or tuple(shape) != tuple(like.shape):  # AdamW's step count
+        if self.mode != 'fsdp' or tuple(shape) != tuple(like.shape):  # such as AdamW's step count
             return 0, n
         per_rank = math.ceil(n / self.world_size)
         first = min(n, self.rank * per_rank)
         return first, min(n - first, per_rank)
 
     def place(self, own_rows, shape, like):
-        """A tensor like the parameter `like` from this process's rows of it; see rows()."""
+        """Build a tensor like the parameter `like` from this process's rows; see rows()."""
         if self.mode != 'fsdp' or tuple(shape) != tuple(like.shape):
             return own_rows
         from torch.distributed.tensor import DTensor
@@ -272,7 +284,10 @@ class Parallel:
 
 
 def show_lost_process(kind, error, trace):
-    """sys.excepthook of a rank: losing another process is one line, since that one says why."""
+    """
+    Show an uncaught exception of a rank. If another process was lost, print one line, because that
+    process reports the cause.
+    """
     if not issubclass(kind, dist.DistError) and 'gloo' not in str(error):
         return show_error(kind, error, trace)
     rank = os.environ['RANK']

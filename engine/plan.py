@@ -1,6 +1,6 @@
 """
-bench.py --plan: what training costs on many ranks, on paper. The formulas are those of
-config/PARAMETER_FORMULAS.md, and the speed is that of one device here.
+Estimate the cost of training on many ranks (bench.py --plan), with the formulas of
+config/PARAMETER_FORMULAS.md and the speed of one device.
 """
 import math
 from dataclasses import asdict, replace
@@ -15,9 +15,9 @@ from model import GPT
 
 def plan_ranks(config, s, model, device):
     """
-    Print DDP, ZeRO-1 and FSDP on each number of ranks: memory per rank, bytes that a rank sends
-    per step, and step time. The time is a range: at best all sending is hidden behind computing,
-    at worst none of it.
+    Print, for each number of ranks and each of DDP, ZeRO-1 and FSDP, memory per rank, bytes sent
+    per rank and step, and step time. The time is a range: at best communication is completely
+    hidden behind computation, at worst not at all. Return the rows and the device's speed.
     """
     rate, source = config['plan_tflops'] * 1e12, 'as given'
     if not rate:
@@ -54,9 +54,9 @@ def print_plan_row(row):
 
 def bytes_sent(model, dtype, micro_batches, ranks):
     """
-    {mode: bytes that a rank sends per step}. DDP reduces float32 gradients; ZeRO-1 also sends the
-    new weights. FSDP, per micro-batch, gathers the blocks in dtype for the forward and backward
-    passes and reduces float32 gradients, and gathers everything outside them once in float32.
+    Return {mode: bytes that a rank sends per step}. DDP reduces float32 gradients. ZeRO-1 also
+    sends the new weights. In every micro-batch, FSDP gathers the blocks in dtype for the forward
+    and for the backward pass, gathers the rest once in float32, and reduces float32 gradients.
     """
     n = model.get_num_params(False)
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -68,7 +68,7 @@ def bytes_sent(model, dtype, micro_batches, ranks):
 
 
 def measure_rate(s, model_config, device):
-    """(training FLOP/s of one device, source), with as many layers as fit here comfortably."""
+    """Measure (training FLOP/s of one device, source) with as many layers as fit comfortably."""
     def needed(layers):
         config = replace(model_config, n_layer=layers)
         return memory_estimate(config, s['batch_size'], s['dtype'], device)['peak']
