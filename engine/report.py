@@ -1,6 +1,6 @@
 """
-What a run tells: lines on the console, run_*.json, and, if asked for, Weights & Biases and
-TensorBoard, all under the same names.
+Report on a run: console, run_*.json and, if asked for, W&B and TensorBoard, all with the same
+names.
 """
 import atexit
 import collections
@@ -24,10 +24,10 @@ QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
 
 
 class Console:
-    """print() for the process that speaks, rank 0. A terminal that closes does not end the run."""
+    """print() on rank 0 only. A terminal that closes does not end the run."""
     def __init__(self, speaks=True):
         self.speaks, self.last_line = speaks, time.time()
-        sys.stdout.reconfigure(errors='replace')  # a sample may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
 
     def say(self, text):
         if self.speaks:
@@ -38,7 +38,7 @@ class Console:
         self.last_line = time.time()
 
     def progress(self, text):
-        """A sign of life, every 10 seconds, in a long stretch without other lines."""
+        """Print a sign of life if nothing was printed for 10 seconds."""
         if time.time() - self.last_line > 10:
             self.say(f'  ... {text}')
 
@@ -49,9 +49,9 @@ class Console:
 @torch.no_grad()
 def gradient_statistics(model, parallel=None):
     """
-    Of the gradients of a model: {'norm', 'layers': {'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': the
-    norm of each}, 'mean', 'std'}, floats, from two passes and one transfer to the host. norm is bit
-    for bit the one that clip_grad_norm_ computes.
+    Return statistics of a model's gradients as floats: {'norm', 'layers': {'wte', 'wpe', '0', ...,
+    'ln_f', 'lm_head': the norm of each}, 'mean', 'std'}. This takes two passes and one transfer to
+    the host. 'norm' is bit for bit clip_grad_norm_'s.
     """
     parallel = parallel or Parallel()
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
@@ -70,7 +70,10 @@ def gradient_statistics(model, parallel=None):
 
 
 def layer_of(name):
-    """'0' of transformer.h.0.attn.c_attn.weight, 'wte' of transformer.wte.weight, 'lm_head'."""
+    """
+    Return the layer of a parameter name: '0' for transformer.h.0.attn.c_attn.weight, 'wte' for
+    transformer.wte.weight, 'lm_head' for lm_head.weight.
+    """
     path = name.split('.')
     if path[0] != 'transformer':
         return path[0]
@@ -81,10 +84,13 @@ def layer_of(name):
 # sinks besides the console and the run log
 
 class WandbSink:
-    """Weights & Biases: numbers, a table of samples, checkpoints as versions of one artifact."""
+    """
+    Log to Weights & Biases: numbers, a table of samples, and checkpoints as versions of one
+    artifact.
+    """
     def __init__(self, out_dir, facts, settings, console):
         folder = os.path.abspath(os.path.join(out_dir, 'wandb'))
-        os.environ.setdefault('WANDB_DATA_DIR', folder)  # for copies of checkpoints
+        os.environ.setdefault('WANDB_DATA_DIR', folder)  # for its copies of checkpoints
         import wandb
         self.wandb, self.samples, self.artifacts = wandb, [], settings['wandb_artifacts']
         arguments = dict(project=settings['wandb_project'], name=settings['wandb_run_name'],
@@ -121,11 +127,11 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """TensorBoard's event files, under the names that wandb gets."""
+    """Write TensorBoard event files with the names that wandb gets."""
     def __init__(self, out_dir, facts, settings, console):
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(out_dir)
-        atexit.register(self.writer.close)  # or what it has queued is lost when a run fails
+        atexit.register(self.writer.close)  # otherwise queued entries are lost if the run fails
         self.writer.add_text('config', f'<pre>{json.dumps(facts, indent=2)}</pre>')
 
     def numbers(self, values, sample, step):
@@ -145,7 +151,10 @@ SINKS = {'wandb': WandbSink, 'tensorboard': TensorBoardSink}  # by the setting N
 
 
 def numbers_in(entry, prefix=''):
-    """{name: number} of an entry of the run log; nested names are joined: gradients/layers/wte."""
+    """
+    Flatten an entry of the run log to {name: number}. Nested names are joined:
+    gradients/layers/wte.
+    """
     flat = {}
     for key, value in entry.items():
         if isinstance(value, dict):
@@ -160,8 +169,9 @@ def numbers_in(entry, prefix=''):
 
 class RunLog:
     """
-    out_dir/run_*.json, rewritten as a whole, and the sinks, which get the same numbers. Only rank 0
-    writes. `data` is the content of the file, `outcome` how the run has ended.
+    The run log out_dir/run_*.json, rewritten as a whole, and the sinks, which get the same numbers.
+    Only rank 0 writes. `data` is the file's content and is shared with train.py's config. `outcome`
+    says how the run ended.
     """
     def __init__(self, out_dir, config, startup, state, tokens_per_iter, console):
         self.out_dir, self.state, self.console = out_dir, state, console
@@ -173,10 +183,10 @@ class RunLog:
         self.data = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                          startup_info=startup, training_iterations=[], eval_steps=[],
                          checkpoints=[], summary={})
-        atexit.register(self.write)  # whatever the reason, so that it is complete
+        atexit.register(self.write)  # however the run ends, so that the file is complete
 
     def open_sinks(self, settings):
-        """Open what the settings ask for; one that cannot be had costs a warning, not the run."""
+        """Open the sinks that the settings ask for. If one cannot be opened, warn and go on."""
         info = self.data['startup_info']
         counts = ('total_params', 'tokens_per_iter', 'flops_per_token')
         facts = settings | {key: info[key] for key in counts}
@@ -187,19 +197,24 @@ class RunLog:
                 self.sinks.append((name, sink(self.out_dir, facts, settings, self.console)))
             except Exception as e:
                 remedy = f' (pip install {name})' if isinstance(e, ImportError) else ''
-                self.console.say(f'WARNING: going on without {name}: {first_line(e)}{remedy}')
+                self.console.say(f'WARNING: continuing without {name}: {first_line(e)}{remedy}')
 
     def tell(self, method, *args):
-        """Call a method of every sink. A run must not depend on them: one that fails is dropped."""
+        """
+        Call a method of every sink. A sink that fails is dropped, so that it cannot end the run.
+        """
         for name, sink in list(self.sinks):
             try:
                 getattr(sink, method)(*args)
             except Exception as e:
                 self.sinks.remove((name, sink))
-                self.console.say(f'WARNING: going on without {name}: {first_line(e)}')
+                self.console.say(f'WARNING: continuing without {name}: {first_line(e)}')
 
     def add(self, kind, entry):
-        """Append an entry to a list of the file. Writing the file takes at most 1 % of the time."""
+        """
+        Append an entry to a list of the log. The file is rewritten only as often as takes 1 % of
+        the time.
+        """
         self.data[kind].append(entry)
         self.tell('numbers', numbers_in(entry), entry.get('sample'), entry['iter'])
         if time.time() - self.written > 100 * self.cost:
@@ -215,7 +230,7 @@ class RunLog:
         return len(self.data['eval_steps'])
 
     def add_evaluation(self, evaluated, val_split, lr, seconds, sample):
-        """evaluated: evaluate()'s; sample: a text, or None."""
+        """Log an evaluation. `evaluated` is evaluate()'s result; `sample` is a text or None."""
         state, loader = self.state, val_split.loader
         self.data['eval_windows'] = dict(n=val_split.n, tokens_each=loader.block_size,
                                          crc=val_split.facts['crc'])
@@ -226,19 +241,19 @@ class RunLog:
         self.add('eval_steps', entry)
 
     def add_out_of_memory(self, batches, tokens_per_iter):
-        """Note that from here on micro-batches are smaller."""
+        """Record that micro-batches are smaller from here on, also in train.py's config."""
         changed = dict(batch_size=batches.batch_size,
                        gradient_accumulation_steps=batches.accumulation_steps)
         self.data['config'].update(changed)
         iter_num = self.state.iter_num
         self.data.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
-        self.console.say(f'out of memory at iteration {iter_num}: once more, and from here on, '
+        self.console.say(f'out of memory at iteration {iter_num}: retrying, from here on '
                          f'with batch_size={batches.batch_size} and gradient_accumulation_steps='
                          f'{batches.accumulation_steps}, the same {tokens_per_iter:,} tokens per '
                          'iteration')
 
     def not_finite(self, what):
-        """Note that the run ends here, since there is nothing left to save."""
+        """Record that the run ends because `what` is not finite. No checkpoint is saved."""
         self.outcome = 'not finite'
         if what == 'val loss':
             self.state.losses = {}
@@ -246,9 +261,9 @@ class RunLog:
                          'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
 
     def close(self):
-        """The last line of the console, and the end of the sinks."""
+        """Print the last line, close the sinks and write the log."""
         iterations = self.state.iter_num - self.first_iter
-        text = f'; its text: python sample.py --out_dir={self.out_dir}'
+        text = f'; to sample from it: python sample.py --out_dir={self.out_dir}'
         self.console.say(f'{self.outcome} after {iterations} iterations in '
                          f'{duration(time.time() - self.start)}; log: {self.path}' +
                          (text if self.data['checkpoints'] else ''))
@@ -269,7 +284,7 @@ class RunLog:
         try:
             with replacing(self.path, 'w', encoding='utf-8') as f:
                 f.write(json.dumps(self.data, separators=(',', ':')))
-        except OSError as e:  # a full disk must not cost the run before it costs a checkpoint
+        except OSError as e:  # a full disk ends a run only when a checkpoint fails
             self.console.say(f"WARNING: the run log '{self.path}' could not be written: "
                              f'{first_line(e)}')
         self.written, self.cost = time.time(), time.time() - started
@@ -288,7 +303,7 @@ def evaluation_line(iter_num, evaluated, best):
 
 
 def evaluation_lines(val, split):
-    """Everything that an evaluation of val found, for --eval_only."""
+    """Return everything that an evaluation of val found, as text, for --eval_only."""
     of = f'all {split.n:,}' if split.n == split.total else f'{split.n:,} of {split.total:,}'
     line = (f'val, {of} windows of {split.loader.block_size} tokens: {with_error(val)}, '
             f"perplexity {val['perplexity']:.2f}")
@@ -310,7 +325,7 @@ def with_error(values):
 
 
 class IterationReport:
-    """The console line and the run log's entry of iterations, with the time until the end."""
+    """Print and log iterations, with the time left."""
     def __init__(self, run_log, costs, max_iters, eval_interval, parallel):
         self.run_log, self.costs, self.parallel = run_log, costs, parallel
         self.max_iters, self.eval_interval = max_iters, eval_interval
@@ -319,14 +334,17 @@ class IterationReport:
         self.recent_losses = collections.deque(maxlen=100)
 
     def due(self, iter_num, log_interval):
-        """Whether to log this iteration; the third one always, since it tells how long it takes."""
+        """
+        Return whether to log this iteration. The third one is always logged, because it shows the
+        speed.
+        """
         return (iter_num % log_interval == 0 or iter_num + 1 == self.max_iters
                 or iter_num == self.run_log.first_iter + 2)
 
     def report(self, loss, lr, grad_norm, gradients):
         """
-        Log the iteration at hand. loss: the mean since the last line; gradients: what
-        gradient_statistics() found in this or an earlier iteration, or {}.
+        Log the current iteration. `loss` is the mean since the last line. `gradients` is what
+        gradient_statistics() returned for this or an earlier iteration, or {}.
         """
         state, costs = self.run_log.state, self.costs
         seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
@@ -357,10 +375,10 @@ class IterationReport:
         self.n_since_log, self.logged_seconds = 0, state.train_seconds
 
     def seconds_left(self, seconds):
-        """Until the end of the run, if the last iterations took `seconds` each."""
+        """Return the seconds until the end of the run, if iterations keep taking `seconds` each."""
         iter_num, n = self.run_log.state.iter_num, self.n_since_log
         weight = min(1.0, n / 10)
-        if iter_num < self.run_log.first_iter + 10:  # slower than the rest
+        if iter_num < self.run_log.first_iter + 10:  # the first iterations are slower
             weight = 1.0
         self.mean_seconds = weight * seconds + (1 - weight) * self.mean_seconds
         evaluations = (self.max_iters - iter_num - 2) // self.eval_interval + 1
@@ -381,5 +399,5 @@ class IterationReport:
             return note
         if self.costs.peak_source.startswith('dense'):
             return note + ' (over 100 %: a bug, please report it)'
-        return note + (' (over 100 %: the peak was taken too low; --peak_tflops=0 measures it '
+        return note + (' (over 100 %: the peak is set too low; --peak_tflops=0 measures it '
                        'again)')

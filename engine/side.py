@@ -1,8 +1,8 @@
 """
-One side of bench.py: a model that is timed in a process of its own.
+Time one side of bench.py: a model in its own process.
 
-The settings `s` of a side are those of train.py and bench.py, with these resolved or added: device,
-dtype, compile, what, versus, quantize, fused, model (a dict for GPTConfig), data_dir.
+`s` holds the settings of train.py and bench.py, with these resolved or added: device, dtype,
+compile, what, versus, quantize, fused, model (a dict for GPTConfig), data_dir.
 """
 import contextlib
 import importlib
@@ -33,8 +33,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 def load_other_model(path):
     """
-    Import another checkout's model.py as `model`. What it imports must come from its own folder,
-    so our modules are forgotten and our folder leaves sys.path.
+    Import another checkout's model.py as `model`. Its imports must come from its own folder, so our
+    modules are removed from sys.modules and our folder from sys.path.
     """
     for name in list(sys.modules):
         if name.split('.')[0] in ('model', 'bridge', 'configurator', 'engine', 'data'):
@@ -43,13 +43,15 @@ def load_other_model(path):
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     spec = importlib.util.spec_from_file_location('model', path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules['model'] = module  # dataclasses look up their own module
+    sys.modules['model'] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 def checkout_module(s, name):
-    """A module of the side's checkout, or None if it has no such file; nanoGPT has no engine."""
+    """
+    Return a module of the side's checkout, or None if it has no such file (nanoGPT has no engine).
+    """
     folder = os.path.dirname(os.path.abspath(s['versus'])) if s['versus'] else ROOT
     exists = os.path.exists(os.path.join(folder, *name.split('.')) + '.py')
     return importlib.import_module(name) if exists else None
@@ -69,7 +71,9 @@ def prepare_process(s, module):
 
 
 def build_model(s):
-    """(model, note); the note says how the model differs from the one asked for, if it does."""
+    """
+    Return (model, note). The note says how the model differs from the requested one, if it does.
+    """
     module = load_other_model(s['versus']) if s['versus'] else our_model
     prepare_process(s, module)
     torch.manual_seed(s['seed'])
@@ -83,7 +87,7 @@ def build_model(s):
 
 
 def has_optimizer(model, s):
-    """Whether the side's checkout has the optimizer that was asked for."""
+    """Return whether the side's checkout has the requested optimizer."""
     optim = checkout_module(s, 'engine.optim')
     if hasattr(optim, 'OPTIMIZER'):
         return s['optimizer'] in optim.OPTIMIZER
@@ -92,13 +96,13 @@ def has_optimizer(model, s):
 
 
 def build_optimizer(model, s):
-    """The optimizer s['optimizer'], built by the side's own checkout."""
+    """Build the optimizer s['optimizer'] with the side's own checkout."""
     device_type = torch.device(s['device']).type
     optim = checkout_module(s, 'engine.optim')
     if hasattr(optim, 'build'):
         return optim.build(s['optimizer'], model, s, device_type)
     if s['fused']:
-        device_type = 'cuda'  # nanoGPT fuses AdamW only when it is told this
+        device_type = 'cuda'  # nanoGPT fuses AdamW only for 'cuda'
     arguments = [s['weight_decay'], s['learning_rate'], (s['beta1'], s['beta2']), device_type]
     if s['optimizer'] == 'muon':
         arguments += [dict(lr=s['muon_learning_rate'], momentum=s['muon_momentum'])]
@@ -107,7 +111,7 @@ def build_optimizer(model, s):
 
 
 def random_batch(s):
-    """ids and targets (B, T) for the side's batch_size and block_size."""
+    """Return random ids and targets, (B, T) each."""
     shape = (2, s['batch_size'], s['model']['block_size'])
     return torch.randint(s['model']['vocab_size'], shape, device=s['device'])
 
@@ -118,7 +122,7 @@ def autocast(s):
 
 
 class Stopwatch:
-    """Seconds per part. Every lap waits for the device to finish the part."""
+    """Measure seconds per part. Every lap waits for the device."""
     def __init__(self, s):
         self.device, self.times = torch.device(s['device']), {}
         self.last = time.perf_counter()
@@ -130,11 +134,11 @@ class Stopwatch:
         self.last = now
 
 
-# Each of these returns a function that takes one step and returns {part: seconds}: the 'whole', or
-# with parts=True the times of its parts, for which it has to wait for the device between them.
+# Each of these returns a function that takes one step and returns {part: seconds}. That is the time
+# of the 'whole', or, with parts=True, of its parts, which takes a wait for the device after each.
 
 def training_step(model, s):
-    """A training step as train.py takes it."""
+    """Return a function that takes a training step as train.py does."""
     optimizer = build_optimizer(model, s)
     scaler = torch.amp.GradScaler(torch.device(s['device']).type, enabled=s['dtype'] == 'float16')
     x, y = random_batch(s)
@@ -169,7 +173,7 @@ def training_step(model, s):
 
 
 def forward_step(model, s):
-    """The loss without gradients, as in an evaluation."""
+    """Return a function that computes the loss without gradients, as in an evaluation."""
     x, y = random_batch(s)
     model = torch.compile(model.eval()) if s['compile'] else model.eval()
 
@@ -185,8 +189,8 @@ def forward_step(model, s):
 
 def generate_step(model, s):
     """
-    Continue one prompt as sample.py does, with weights in dtype. Its part 'prefill' is the first
-    token, which reads the prompt.
+    Return a function that continues one prompt as sample.py does, with weights in dtype. Its part
+    'prefill' is the time to the first token.
     """
     model = model.quantize_int8() if s['quantize'] else model
     model = model.to(getattr(torch, s['dtype'])).eval()
@@ -204,8 +208,8 @@ def generate_step(model, s):
 
 def data_step(model, s):
     """
-    A training step fed by the loader: 'waiting' is the time until the next batch is there. Its
-    part 'reading' is a batch without the loader's thread.
+    Return a function that takes a training step with batches from the loader. 'waiting' is the time
+    until the next batch is there; the part 'reading' is a batch read without the loader's thread.
     """
     train = training_step(model, s)
     loader = Loader(s['data_dir'], 'train', s['model']['block_size'],
@@ -228,7 +232,10 @@ def data_step(model, s):
 
 
 def fitting_step(model, s):
-    """A micro-batch with weights, moments and, if steps accumulate, an earlier one's gradients."""
+    """
+    Return a function that takes a step with weights, moments and, if steps accumulate, an earlier
+    micro-batch's gradients in memory.
+    """
     train = training_step(model, s | dict(accumulation=min(2, s['accumulation'])))
 
     def step(parts=False):
@@ -243,8 +250,8 @@ STEPS = dict(train=training_step, forward=forward_step, generate=generate_step, 
 
 def serve(pipe, s, t_spawn):
     """
-    Run one side: set up, describe it to the parent, then take a step whenever asked. Errors are
-    sent to the parent; a bug in our code also prints its traceback.
+    Run one side: set up, describe it to the parent, then take a step per request. Errors are sent
+    to the parent; a bug in our code also prints its traceback.
     """
     device = torch.device(s['device'])
     try:
@@ -275,7 +282,9 @@ def serve(pipe, s, t_spawn):
 
 
 def profile(step, s):
-    """A table of the most expensive operations of a step; writes the step's trace to trace.json."""
+    """
+    Return a table of the most expensive operations of a step, and write its trace to trace.json.
+    """
     with torch.profiler.profile(record_shapes=True) as profiler:
         step()
     profiler.export_chrome_trace('trace.json')
@@ -288,7 +297,9 @@ def profile(step, s):
 # the other end, in bench.py's process
 
 class SideError(UserError):
-    """A side that cannot be timed; `out_of_memory` tells whether that is why."""
+    """
+    Raised for a side that cannot be timed. `out_of_memory` says whether memory was the reason.
+    """
     def __init__(self, message, out_of_memory):
         super().__init__(message)
         self.out_of_memory = out_of_memory
@@ -314,11 +325,11 @@ class Side:
         except EOFError:
             self.process.join()
             status = self.process.exitcode
-            killed = status == -signal.SIGKILL  # by the kernel, when memory runs out
+            killed = status == -signal.SIGKILL  # by the kernel, because memory ran out
             message = f'{self.name}: its process ended with status {status}'
             raise SideError(message, killed) from None
         if 'error' in reply:
-            self.process.join()  # its memory is free when it has ended
+            self.process.join()  # its memory is freed when it ends
             raise SideError(f"{self.name}: {reply['error']}", reply['out_of_memory'])
         return reply
 
@@ -327,7 +338,9 @@ class Side:
         return self.answer()
 
     def step(self, request='whole'):
-        """{part: seconds} of one step; notes the memory that the side then has."""
+        """
+        Take one step and return {part: seconds}. Record the memory that the side has afterwards.
+        """
         reply = self.ask(request)
         self.memory = reply['memory']
         return reply['times']

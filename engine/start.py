@@ -1,6 +1,6 @@
 """
-Where a run starts: settings that agree with each other, data that is prepared, and a model that is
-new, another run's, or this run's own to be resumed.
+Start a run: check the settings, prepare the data, and provide a model that is new, another run's,
+or resumed.
 """
 import glob
 import json
@@ -27,7 +27,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # settings
 
 def check_settings(config, given, parallel):
-    """UserError for settings that contradict each other; returns NOTEs on those that do nothing."""
+    """
+    Raise UserError for settings that contradict each other. Return notes on settings that have no
+    effect.
+    """
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
@@ -37,11 +40,11 @@ def check_settings(config, given, parallel):
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
     if config['use_zero1'] and config['use_fsdp']:
-        raise UserError('use_zero1 and use_fsdp exclude each other: FSDP divides the moments too, '
-                        'and weights and gradients besides')
+        raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
+                        'moments, weights and gradients')
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not parallel.distributed:
-            raise UserError(f'{key} divides a model among processes, and this is only one: '
+            raise UserError(f'{key} needs several processes; run: '
                             f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     if config['tensorboard_log']:
         optional('tensorboard', 'tensorboard_log=True')
@@ -49,7 +52,7 @@ def check_settings(config, given, parallel):
 
 
 def notes(config, given, parallel):
-    """Lines about flags that do nothing, because another setting would have to go with them."""
+    """Return notes on flags that have no effect because another setting is missing."""
     one_process = 'in one process'
     no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
     schedule, init_from = config['lr_schedule'], config['init_from']
@@ -72,14 +75,14 @@ def notes(config, given, parallel):
     rate, min_lr = config['learning_rate'], config['min_lr']
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
-                     'learning rate rises to it')
+                     'learning rate will rise to it')
     return lines
 
 
 def settings_of_run(config, given):
     """
-    For --eval_only: {key: value} of the settings that nobody gave and that come from the run's
-    checkpoint, since a run is evaluated on its own data. UserError if that data is not here.
+    For --eval_only, return {key: value} of the settings that were not given and come from the run's
+    checkpoint, so that a run is evaluated on its own data. Raise UserError if that data is missing.
     """
     keys = ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps')
     keys = [key for key in keys if key not in given]
@@ -96,17 +99,17 @@ def settings_of_run(config, given):
         previous = previous_of(out_dir, path)
         if init_from not in ('resume', 'auto') or not os.path.exists(previous):
             raise
-        saved = read_facts(previous).get('config') or {}  # starting_point says so
+        saved = read_facts(previous).get('config') or {}  # starting_point warns of it
     if 'dataset' in keys and 'dataset' in saved:
         try:
             find_trained_on(saved)
         except ValueError as e:
-            raise UserError(f"{e}; --dataset=... names another ('{path}')") from None
+            raise UserError(f"{e}; choose another with --dataset=... ('{path}')") from None
     return {key: saved[key] for key in keys if key in saved}
 
 
 def previous_of(out_dir, newest):
-    """The path of the checkpoint before the newest one."""
+    """Return the path of the checkpoint before the newest one."""
     sharded = os.path.isdir(newest or '')
     return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
 
@@ -116,9 +119,9 @@ def previous_of(out_dir, newest):
 
 def prepare_data(name, folder, console, parallel):
     """
-    Prepare a data set that has not been prepared, on the first process of each node: run its own
-    prepare.py, or data/prepare.py for a file of text. UserError for one that is not there, and for
-    a large download, with the command to type.
+    Prepare a data set if necessary, on the first process of each node, by its own prepare.py or,
+    for a text file, by data/prepare.py. Raise UserError if it does not exist, or with the command
+    to run if it is a large download.
     """
     prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
     if parallel.local_rank == 0 and not prepared:
@@ -130,7 +133,7 @@ def prepare_data(name, folder, console, parallel):
 
 
 def prepare_file(name, folder, console):
-    # Bytes do for any text and leave a small model its parameters; a large text pays for GPT-2's.
+    # Bytes suit any text and keep a small model small; a large text is worth GPT-2's vocabulary.
     tokenizer = 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
     console.say(f"preparing '{name}' once, with tokenizer {tokenizer}; another choice: python "
                 f'data/prepare.py {shlex.quote(name)} --tokenizer=... --out=NAME, then '
@@ -138,7 +141,7 @@ def prepare_file(name, folder, console):
     script = os.path.join(ROOT, 'data', 'prepare.py')
     flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokenizer}']
     if subprocess.run([sys.executable, script, *flags]).returncode:
-        raise SystemExit(2)  # prepare.py has said what is wrong
+        raise SystemExit(2)  # prepare.py has printed the error
 
 
 def run_recipe(name, folder, console):
@@ -146,10 +149,10 @@ def run_recipe(name, folder, console):
     if not os.path.isdir(folder):
         recipes = glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py'))
         names = sorted(os.path.basename(os.path.dirname(path)) for path in recipes)
-        shares = ', or with shares, as in a:0.7,b:0.3,' if ',' in name else ''
-        raise UserError(f"no data set '{name}' in data/{shares} and no such file; there are "
-                        f"{', '.join(names)} (--dataset=pystdlib needs no download); nanoGPT's or "
-                        f"llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
+        shares = ' (several need shares, as in a:0.7,b:0.3)' if ',' in name else ''
+        raise UserError(f"there is no data set or file '{name}'{shares}. The data sets are "
+                        f"{', '.join(names)} (--dataset=pystdlib needs no download). A folder "
+                        f"data/{name} with nanoGPT's or llm.c's train*.bin and val*.bin also works")
     if not os.path.exists(script):
         source = shlex.quote(name if os.path.isdir(name) else folder)
         raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "
@@ -170,19 +173,21 @@ def run_recipe(name, folder, console):
 
 
 def read_metas(data_sets):
-    """The meta.json of the data sets, which must have their ids in common."""
+    """
+    Return the first data set's meta.json. Raise UserError if the others have another tokenizer.
+    """
     metas = [read_meta(folder) for _, _, folder in data_sets]
     for (name, _, _), meta in zip(data_sets, metas):
         if any(meta.get(key) != metas[0].get(key) for key in ('tokenizer', 'vocab_size')):
             raise UserError(f"data sets '{data_sets[0][0]}' and '{name}' have different "
-                            'tokenizers, so an id means two things: prepare one of them again')
+                            'tokenizers, so their ids do not match; prepare one of them again')
     return metas[0]
 
 
 def load_tokenizer(meta, console, parallel):
     """
-    The tokenizer of a data set, or None, with a warning, if it is unknown or cannot be had by
-    every process. Without meta.json the ids are nanoGPT's, which are GPT-2's.
+    Return the tokenizer of a data set. If it is unknown or some process cannot load it, warn and
+    return None. Without meta.json the ids are GPT-2's, as in nanoGPT.
     """
     tokenizer = None
     if 'tokenizer' in meta or not meta:
@@ -190,17 +195,17 @@ def load_tokenizer(meta, console, parallel):
             tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2'))
         except (ValueError, ImportError) as e:
             if parallel.local_rank == 0:  # it may be missing on this node only
-                print('WARNING: training without its tokenizer, so without samples and bits per '
-                      f'byte: {first_line(e)}', flush=True)
+                print("WARNING: the data set's tokenizer cannot be loaded, so there are no samples "
+                      f'and no bits per byte: {first_line(e)}', flush=True)
     missing = parallel.all_max(int(tokenizer is None))
-    if missing and tokenizer:  # processes evaluate and sample together
-        console.say('WARNING: a process is without the tokenizer of this data set, so there are no '
-                    'samples and bits per byte')
+    if missing and tokenizer:  # all processes must evaluate and sample alike
+        console.say('WARNING: a process cannot load the tokenizer of this data set, so there are '
+                    'no samples and no bits per byte')
     return None if missing else tokenizer
 
 
 def load_split(split, data_sets, model_config, device, **kwargs):
-    """The Loader of a split, or a Mixture of several in their shares."""
+    """Return the Loader of a split, or a Mixture of several."""
     kwargs |= dict(vocab_size=model_config.vocab_size, device=device)
     loaders = [Loader(folder, split, model_config.block_size, **kwargs)
                for _, _, folder in data_sets]
@@ -212,14 +217,15 @@ def load_split(split, data_sets, model_config, device, **kwargs):
 # -------------------------------------------------------------------------------------------------
 # the model
 
-# What a checkpoint's model may be given anew; anything else of it is what was trained.
+# Settings that may differ from the checkpoint's. All others are fixed by training.
 FREE = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
 
 
 def starting_point(config, given, folder, data_vocab, tokenizer, console):
     """
-    (GPTConfig, model, checkpoint): the config of a new model with None and None; another run's
-    weights with None; or what to resume. UserError if out_dir, checkpoint and settings do not fit.
+    Return (config, model, checkpoint): (config, None, None) for a new model, (config, model, None)
+    for another run's weights, all three to resume. Raise UserError if out_dir, checkpoint and
+    settings do not fit.
     """
     init_from, used = config['init_from'], folder.used()
     resuming = init_from == 'resume' or init_from == 'auto' and bool(used)
@@ -263,14 +269,14 @@ def check_overwrite(config, used, console):
 
 
 def load_to_resume(folder, console):
-    """The newest checkpoint in out_dir, or the one before it if that is damaged."""
+    """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
     previous = previous_of(folder.path, newest_checkpoint(folder.path))
     try:
         ckpt = load_checkpoint(folder.path, moments=False)
     except UserError as e:
         if not os.path.exists(previous):
             raise
-        console.say(f'WARNING: {e}; going back to the one before it')
+        console.say(f'WARNING: {e}; using the previous checkpoint')
         ckpt = load_checkpoint(previous, moments=False)
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
         raise UserError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; "
@@ -280,8 +286,8 @@ def load_to_resume(folder, console):
 
 def fit_model(ckpt, config, given, resuming):
     """
-    The model in a checkpoint, in float32. Its architecture is the checkpoint's; a part that was
-    asked for by name must agree with it. ValueError where it does not.
+    Return the model in a checkpoint, in float32. Raise ValueError if the user asked for a part that
+    differs from the checkpoint's.
     """
     model_keys = {f.name for f in fields(GPTConfig)}
     asked = {key: value for key, value in config.items()
@@ -289,7 +295,7 @@ def fit_model(ckpt, config, given, resuming):
     if 'arch_preset' in given:
         asked = PRESETS[config['arch_preset']] | asked
     ckpt['model_args'].update({key: asked[key] for key in FREE & asked.keys()})
-    ckpt['model_args']['dropout'] = config['dropout']  # as in nanoGPT, never the checkpoint's
+    ckpt['model_args']['dropout'] = config['dropout']  # as in nanoGPT: not from ckpt
     model = GPT.from_dict(ckpt).float()
     stored = asdict(model.config)
     stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
@@ -304,7 +310,10 @@ def fit_model(ckpt, config, given, resuming):
 
 
 def crop(model, block_size, asked, pretrained):
-    """As in nanoGPT, a pretrained model takes the shorter context that training asks for."""
+    """
+    Shorten the context to block_size if it was asked for, or, as in nanoGPT, if the model is
+    pretrained.
+    """
     shorter = pretrained and block_size < model.config.block_size
     wanted = asked.get('block_size', model.config.block_size)
     if shorter or wanted != model.config.block_size:
@@ -312,8 +321,10 @@ def crop(model, block_size, asked, pretrained):
 
 
 def changed_data(ckpt, config):
-    """The settings that make a resumed run read other windows than it would have; '' if none."""
-    if 'tokenizer' not in ckpt:  # nanoGPT's, whose order is random anyway
+    """
+    Return, as text, the settings that make a resumed run read other windows; '' if there are none.
+    """
+    if 'tokenizer' not in ckpt:  # nanoGPT's, whose order of windows is random anyway
         return ''
     changed = []
     for name, value in data_settings(config).items():
@@ -334,9 +345,9 @@ def data_settings(config):
 
 def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop):
     """
-    (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's, or the
-    largest micro-batch that bench.py finds to fit, with as many sequences per iteration as the
-    settings say without 'auto'. Rank 0 looks, and all processes take its answer.
+    Return (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's if
+    there is one, otherwise the largest micro-batch that bench.py finds, with as many sequences per
+    iteration as the settings give without 'auto'. Rank 0 searches and all processes use its answer.
     """
     saved = (ckpt or {}).get('config') or {}
     if 'gradient_accumulation_steps' in saved:
@@ -366,12 +377,12 @@ def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop)
     if stop.number:
         raise SystemExit(128 + stop.number)
     if not found:
-        raise UserError("batch_size='auto' found none, see above; give --batch_size a number")
+        raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
     return found, accumulation_steps * batch_size // found
 
 
 def largest_that_fits(settings, stop):
-    """The batch size that bench.py finds for these settings; 0 if none, or if a signal came."""
+    """Return the batch size that bench.py finds, or 0 if there is none or a signal came."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'found.json')
         flags = [f'--{key}={value}' for key, value in settings.items()]

@@ -1,6 +1,4 @@
-"""
-What a run will cost, and the report that says so before it begins.
-"""
+"""Estimate what a run costs, and report it before the run begins."""
 from dataclasses import dataclass
 
 import torch
@@ -19,20 +17,20 @@ ARCHITECTURE = ('normalization', 'activation', 'position_encoding', 'attention_b
 
 @dataclass
 class Costs:
-    """What a run will cost; see measure_costs()."""
+    """The estimated cost of a run; see measure_costs()."""
     flops_per_token: float  # to train
     tokens_per_iter: int
     peak: float  # FLOP/s per device
     peak_source: str
-    expected: float  # seconds that the run will take at half of the peak
+    expected: float  # expected seconds at half of the peak
     compiled: bool
     compile_reason: str
     estimate: dict  # bytes
-    too_large: bool  # the estimate, for this machine
-    flex: bool  # whether doc_mask goes through flex attention
+    too_large: bool  # whether the estimate exceeds this machine's memory
+    flex: bool  # whether doc_mask uses flex attention
 
     def as_numbers(self, model):
-        """The same for the run log."""
+        """Return the costs as numbers for the run log."""
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return dict(total_params=model.get_num_params(False), trainable_params=trainable,
                     non_embedding_params=model.get_num_params(),
@@ -43,12 +41,15 @@ class Costs:
 
 def measure_costs(settings, given, model, loss, opt, state_tensors, batches, splits, iter_num,
                   compile, parallel, console):
-    """The Costs of the rest of a run, on all processes alike; measures the peak if need be."""
+    """
+    Estimate the Costs of the rest of a run, the same on all processes. Measure the peak if it is
+    unknown.
+    """
     device, dtype = parallel.device, settings['dtype']
     peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
     if not peak:
         peak, peak_source = peak_flops(device, dtype)
-    peak = parallel.mean(peak)  # processes must come to the same conclusions
+    peak = parallel.mean(peak)  # all processes must decide alike
     block_size, flops_per_token = model.config.block_size, model.flops_per_token()
     tokens_per_iter = batches.accumulation_steps * batches.batch_size * block_size
     iters_left = 0 if settings['eval_only'] else settings['max_iters'] - iter_num
@@ -70,7 +71,7 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
 
 def startup_report(settings, costs, model, opt, batches, splits, data_sets, train_loader,
                    tokenizer, iter_num, parallel):
-    """{title: text} of what is trained, on what, how fast it could be and what it takes."""
+    """Return {title: text} about the model, the data, the expected speed and the cost."""
     c, max_iters = model.config, settings['max_iters']
     sequences = batches.batch_size * batches.accumulation_steps
     tokens = sequences * c.block_size
@@ -99,9 +100,8 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
         'peak': f'{costs.peak / 1e12:.2f} TFLOP/s per device ({costs.peak_source})',
         'FLOPs per token': flops_line(model),
         'memory': memory_line(costs.estimate, costs.compiled),
-        'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(costs.expected)} for '
-                    'the '
-                    'run with its evaluations',
+        'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(costs.expected)} '
+                    'for the run with its evaluations',
     }
 
 
@@ -144,23 +144,23 @@ def memory_line(estimate, compiled):
 def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype, parallel,
                     console):
     """
-    engine.cost.memory_estimate of a step, with state_tensors, and with what the rest of the process
-    takes on a CPU, where memory() counts all of it. Zeros, with a NOTE, for a part that the
-    estimate cannot run.
+    Estimate the memory of a step, with state_tensors and, on a CPU, the rest of the process,
+    because memory() counts all of it. If the step cannot be run without data, print a NOTE and use
+    zeros.
     """
     device, present = parallel.device, memory(parallel.device)
     try:
         estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
                                    batches.per_rank, parallel.mode, parallel.world_size, name,
                                    loss)
-    except Exception as e:  # tensors without data do not go through everything
-        console.say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
+    except Exception as e:  # not everything runs on tensors without data
+        console.say(f'NOTE: cannot estimate the memory of a step: {first_line(e)}')
         estimate = dict(weights=0, moments=0, peak=0)
     for kind, tensors in state_tensors.items():
         estimate[kind] = sum(parallel.local(t).nbytes for t in tensors.values())
         estimate['peak'] += estimate[kind]
     if device.type == 'cpu':
-        estimate['holes'] = round(0.2 * estimate['peak'])  # malloc's: see PARAMETER_FORMULAS.md
+        estimate['holes'] = round(0.2 * estimate['peak'])  # malloc's; see PARAMETER_FORMULAS.md
         there = estimate['weights'] + sum(estimate[kind] for kind in state_tensors)
         there += bool(opt.state) * estimate['moments']
         estimate['process'] = present.get('resident', present['peak']) - there

@@ -1,10 +1,10 @@
 """
-How sure a number is: errors of a mean loss, intervals and p-values of differences, and a
-power-law fit. No torch; scipy is imported when it is needed.
+Compute errors of a mean loss, intervals and p-values of differences, and power-law fits. This file
+does not import torch, and imports scipy only when needed.
 
-Losses of the windows of a text stand in the order of the text, where neighbouring windows are
-correlated. A mean over them has an error from the text, for which contiguous blocks of windows
-serve as independent samples, and one from the seeds of training. The two variances add up.
+Window losses are in text order, and neighbouring windows are correlated. A mean over them has two
+errors: one from the text, estimated from contiguous blocks of windows, and one from the training
+seeds. Their variances add up.
 """
 import math
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from engine.common import optional
 
 def mean_and_error(losses, sets=None):
     """
-    (mean, standard error of the mean, its degrees of freedom) of losses (n,) in the order of the
-    text. sets (n,) says which data set of a mixture each loss comes from: the shares of the sets
-    are fixed, so differences between sets are not part of the error.
+    Return (mean, standard error, degrees of freedom) of losses (n,) in text order. `sets` (n,) says
+    which data set of a mixture each loss comes from; shares are fixed, so differences between sets
+    are not part of the error.
 
-    The error is that of floor(sqrt(n)) block means (Flegal and Jones 2010,
-    https://doi.org/10.1214/09-AOS735). With fewer than 4 losses it is nan.
+    The error is estimated from floor(sqrt(n)) block means (Flegal and Jones 2010,
+    https://doi.org/10.1214/09-AOS735). With fewer than 4 losses the error is nan.
     """
     losses = np.asarray(losses, np.float64)
     mean = float(losses.mean())
@@ -39,18 +39,20 @@ def mean_and_error(losses, sets=None):
 
 
 def error_of_mean(losses, mean):
-    """(standard error, degrees of freedom) of the mean of losses, by contiguous blocks."""
+    """Return (standard error, degrees of freedom) of the mean of losses, from contiguous blocks."""
     blocks = math.isqrt(len(losses))
     if blocks < 2:
         return math.nan, 0
     sums = [(block - mean).sum() for block in np.array_split(losses, blocks)]
-    deviations = np.array(sums) / len(losses)  # what each block adds to the error of the mean
+    deviations = np.array(sums) / len(losses)  # each block's contribution
     variance = blocks / (blocks - 1) * float(np.square(deviations).sum())
     return math.sqrt(variance), blocks - 1
 
 
 def t_quantile(confidence, df):
-    """Half the width of a two-sided interval in standard errors, by Student's t; nan for df 0."""
+    """
+    Return half the width of a two-sided Student's t interval, in standard errors; nan for df 0.
+    """
     stats = optional('scipy.stats', 'a confidence interval')
     return float(stats.t.ppf((1 + confidence) / 2, df))
 
@@ -58,11 +60,13 @@ def t_quantile(confidence, df):
 class SeedVariance(NamedTuple):
     """The variance of the loss between runs that differ only in their seed."""
     variance: float
-    df: int  # degrees of freedom; 0 if no cell has two seeds, so that nothing is known
+    df: int  # degrees of freedom; 0 (unknown) if no cell has two seeds
 
 
 def seed_variance(cells):
-    """The SeedVariance of cells, each a list of losses, pooled as in an analysis of variance."""
+    """
+    Return the pooled SeedVariance of cells, each a list of losses, as in an analysis of variance.
+    """
     df = sum(len(losses) - 1 for losses in cells)
     if df == 0:
         return SeedVariance(0.0, 0)
@@ -73,18 +77,15 @@ def seed_variance(cells):
 class Estimate(NamedTuple):
     mean: float
     interval: float  # half the width of the confidence interval
-    p: float | None  # of a true mean of 0
+    p: float | None  # p-value of the hypothesis that the true mean is 0
 
 
 def estimate(values, seeds, share, confidence=0.95):
     """
-    The Estimate of the mean of values (n windows in text order). Each value is a mean over S
-    seeds, whose variance enters with share = 1/S, or a difference of two such means, with
-    share = 1/S_a + 1/S_b.
-
-    The degrees of freedom are Welch and Satterthwaite's. If the variance between seeds is not
-    known, the interval is for other text only and p is None: nobody knows what another seed
-    would give.
+    Return the Estimate of the mean of values (n windows, in text order). A value is a mean over S
+    seeds (share = 1/S) or a difference of two such means (share = 1/S_a + 1/S_b); the variance
+    between seeds is multiplied by share. Degrees of freedom are Welch and Satterthwaite's. If the
+    variance between seeds is unknown, the interval is for other text only and p is None.
     """
     mean, error, df = mean_and_error(values)
     from_text, from_seeds = error ** 2, share * seeds.variance
@@ -102,7 +103,7 @@ def estimate(values, seeds, share, confidence=0.95):
 
 
 def variances_differ(cells):
-    """Whether Bartlett's test finds that some cells' losses vary more over seeds than others'."""
+    """Return whether Bartlett's test finds that the cells' variances over seeds differ."""
     cells = [losses for losses in cells if len(losses) > 1]
     if len(cells) < 2 or not all(np.ptp(losses) for losses in cells):
         return False
@@ -110,7 +111,7 @@ def variances_differ(cells):
 
 
 class PowerLaw(NamedTuple):
-    """L(N) = E + A N^-alpha with confidence intervals (half their widths)."""
+    """L(N) = E + A N^-alpha with confidence intervals (stored as half-widths)."""
     form: str
     alpha: float
     alpha_interval: float
@@ -118,7 +119,7 @@ class PowerLaw(NamedTuple):
     df: int  # degrees of freedom of the fit
     E: float  # 0 where the form has none
     E_interval: float | None
-    predict: Callable  # N -> (loss, half of its interval)
+    predict: Callable  # N -> (loss, half-width of its interval)
 
 
 def power_law(x, a, alpha, e=0.0):
@@ -127,9 +128,9 @@ def power_law(x, a, alpha, e=0.0):
 
 def least_squares(x, losses, start, confidence):
     """
-    Fit power_law() to losses at x, from the parameters `start`. Returns the parameters, half
-    their intervals, and their covariance on the scale of these intervals; or None if the fit
-    does not converge.
+    Fit power_law() to losses at x, from the parameters `start`. Return the parameters, the
+    half-widths of their intervals, and their covariance on the scale of these intervals; or None if
+    the fit does not converge.
     """
     optimize = optional('scipy.optimize', 'a power law')
     try:
@@ -141,15 +142,15 @@ def least_squares(x, losses, start, confidence):
 
 
 def tells_floor(best, half, square):
-    """Whether a fit shows that E is above 0."""
+    """Return whether a fit shows that E is above 0."""
     return np.isfinite(half).all() and best[1] > 0 and best[2] > half[2]
 
 
 def fit_power_law(n, losses, confidence=0.95):
     """
-    Fit L(N) = E + A N^-alpha (https://arxiv.org/abs/2203.15556) to losses of models of n
-    parameters by least squares, or L(N) = A N^-alpha if these sizes cannot tell E from 0.
-    ValueError for fewer than 3 sizes, or where no power law fits.
+    Fit L(N) = E + A N^-alpha (https://arxiv.org/abs/2203.15556) to losses of models of n parameters
+    by least squares, or L(N) = A N^-alpha if these sizes cannot tell E from 0. Raise ValueError for
+    fewer than 3 sizes, or if no power law fits.
     """
     n, losses = np.asarray(n, float), np.asarray(losses, float)
     if len(set(n)) < 3:
@@ -157,7 +158,7 @@ def fit_power_law(n, losses, confidence=0.95):
     middle = np.exp(np.log(n).mean())  # A and alpha are almost uncorrelated at this scale
     x, mean = n / middle, losses.mean()
     fit = None
-    if len(n) > 3:  # or there is no degree of freedom left to judge E by
+    if len(n) > 3:  # otherwise no degree of freedom is left to judge E by
         fit = least_squares(x, losses, [mean / 2, 0.2, mean / 2], confidence)
     has_floor = fit is not None and tells_floor(*fit)
     if not has_floor:

@@ -1,6 +1,6 @@
 """
-A study is many runs of train.py, each in its own folder. This file reads what their logs say,
-and runs those that are not finished, several at a time, resuming what a kill left behind.
+Manage a study: many runs of train.py, each in its own folder. This file reads their logs and runs
+the unfinished ones, several at a time. Interrupted runs are resumed.
 """
 import ctypes
 import glob
@@ -29,11 +29,11 @@ class Evaluation(NamedTuple):
     flops: float
     train_seconds: float
     loss: float
-    losses: np.ndarray  # of each window of val, in the order of the text
+    losses: np.ndarray  # per window of val, in text order
 
 
 class Result(NamedTuple):
-    """What the logs of a run say."""
+    """The content of a run's logs."""
     folder: str
     config: dict
     startup_info: dict
@@ -50,8 +50,8 @@ def files_of(folder, pattern):
 
 def read_run(folder):
     """
-    The Result of the run in a folder, or None without a log. A resumed run has a log per start;
-    where two logs have the same iteration, the later one counts.
+    Return the Result of the run in a folder, or None if it has no log. A resumed run has a log per
+    start; where two logs have the same iteration, the later one wins.
     """
     logs = []
     for log in map(read_log, files_of(folder, 'run_*.json')):
@@ -80,7 +80,7 @@ def read_run(folder):
 
 
 def read_log(path):
-    """A run log as a dict. Its evaluations without window losses, from older logs, are left out."""
+    """Return a run log as a dict, without evaluations that lack window losses (older logs)."""
     try:
         with open(path, encoding='utf-8') as f:
             log = json.load(f)
@@ -89,7 +89,7 @@ def read_log(path):
         log['eval_steps'] = [e for e in log['eval_steps'] if 'window_losses' in e['val']]
         return log
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"'{path}' is not a run log of train.py, or only half of one: remove it "
+        raise UserError(f"'{path}' is not a complete run log of train.py: remove it "
                         f'({e!r})') from None
 
 
@@ -105,7 +105,7 @@ def evaluation(e, flops_per_token):
 
 @dataclass(eq=False)
 class Run:
-    """A choice (its cell) to be trained with one seed."""
+    """One cell (a choice of settings) trained with one seed."""
     cell: str
     seed: int
     folder: str
@@ -118,14 +118,16 @@ class Run:
 
 
 class Launcher(NamedTuple):
-    """How to start a run."""
+    """The script, defaults and slots used to start runs."""
     script: str  # train.py
     defaults: dict  # of its settings
     jobs: int  # runs at a time
-    gpus: list[str]  # which they take in turn
+    gpus: list[str]  # shared in turn
 
     def environment(self, slot):
-        """Variables for the run in a slot: its GPU, or its share of the CPU cores."""
+        """
+        Return the environment of the run in a slot, with its GPU or its share of the CPU cores.
+        """
         env = dict(os.environ)
         if self.gpus:
             env['CUDA_VISIBLE_DEVICES'] = self.gpus[slot % len(self.gpus)]
@@ -135,7 +137,7 @@ class Launcher(NamedTuple):
 
 
 class Job:
-    """A run on its way to iteration `until`."""
+    """A run that should reach iteration `until`."""
     def __init__(self, run, until):
         self.run, self.until = run, until
         before = read_run(run.folder)
@@ -145,7 +147,7 @@ class Job:
         self.process = None
 
     def result(self):
-        """The Result of the run, or None unless it came to `until` or stopped early."""
+        """Return the Result if the run reached `until` or stopped early, otherwise None."""
         result = read_run(self.run.folder)
         if result is None or not result.evals:
             return None
@@ -153,7 +155,7 @@ class Job:
         return result if reached or result.outcome == 'stopped early' else None
 
     def start(self, launcher, slot):
-        """Start train.py, which saves a checkpoint and ends when this process dies."""
+        """Start train.py. It saves a checkpoint and ends if this process dies."""
         folder, settings = self.run.folder, self.run.settings
         os.makedirs(folder, exist_ok=True)
         wait_for_lock(folder)
@@ -173,13 +175,13 @@ class Job:
         self.started = time.time()
 
     def tail(self):
-        """The last lines of its output."""
+        """Return the last lines of its output."""
         with open(self.console, 'rb') as f:
             f.seek(max(self.offset, os.fstat(f.fileno()).st_size - 4000))
             return f.read().decode('utf-8', 'replace').strip().splitlines() or ['']
 
     def progress(self):
-        """The fraction of its iterations that are done."""
+        """Return the fraction of its iterations that are done."""
         if self.process is None:
             return 0.0
         if self.process.returncode is not None:
@@ -194,21 +196,21 @@ def die_with_parent():
 
 
 def wait_for_lock(folder):
-    """Wait until no other train.py works in a folder, such as one that saves after a kill."""
+    """Wait until no other train.py uses the folder, e.g. one that is saving after a kill."""
     told = False
     while True:
         try:
             return try_lock(os.path.join(folder, 'lock'), 'compare.py').close()
         except Locked as e:
             if not told:
-                print(f"waiting for {e.holder}, which works in '{folder}' and may be saving after "
-                      'a kill', flush=True)
+                print(f"waiting for {e.holder}, which uses '{folder}' and may be saving after a "
+                      'kill', flush=True)
             told = True
             time.sleep(0.1)
 
 
 def check_settings(run, defaults):
-    """UserError if the run in this folder was started with other settings."""
+    """Raise UserError if the run in this folder was started with other settings."""
     if read_run(run.folder) is None:
         return
     path, remedy = os.path.join(run.folder, 'settings.json'), 'another --out_dir, or remove it'
@@ -227,8 +229,7 @@ def check_settings(run, defaults):
 
 def run_all(runs, launcher, target=math.inf):
     """
-    Run those that are not finished, each to its end or to iteration `target`. Returns the runs
-    that failed.
+    Run the unfinished runs, each to its end or to iteration `target`. Return the runs that failed.
     """
     for run in runs:
         check_settings(run, launcher.defaults)
@@ -255,7 +256,7 @@ def run_all(runs, launcher, target=math.inf):
             if active and time.time() - shown > (1 if CLEAR else 60):
                 shown = time.time()
                 show_progress(todo, next(iter(active.values())), shown - began)
-    finally:  # also after a signal: the runs save, and the same command resumes them
+    finally:  # also after a signal: active runs save, and the same command resumes them
         for job in active.values():
             job.process.terminate()
         for job in active.values():
@@ -264,7 +265,7 @@ def run_all(runs, launcher, target=math.inf):
 
 
 def report_end(job, count):
-    """Print how a job ended. Returns whether it succeeded."""
+    """Print how a job ended. Return whether it succeeded."""
     status, title = job.process.returncode, f'{CLEAR}{count} {job.run}:'
     result = job.result() if status == 0 else None
     if result:
@@ -290,10 +291,10 @@ def show_progress(jobs, active, seconds):
 
 def halving(runs, launcher):
     """
-    Successive halving (https://arxiv.org/abs/1502.07943): all cells to 1/16 of max_iters (1/8 for
-    fewer than 16 cells, and so on), the better half of them to twice as many, until a round
-    reaches max_iters. Each round has the learning rate schedule of the whole run. Returns the
-    runs that failed.
+    Run successive halving (https://arxiv.org/abs/1502.07943). All cells train to 1/16 of max_iters
+    (1/8 with fewer than 16 cells, and so on); the better half then trains twice as far, until
+    max_iters. The learning rate schedule is always that of the whole run. Return the runs that
+    failed.
     """
     failed, alive = [], list(dict.fromkeys(run.cell for run in runs))
     for k in range(min(4, int(math.log2(len(alive)))), -1, -1):

@@ -1,6 +1,6 @@
 """
-Diversity, repetition and perplexity of texts. The units are words, which stand between white
-space, so that models with different tokenizers can be compared.
+Measure diversity, repetition and perplexity of texts. All but perplexity count words, split at
+white space, so that models with different tokenizers can be compared.
 """
 import math
 from collections import Counter
@@ -15,9 +15,9 @@ from engine.common import UserError
 from engine.statistics import t_quantile
 
 NOTES = {
-    'distinct-1': 'different words of all',
-    'distinct-2': 'different pairs of all',
-    'repetition': '4-grams that came before in the text',
+    'distinct-1': 'share of distinct words',
+    'distinct-2': 'share of distinct word pairs',
+    'repetition': 'share of 4-grams that occurred earlier in the text',
     'self-BLEU': 'BLEU-4 against the other texts',
     'perplexity': 'of the tokens, under the model',
 }
@@ -29,22 +29,25 @@ def ngrams(words, n):
 
 def distinct(words, n):
     """
-    Share of different n-grams among all of a text; nan without any. This is distinct-n
-    (https://arxiv.org/abs/1510.03055), but per text.
+    Return the share of distinct n-grams in a text, or nan if it has none. This is distinct-n
+    (https://arxiv.org/abs/1510.03055), per text.
     """
     grams = ngrams(words, n)
     return len(grams) / grams.total() if grams else math.nan
 
 
 def repetition(words):
-    """Share of 4-grams that the text had before: seq-rep-4, https://arxiv.org/abs/1908.04319."""
+    """
+    Return the share of 4-grams that occurred earlier in the text (seq-rep-4,
+    https://arxiv.org/abs/1908.04319).
+    """
     return 1 - distinct(words, 4)
 
 
 def bleu(words, others):
     """
-    BLEU-4 (Papineni et al. 2002) of a text against others. No match at all counts as 0.1 matches,
-    as in Texygen's self-BLEU (https://arxiv.org/abs/1802.01886).
+    Return the BLEU-4 (Papineni et al. 2002) of a text against others. Zero matches count as 0.1, as
+    in Texygen's self-BLEU (https://arxiv.org/abs/1802.01886).
     """
     if len(words) < 4 or not others:
         return math.nan
@@ -64,8 +67,8 @@ def bleu(words, others):
 @torch.no_grad()
 def perplexity(model, ids, n):
     """
-    Perplexity of the last n of ids. Each is predicted from all ids before it; past block_size,
-    from at least the last half of block_size.
+    Return the perplexity of the last n ids. Each is predicted from all ids before it or, past
+    block_size, from at least the last block_size / 2.
     """
     ids = torch.tensor(ids, device=model.lm_head.weight.device)
     x, y = ids[:-1], ids[1:]
@@ -82,8 +85,8 @@ def perplexity(model, ids, n):
 
 def measure(model, tokenizer, texts, prompt_length):
     """
-    {metric: one value per text} of texts as ids. The first prompt_length ids of each are context
-    for its perplexity and nothing else.
+    Return {metric: one value per text} for texts given as ids. The first prompt_length ids of each
+    text are context only and are not measured.
     """
     words = []
     for ids in texts:
@@ -101,8 +104,8 @@ def measure(model, tokenizer, texts, prompt_length):
 
 def interval(values):
     """
-    'mean +- half of its 95 % interval' over texts, by Student's t. Below 4 texts it is the mean
-    alone. nan, from a text too short for the metric, is left out.
+    Format the mean over texts as 'mean +- half of its 95 % interval' (Student's t), or the mean
+    alone below 4 texts. NaN, from texts too short for the metric, is left out.
     """
     values = np.array([value for value in values if not math.isnan(value)])
     if not len(values):
@@ -115,13 +118,13 @@ def interval(values):
 
 def real_texts(ckpt, model, tokenizer, lengths, seed):
     """
-    Stretches of those lengths, in tokens, from val of the data set that the checkpoint was
-    trained on. UserError if there is none, or it has another tokenizer.
+    Return texts of those lengths, in tokens, from val of the data set that the checkpoint was
+    trained on. Raise UserError if there is none, or if it has another tokenizer.
     """
     loaders, shares = [], []
     for name, share, folder in find_trained_on(ckpt.get('config')):
         meta = read_meta(folder)
-        if 'tokenizer' in meta or not meta:  # without meta.json, it is nanoGPT's, in GPT-2's ids
+        if 'tokenizer' in meta or not meta:  # without meta.json it has GPT-2's ids, as in nanoGPT
             spec = get_tokenizer(meta.get('tokenizer', 'gpt2')).spec
             if spec != tokenizer.spec:
                 raise UserError(f"data set '{name}' has another tokenizer than the model")
@@ -137,7 +140,7 @@ def real_texts(ckpt, model, tokenizer, lengths, seed):
 
 
 def metrics_table(columns):
-    """The text of a table of {heading: what measure() returns}."""
+    """Format {heading: what measure() returns} as a table."""
     headings = ''.join(f'{heading:<22}' for heading in columns)
     lines = [f"{'':<14}{headings}mean and 95 % interval over texts; words"]
     for metric, note in NOTES.items():

@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_evaluated_from_the_one_before(finished, tmp_pat
     out_dir = copy_run(finished[0], tmp_path / 'out')
     shutil.copy(finished[0] / 'ckpt_prev.pt', out_dir)
     rewrite(out_dir / 'ckpt.pt', lambda data: data[:20000])
-    succeeded(evaluate(out_dir), 'WARNING', 'going back', 'step 10')
+    succeeded(evaluate(out_dir), 'WARNING', 'previous checkpoint', 'step 10')
 
 
 def test_the_error_of_a_mixture_is_not_what_its_sets_differ_by():
