@@ -39,6 +39,8 @@ from engine.common import UserError, show_error
 PositiveInt = NonNegativeInt = int
 PositiveFloat = NonNegativeFloat = Fraction = float
 
+ON_COMMAND_LINE = 'on the command line'  # where a flag was set, in `given`
+
 RANGES = {
     'PositiveInt': ('positive', lambda x: x > 0),
     'PositiveFloat': ('positive', lambda x: x > 0),
@@ -213,7 +215,7 @@ def configure(script, *also, argv=None, convert=None):
             put(name, value, f"in '{path}'")
     for name, text in flags:
         kind = settings[name].kind if name in settings else None
-        put(name, parse(text, kind), 'on the command line')
+        put(name, parse(text, kind), ON_COMMAND_LINE)
     return config, given
 
 

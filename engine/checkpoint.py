@@ -16,7 +16,7 @@ import pickle
 import shutil
 import socket
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -62,9 +62,9 @@ class State:
     @classmethod
     def from_dict(cls, ckpt):
         """The state in a checkpoint, nanoGPT's included, which knows only the first two facts."""
-        return cls(ckpt['iter_num'], float(ckpt['best_val_loss']), {},
-                   ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', ckpt['iter_num']),
-                   ckpt.get('train_seconds', 0.0))
+        known = {f.name: ckpt[f.name] for f in fields(cls) if f.name in ckpt}
+        known |= dict(best_val_loss=float(ckpt['best_val_loss']), losses={})
+        return cls(**{'last_eval_iter': ckpt['iter_num']} | known)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -143,6 +143,11 @@ def load_checkpoint(path, moments=True):
         raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
     ckpt['path'] = path
     return ckpt
+
+
+def is_ours(ckpt):
+    """Return whether a checkpoint dict is plainGPT's, and not nanoGPT's."""
+    return 'tokenizer' in ckpt
 
 
 class Pieces:

@@ -12,10 +12,10 @@ import tempfile
 import time
 from dataclasses import asdict, fields
 
-from configurator import configure
+from configurator import ON_COMMAND_LINE, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from engine.checkpoint import is_sharded, load_checkpoint, newest_checkpoint, read_facts
+from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
 from engine.common import UserError, first_line, optional
 from engine.huggingface import load_weights
 from model import GPT, PRESETS, GPTConfig
@@ -68,7 +68,7 @@ def notes(config, given, parallel):
          'without --wandb_log=True'),
     ]
     lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
-             if is_useless and given.get(key) == 'on the command line']
+             if is_useless and given.get(key) == ON_COMMAND_LINE]
     rate, min_lr = config['learning_rate'], config['min_lr']
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
@@ -313,7 +313,7 @@ def crop(model, block_size, asked, pretrained):
 
 def changed_data(ckpt, config):
     """The settings that make a resumed run read other windows than it would have; '' if none."""
-    if 'tokenizer' not in ckpt:  # nanoGPT's, whose order is random anyway
+    if not is_ours(ckpt):  # nanoGPT's data order is random anyway
         return ''
     changed = []
     for name, value in data_settings(config).items():
