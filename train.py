@@ -33,22 +33,12 @@ from configurator import (
     configure,
 )
 from data.loader import MicroBatches, find_datasets
-from engine import machine, optim, start
+from engine import machine, optim, report, start
 from engine.checkpoint import RunFolder, State, is_ours, restore_optimizer, restore_tensors
 from engine.common import StopSignal, UserError, duration
 from engine.compile import compile_model
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
-from engine.report import (
-    QUICK_LOOK,
-    Console,
-    IterationReport,
-    RunLog,
-    evaluation_line,
-    evaluation_lines,
-    gradient_statistics,
-    numbers_in,
-)
 from engine.startup_report import measure_costs, startup_report
 from model import GPT
 
@@ -152,7 +142,7 @@ def training_loss(model, X, Y):
 
 # set-up: processes and device
 parallel = Parallel(use_zero1, use_fsdp)
-console = Console(speaks=parallel.master)
+console = report.Console(speaks=parallel.master)
 stop = StopSignal('finishing this iteration and saving; repeat the signal to quit at once'
                   if parallel.master else '')
 if eval_only:
@@ -265,13 +255,13 @@ if costs.too_large:
                 '--activation_checkpointing=True')
 if costs.expected > 3600:
     console.say(f'NOTE: on this device the run will take {duration(costs.expected)} or more; '
-                f'{QUICK_LOOK}')
+                f'{report.QUICK_LOOK}')
 
 # set-up: logs
-run_log = RunLog(out_dir, config, startup | costs.as_numbers(raw_model), state, tokens_per_iter,
-                 console)
+facts = startup | costs.as_numbers(raw_model)
+run_log = report.RunLog(out_dir, config, facts, state, tokens_per_iter, console)
 run_log.open_sinks(config)
-iteration_report = IterationReport(run_log, costs, max_iters, eval_interval, parallel)
+iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel)
 
 
 def autocast():
@@ -363,9 +353,9 @@ def within_memory(step):
 
 def report_evaluation(evaluated, best):
     """Print and log an evaluation, with a text sample if one is due."""
-    console.say(evaluation_line(state.iter_num, evaluated, best))
+    console.say(report.evaluation_line(state.iter_num, evaluated, best))
     if eval_only:
-        console.say(evaluation_lines(evaluated['val'], splits['val']))
+        console.say(report.evaluation_lines(evaluated['val'], splits['val']))
     takes_part = parallel.master or parallel.mode == 'fsdp'  # whose ranks gather weights together
     due = sample_interval and run_log.n_evaluations % sample_interval == 0
     sample = None
@@ -426,7 +416,7 @@ while True:
         if not math.isfinite(evaluated['val']['loss']):
             run_log.not_finite('val loss')
             break
-        losses = {split: numbers_in(values) for split, values in evaluated.items()}
+        losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
         report_evaluation(evaluated, best)
         save = save or best or always_save_checkpoint
@@ -450,7 +440,7 @@ while True:
     scaler.unscale_(opt)
     if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
         # kept for the next log line, with the iteration that they belong to
-        gradients = gradient_statistics(raw_model, parallel)
+        gradients = report.gradient_statistics(raw_model, parallel)
         gradients |= dict(iter=state.iter_num, norm_at_iter=gradients['norm'])
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
