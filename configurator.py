@@ -1,178 +1,288 @@
 """
-Configuration for every script alike, in nanoGPT's manner: a script's settings are a block of plain assignments at its top,
-override files are Python that assigns some of the same names, and --key=value flags come last and win.
+Settings for every script, as in nanoGPT: a script's settings are a block of plain assignments
+at its top, override files are Python that assigns some of the same names, and --key=value flags
+come last and win.
 
     python train.py config/preset_quick_test.py --batch_size=32
     python train.py --help
 
-In a script, right after its block:
+A script calls this right after its block:
 
     config, given = configure(__file__)
     globals().update(config)
 
-The block is read from the source, so that it is its own documentation: each line's comment becomes the help text, and a
-type that the default does not show is written as an annotation (`d_ff: int = None`). A name with a leading underscore in
-an override file is the file's own. Override files are code and are executed; nothing else is.
+The block is read from the script's source and documents itself: the comment behind a setting is
+its help text. An annotation gives the type where the default does not show it, and the range:
+
+    log_interval: PositiveInt = 1  # iterations between log lines
+    d_ff: PositiveInt = None  # feed-forward width; None: 4 n_embd
+
+Override files are code and are executed; nothing else is. Names in them that begin with an
+underscore are private to the file.
 """
 import ast
 import difflib
+import io
+import math
 import os
 import sys
 import tokenize
+import traceback
 import types
-import typing
 import warnings
+from typing import Literal, NamedTuple, get_args
+
+from engine.common import UserError, show_error
+
+# Annotations that stand for a range. Python sees an ordinary int or float; read_block() finds the
+# name in the source, and configure() checks the values that are set. NaN and infinity are refused.
+PositiveInt = NonNegativeInt = int
+PositiveFloat = NonNegativeFloat = Fraction = float
+
+RANGES = {
+    'PositiveInt': ('positive', lambda x: x > 0),
+    'PositiveFloat': ('positive', lambda x: x > 0),
+    'NonNegativeInt': ('0 or more', lambda x: x >= 0),
+    'NonNegativeFloat': ('0 or more', lambda x: x >= 0),
+    'Fraction': ('at least 0 and below 1', lambda x: 0 <= x < 1),
+}
 
 
-def fail(message):
-    """Print one line and leave with exit status 2, for whatever a person typed wrong. Only rank 0 speaks under torchrun."""
-    if os.environ.get('RANK', '0') == '0':
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+class Setting(NamedTuple):
+    default: object
+    kind: type  # int, float, bool, str, a Literal, or a union such as int | Literal['auto']
+    comment: str
+    range: str  # a key of RANGES, or '' for any value of its kind
 
 
 def read_block(script):
     """
-    The settings of a script, read from its source without running it: {name: (default, type, comment)}.
-    They are the assignments that stand before `... = configure(...)` in the same block of statements.
+    The settings of a script, {name: Setting}, read from its source without running it. They are
+    the assignments that precede `... = configure(...)` in the same block of statements.
     """
     with tokenize.open(script) as f:
         source = f.read()
     comments = {}
-    for token in tokenize.generate_tokens(iter(source.splitlines(True)).__next__):
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip('# ')
+    settings = {}
+    for statement in statements_before_configure(source, script):
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                annotation = None
+            case ast.AnnAssign(target=ast.Name(id=name), value=value, annotation=annotation):
+                pass
+            case _:
+                continue
+        if name.startswith('_'):
+            continue
+        default = evaluate(value)
+        kind = evaluate(annotation) if annotation else type(default)
+        names = [n.id for n in ast.walk(statement) if isinstance(n, ast.Name)]
+        range_name = next((n for n in names if n in RANGES), '')
+        comment = comments.get(statement.end_lineno, '')
+        settings[name] = Setting(default, kind, comment, range_name)
+    return settings
+
+
+def statements_before_configure(source, script):
     for node in ast.walk(ast.parse(source)):
         body = getattr(node, 'body', None)
-        calls = [i for i, s in enumerate(body) if is_configure(s)] if isinstance(body, list) else []
-        if calls:
-            break
-    else:
-        raise RuntimeError(f'{script} does not call configure()')
-    block = {}
-    for s in body[:calls[0]]:
-        target = s.targets[0] if isinstance(s, ast.Assign) else getattr(s, 'target', None)
-        if isinstance(target, ast.Name) and not target.id.startswith('_'):
-            default = eval(compile(ast.Expression(s.value), script, 'eval'), {})
-            annotation = getattr(s, 'annotation', None)
-            kind = type(default) if annotation is None else eval(ast.unparse(annotation), {'Literal': typing.Literal})
-            block[target.id] = (default, kind, comments.get(s.end_lineno, ''))
-    return block
+        if not isinstance(body, list):  # a lambda's body is an expression
+            continue
+        for i, statement in enumerate(body):
+            match statement:
+                case ast.Assign(value=ast.Call(func=ast.Name(id='configure'))):
+                    return body[:i]
+    raise RuntimeError(f'{script} does not call configure()')
 
 
-def is_configure(statement):
-    call = getattr(statement, 'value', None)
-    return isinstance(statement, ast.Assign) and isinstance(call, ast.Call) and getattr(call.func, 'id', '') == 'configure'
+def evaluate(expression):
+    """The value of an expression in a settings block; it may use Literal and names of RANGES."""
+    names = {'Literal': Literal} | {name: globals()[name] for name in RANGES}
+    return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
 
 
 def coerce(value, default, kind):
-    """`value` as type `kind`: an int is fine for a float, None for a key whose default is None. ValueError says what was expected."""
+    """
+    `value` as type `kind`. An int is accepted for a float, and None where the default is None.
+    ValueError says what was expected.
+    """
     if value is None and default is None or type(value) is kind:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    if any(choice is type(value) or type(choice) is type(value) and choice == value for choice in choices(kind)):
-        return value
+    for choice in choices(kind):
+        if choice is type(value) or type(choice) is type(value) and choice == value:
+            return value
     raise ValueError(describe(kind))
 
 
 def choices(kind):
-    """What a Literal or a union with one allows: values, and types that allow any value."""
-    return [choice for part in typing.get_args(kind) for choice in typing.get_args(part) or [part]]
+    """The members of a Literal or a union: values, and types of which any value will do."""
+    return [choice for part in get_args(kind) for choice in get_args(part) or [part]]
 
 
 def describe(kind):
-    return ' | '.join(getattr(c, '__name__', repr(c)) for c in choices(kind)) or {bool: 'True or False'}.get(kind, kind.__name__)
+    if kind is bool:
+        return 'True or False'
+    parts = choices(kind) or [kind]
+    return ' | '.join(getattr(part, '__name__', repr(part)) for part in parts)
 
 
-def nearest(name, names):
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean '{match[0]}'?" if match else f"'python {sys.argv[0]} --help' lists every key"
+def check_range(name, where, value, setting):
+    """UserError for a number out of range; compare.py may give a key several."""
+    if not setting.range:
+        return
+    words, inside = RANGES[setting.range]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    for number in values:
+        if not isinstance(number, (int, float)):
+            continue  # None, or a word such as 'auto'
+        if number == math.inf or not inside(number):
+            raise UserError(f'{name} {where} must be {words}, not {number}')
 
 
-def show_help(script, block, own):
-    lines = [ast.get_docstring(ast.parse(open(script, encoding='utf-8').read())) or '', '',
-             f'usage: python {os.path.basename(sys.argv[0])} [override_file.py ...] [--key=value ...]', '']
-    for title, names in (('keys of this script:', own), ('keys of train.py, which override files may set:', block.keys() - own.keys())):
-        lines += [title] if names else []
-        for name in (n for n in block if n in names):
-            default, kind, comment = block[name]
-            lines += [f"{f'  --{name}={default}':<42} {comment or describe(kind)}" + (f' ({describe(kind)})' if comment and choices(kind) else '')]
-    print('\n'.join(lines))  # at once: its reader may be `head`, which leaves early
+def parse(text, kind):
+    """The value of a flag: a Python literal, or the text itself. --out_dir=123 is a name."""
+    try:
+        with warnings.catch_warnings():  # newer Pythons warn about a backslash in a string
+            warnings.simplefilter('ignore')
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    if kind is str and value is not None and not isinstance(value, str):
+        return text
+    return value
 
 
-def configure(script, *also, argv=None, convert=lambda name, value, default, kind: coerce(value, default, kind)):
+def suggestion(text, known):
+    """The known word that is nearest to text, as a question; '' if none is near."""
+    match = difflib.get_close_matches(text, known, n=1)
+    return f"; did you mean '{match[0]}'?" if match else ''
+
+
+def suggest_key(name, settings):
+    every = f"; 'python {sys.argv[0]} --help' lists every key"
+    return suggestion(name, settings) or every
+
+
+def configure(script, *also, argv=None, convert=None):
     """
-    The settings of `script` (and those of the scripts in `also`, where it has no key of that name) after override files
-    and flags: (config, given). config is {name: value} for every key, given {name: where} for those that somebody set.
-    Prints the help for --help, and one line with exit status 2 for anything wrong. convert says what a value becomes, or raises ValueError.
+    The settings of `script` after override files and flags: (config, given). config is
+    {name: value} for every key, given is {name: where} for those that were set. Scripts in
+    `also` add the keys that `script` does not have itself.
+
+    Anything wrong raises UserError, which sys.excepthook shows as one line. --help prints the
+    keys and exits. convert(name, value, default, kind) returns the value to store, or raises
+    ValueError with what was expected; the default is coerce().
     """
+    sys.excepthook = show_error
     argv = sys.argv[1:] if argv is None else argv
-    block = own = read_block(script)
+    own = read_block(script)
+    settings = dict(own)
     for other in also:
-        block = block | {k: v for k, v in read_block(other).items() if k not in block}
+        for name, setting in read_block(other).items():
+            settings.setdefault(name, setting)
     if '--help' in argv or '-h' in argv:
-        show_help(script, block, own)
+        show_help(script, own, settings)
         raise SystemExit(0)
-    config, given = {k: default for k, (default, _, _) in block.items()}, {}
+    convert = convert or (lambda name, *rest: coerce(*rest))
+    config = {name: setting.default for name, setting in settings.items()}
+    given = {}
 
     def put(name, value, where):
-        if name not in block:
-            fail(f"unknown key '{name}' {where}; {nearest(name, block)}")
-        default, kind, _ = block[name]
+        if name not in settings:
+            raise UserError(f"unknown key '{name}' {where}{suggest_key(name, settings)}")
+        setting = settings[name]
         try:
-            config[name] = convert(name, value, default, kind)
+            config[name] = convert(name, value, setting.default, setting.kind)
         except ValueError as expected:
-            hint = difflib.get_close_matches(str(value), map(str, choices(kind)), n=1)
-            fail(f"{name} {where} must be {expected}, not {value!r}" + (f"; did you mean {hint[0]!r}?" if hint else '') +
-                 '; several values are for compare.py' * isinstance(value, (list, tuple)))
+            hint = suggestion(str(value), map(str, choices(setting.kind)))
+            if isinstance(value, (list, tuple)):
+                hint += '; several values are for compare.py'
+            message = f'{name} {where} must be {expected}, not {value!r}{hint}'
+            raise UserError(message) from None
+        check_range(name, where, config[name], setting)
         given[name] = where
 
-    flags = []
-    for i, arg in enumerate(argv):
-        name, equals, text = arg.removeprefix('--').partition('=')
-        if arg.startswith('--') and equals and name.isidentifier():
-            flags.append((name, text))
-        elif arg.startswith('--') and not equals and i + 1 < len(argv) and not argv[i + 1].startswith('-'):
-            fail(f"flags are written --key=value: '{arg}={argv[i + 1]}', not '{arg} {argv[i + 1]}'")
-        elif arg.startswith('-') or equals:
-            hint = '' if name in block else f'; {nearest(name.strip("-"), block)}'
-            fail(f"malformed flag '{arg}': flags are written --key=value{hint}")
-        else:
-            run_file(arg, config, put)
+    files, flags = split_arguments(argv, settings)
+    for path in files:
+        for name, value in run_file(path, config).items():
+            put(name, value, f"in '{path}'")
     for name, text in flags:
-        try:
-            with warnings.catch_warnings():  # newer Pythons warn of a backslash in a string
-                warnings.simplefilter('ignore')
-                value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = text
-        if name in block and block[name][1] is str and value is not None and not isinstance(value, str):
-            value = text  # --out_dir=123 is the name 123 and no number
-        put(name, value, 'on the command line')
+        kind = settings[name].kind if name in settings else None
+        put(name, parse(text, kind), 'on the command line')
     return config, given
 
 
-def run_file(path, config, put):
-    """Execute an override file with the values so far in scope, then put() each name it set."""
+def split_arguments(argv, settings):
+    """(override files, [(key, text of its value)]) of a command line."""
+    files, flags = [], []
+    for i, arg in enumerate(argv):
+        name, equals, text = arg.removeprefix('--').partition('=')
+        following = argv[i + 1] if i + 1 < len(argv) else '-'
+        if arg.startswith('--') and equals and name.isidentifier():
+            flags.append((name, text))
+        elif arg.startswith('--') and not equals and not following.startswith('-'):
+            raise UserError(f"flags are written --key=value: '{arg}={following}', "
+                            f"not '{arg} {following}'")
+        elif arg.startswith('-') or equals:
+            hint = '' if name in settings else suggest_key(name.strip('-'), settings)
+            raise UserError(f"malformed flag '{arg}': flags are written --key=value{hint}")
+        else:
+            files.append(arg)
+    return files, flags
+
+
+def run_file(path, config):
+    """Execute an override file with the values so far in scope; return the names that it set."""
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        here = [os.path.join(folder, n) for n in os.listdir(folder)] if os.path.isdir(folder) else []
-        match = difflib.get_close_matches(path, [p.removeprefix('./') for p in here if p.endswith('.py')], n=1)
-        fail(f"no such override file: '{path}'" + (f"; did you mean '{match[0]}'?" if match else ''))
-    scope, assigned = dict(config, __file__=path, __name__='config'), set()
+        folder = os.path.dirname(path)
+        names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+        scripts = [os.path.join(folder, name) for name in names if name.endswith('.py')]
+        raise UserError(f"no such override file: '{path}'{suggestion(path, scripts)}")
+    scope = dict(config, __file__=path, __name__='config')
     try:
         with open(path, 'rb') as f:
             tree = ast.parse(f.read(), path)
-        assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         exec(compile(tree, path, 'exec'), scope)
-    except Exception as e:  # whatever a person's file does wrong is reported at its line
-        line, tb = getattr(e, 'lineno', None), e.__traceback__
-        while tb is not None:
-            line, tb = (tb.tb_lineno if tb.tb_frame.f_code.co_filename == path else line), tb.tb_next
-        fail(f"override file '{path}'{f' line {line}' if line else ''}: {type(e).__name__}: {getattr(e, 'msg', e)}")
+    except Exception as e:  # an override file may do anything wrong; say at which line
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = lines[-1] if lines else getattr(e, 'lineno', None)
+        at = f' line {line}' if line else ''
+        message = getattr(e, 'msg', e)  # a SyntaxError's str() repeats file and line
+        raise UserError(f"override file '{path}'{at}: {type(e).__name__}: {message}") from e
+    stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    assigned = {n.id for n in stored}  # tells `count = 3` from a value that was in scope before
+    changes = {}
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
             continue
         if name in assigned or name not in config or value is not config[name]:
-            put(name, value, f"in '{path}'")
+            changes[name] = value
+    return changes
+
+
+def show_help(script, own, settings):
+    with tokenize.open(script) as f:
+        docstring = ast.get_docstring(ast.parse(f.read())) or ''
+    program = os.path.basename(sys.argv[0])
+    lines = [docstring, '']
+    lines += [f'usage: python {program} [override_file.py ...] [--key=value ...]', '']
+    others = {name: setting for name, setting in settings.items() if name not in own}
+    lines += ['keys of this script:', *(help_line(*item) for item in own.items())]
+    if others:
+        lines += ['keys of train.py, which override files may set:']
+        lines += [help_line(*item) for item in others.items()]
+    print('\n'.join(lines))  # one print, since the reader may be `head`, which leaves early
+
+
+def help_line(name, setting):
+    kind = describe(setting.kind)
+    text = setting.comment or kind
+    if setting.comment and choices(setting.kind):
+        text += f' ({kind})'
+    return f"{f'  --{name}={setting.default}':<42} {text}"

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,7 @@ SMALL_DISK = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 """  # as `before`: no file can grow beyond 100 kB
+IMPORT_TORCH = 'train.py', 'sample.py', 'model.py', 'bench.py'  # scripts that warm.py can start faster
 READ_AT_START = 'PYTHON', 'MALLOC'  # variables that have no effect once Python runs
 
 
@@ -59,7 +61,7 @@ def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher
     """
     argv, added = [str(script), *map(str, flags)], env or {}
     env = os.environ | {'OMP_NUM_THREADS': '1'} | added
-    if launcher is None and (not argv[0].endswith('.py') or any(name.startswith(READ_AT_START) for name in added)):
+    if launcher is None and (argv[0] not in IMPORT_TORCH or any(name.startswith(READ_AT_START) for name in added)):
         launcher = PYTHON
     if launcher is None:
         return warm.run(argv, cwd, env, processes, before, text)
@@ -352,3 +354,24 @@ def llama3_json():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     reader.train_from_iterator([some_text()], trainer)
     return reader.to_str()
+
+# data
+
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """prepare(script, *flags): run a prepare.py in this process; returns what subprocess.run() would."""
+    def run(script, *flags):
+        monkeypatch.setattr(sys, 'argv', [str(ROOT / script), *map(str, flags)])
+        monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+        capsys.readouterr()
+        status = 0
+        try:
+            try:
+                runpy.run_path(sys.argv[0], run_name='__main__')
+            except Exception as e:
+                status = 1
+                sys.excepthook(type(e), e, e.__traceback__)  # as the interpreter does at the end of a script
+        except SystemExit as e:
+            status = e.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, *capsys.readouterr())
+    return run

@@ -1,8 +1,11 @@
-# GPT-2's, LLaMA's and modern's parts with AdamW and with Muon, each for 90 seconds on a core: python compare.py config/ablate_modern.py --jobs=2
+# The parts of GPT-2, LLaMA and modern with AdamW and with Muon, each for 90 seconds on one core:
+# python compare.py config/ablate_modern.py --jobs=2
 out_dir = 'out-ablate-modern'
-_adamw = dict(optimizer='adamw', learning_rate=2e-3, min_lr=1e-4)  # best of 1e-3, 2e-3, 4e-3, 8e-3 (for modern of the last three), with seed 1337
-_muon = dict(optimizer='muon', learning_rate=0.012, min_lr=6e-4, muon_learning_rate=0.01)  # best of 4e-3, 0.012 and 0.01, 0.02
-cells = {  # iterations that take the same time on one core, compiled
+# Learning rates are the best of a few with seed 1337: AdamW's of 1e-3 (not tried for modern), 2e-3,
+# 4e-3 and 8e-3; with Muon, learning_rate of 4e-3 and 0.012, muon_learning_rate of 0.01 and 0.02.
+_adamw = dict(optimizer='adamw', learning_rate=2e-3, min_lr=1e-4)
+_muon = dict(optimizer='muon', learning_rate=0.012, min_lr=6e-4, muon_learning_rate=0.01)
+cells = {  # as many iterations as take the same time on one core, compiled
     'gpt2, adamw': dict(arch_preset='gpt2', **_adamw, max_iters=666, lr_decay_iters=666),
     'gpt2, muon': dict(arch_preset='gpt2', **_muon, max_iters=576, lr_decay_iters=576),
     'llama, adamw': dict(arch_preset='llama', **_adamw, max_iters=762, lr_decay_iters=762),
@@ -12,15 +15,15 @@ cells = {  # iterations that take the same time on one core, compiled
 }
 seed = 1, 2, 3
 
-# small enough for two CPU cores: 18 runs in 20 minutes
+# small enough for two CPU cores: 18 runs take 20 minutes
 dataset = 'pystdlib_bpe'  # needs pip install tokenizers
 n_layer = 4
 n_head = 3
 n_embd = 192
 block_size = 128
-compile = True  # or the parts of many small operations would look slower than they are
+compile = True  # without it, parts made of many small operations would look too slow
 
-# 16 sequences x 128 tokens x 1 = 2,048 tokens an iteration
+# 16 sequences x 128 tokens x 1 = 2,048 tokens per iteration
 batch_size = 16
 gradient_accumulation_steps = 1
 weight_decay = 0.0

@@ -1,7 +1,7 @@
 # Does a gated FFN pay at equal FLOPs? python compare.py config/ablate_swiglu.py
 out_dir = 'out-ablate-swiglu'
 arch_preset = 'llama'
-cells = {  # two matrices of 128 x 512, or three of 128 x 344, which is 0.8 % more
+cells = {  # two matrices of 128 x 512, or three of 128 x 344, which have 0.8 % more weights
     'gelu': dict(ffn_type='standard', activation='gelu', d_ff=512),
     'relu squared': dict(ffn_type='standard', activation='relu_squared', d_ff=512),
     'swiglu': dict(ffn_type='swiglu', activation='silu', d_ff=344),
@@ -9,7 +9,7 @@ cells = {  # two matrices of 128 x 512, or three of 128 x 344, which is 0.8 % mo
 }
 seed = 1, 2, 3
 
-# small enough for two CPU cores: 12 runs in ten minutes
+# small enough for two CPU cores: 12 runs take ten minutes
 dataset = 'pystdlib'
 n_layer = 4
 n_head = 4
@@ -17,7 +17,7 @@ n_embd = 128
 block_size = 128
 compile = False
 
-# 8 sequences x 128 tokens x 1 = 1,024 tokens an iteration
+# 8 sequences x 128 tokens x 1 = 1,024 tokens per iteration
 batch_size = 8
 gradient_accumulation_steps = 1
 max_iters = 600

@@ -7,7 +7,7 @@ cells = {
 }
 seed = 1, 2, 3, 4
 
-# small enough for two CPU cores: 8 runs in six minutes
+# small enough for two CPU cores: 8 runs take six minutes
 dataset = 'pystdlib'
 n_layer = 4
 n_head = 4
@@ -15,7 +15,7 @@ n_embd = 128
 block_size = 128
 compile = False
 
-# 8 sequences x 128 tokens x 1 = 1,024 tokens an iteration
+# 8 sequences x 128 tokens x 1 = 1,024 tokens per iteration
 batch_size = 8
 gradient_accumulation_steps = 1
 max_iters = 600

@@ -1,20 +1,21 @@
-# GPT-2 1.36B: 1,357,565,184 parameters (tied, no biases; within 0.03 % of full_llama_1.36b.py, to compare with it)
+# GPT-2 1.36B: 1,357,565,184 parameters (tied, no biases; within 0.03 % of full_llama_1.36b.py)
 out_dir = 'out-gpt2-1.36b'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run dataset = 'openwebtext'
+dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
 
 arch_preset = 'gpt2'
 bias = False
 n_layer = 18  # depth, width and heads are those of full_llama_1.36b.py
 n_head = 18
 n_embd = 2304
-d_ff = 10304  # not 4 n_embd = 9216: widened until the count is the LLaMA's
+d_ff = 10304  # not 4 n_embd = 9216: wider, for about as many parameters as the LLaMA
 block_size = 2048
-vocab_size = 50304  # fixed, so that the size is the same on any data set
+vocab_size = 50304  # the same for any data set
 
-# 4 sequences x 2048 tokens x 64 = 524,288 tokens an iteration, on any number of processes that divides 64
+# 4 sequences x 2048 tokens x 64 = 524,288 tokens per iteration, for any number of processes that
+# divides 64
 batch_size = 4
 gradient_accumulation_steps = 8 * 8
-# activation_checkpointing = True  # if it does not fit: weights, gradients and moments alone take 22 GB
+# If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 22 GB.
 max_iters = 600000  # 315 billion tokens
 lr_decay_iters = 600000
 warmup_iters = 2000

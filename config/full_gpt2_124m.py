@@ -1,16 +1,18 @@
-# GPT-2 124M: 124,373,760 parameters (tied, no biases; OpenAI's own 124,439,808 is --bias=True --vocab_size=50257)
+# GPT-2 124M: 124,373,760 parameters (tied, no biases)
+# OpenAI's own 124,439,808 parameters: --bias=True --vocab_size=50257
 out_dir = 'out-gpt2-124m'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run dataset = 'openwebtext'
+dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
 
 arch_preset = 'gpt2'
-bias = False  # as nanoGPT trains it: a bit better and faster
+bias = False  # as in nanoGPT: slightly better and faster
 n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-vocab_size = 50304  # GPT-2's 50257 up to a multiple of 64, which matmuls like; fixed, so that the size is the same on any data set
+vocab_size = 50304  # GPT-2's 50257 rounded up to a multiple of 64; the same for any data set
 
-# 12 sequences x 1024 tokens x 40 = 491,520 tokens an iteration, on any number of processes that divides 40
+# 12 sequences x 1024 tokens x 40 = 491,520 tokens per iteration, for any number of processes that
+# divides 40
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000  # 295 billion tokens

@@ -1,7 +1,8 @@
 # LLaMA 1.36B: 1,357,860,096 parameters (untied, as LLaMA is)
 out_dir = 'out-llama-1.36b'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run a folder in data/ with at most 32000 ids
-# dataset = 'openwebtext' has 50257 ids and needs vocab_size = 50304, which makes it 1,442,204,928
+# For a first try, without a download. A real run needs a data set of at most 32000 ids:
+# openwebtext has 50257 and needs --vocab_size=50304, which makes it 1,442,204,928 parameters.
+dataset = 'pystdlib'
 
 arch_preset = 'llama'
 n_layer = 18
@@ -9,12 +10,13 @@ n_head = 18
 n_embd = 2304
 d_ff = 6656  # wider than 8/3 n_embd = 6144
 block_size = 2048
-vocab_size = 32000  # LLaMA's; fixed, so that the size is the same on any data set
+vocab_size = 32000  # LLaMA's; the same for any data set
 
-# 4 sequences x 2048 tokens x 64 = 524,288 tokens an iteration, on any number of processes that divides 64
+# 4 sequences x 2048 tokens x 64 = 524,288 tokens per iteration, for any number of processes that
+# divides 64
 batch_size = 4
 gradient_accumulation_steps = 8 * 8
-# activation_checkpointing = True  # if it does not fit: weights, gradients and moments alone take 22 GB
+# If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 22 GB.
 max_iters = 600000  # 315 billion tokens
 lr_decay_iters = 600000
 warmup_iters = 2000

@@ -1,17 +1,19 @@
 # LLaMA 124M: 123,587,328 parameters (tied, so that the comparison with GPT-2 124M is fair)
 out_dir = 'out-llama-124m'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run dataset = 'openwebtext'
+dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
 
 arch_preset = 'llama'
-weight_tying = True  # LLaMA does not tie; untied it is 162,220,800, and the extra matrix would win the comparison by itself
+# LLaMA does not tie. Untied, it has 162,220,800 parameters, and the comparison with GPT-2 would
+# be one of sizes.
+weight_tying = True
 n_layer = 12
 n_head = 12
 n_embd = 768
-d_ff = 2048  # 8/3 n_embd: three matrices of this width cost what GPT-2's two of 4 n_embd do
+d_ff = 2048  # 8/3 n_embd: three matrices of this width cost as much as GPT-2's two of 4 n_embd
 block_size = 1024
-vocab_size = 50304  # as full_gpt2_124m.py, not LLaMA's 32000: same data, same head; fixed, so that the size is the same on any data set
+vocab_size = 50304  # full_gpt2_124m.py's, not LLaMA's 32000: same data, same head
 
-# batch and schedule as in full_gpt2_124m.py: 12 x 1024 x 40 = 491,520 tokens an iteration
+# batch and schedule as in full_gpt2_124m.py: 12 x 1024 x 40 = 491,520 tokens per iteration
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000

@@ -1,17 +1,19 @@
-# Team 124M: 123,587,328 parameters (the 'team' preset, which is LLaMA's parts; tied as full_llama_124m.py)
+# Team 124M: 123,587,328 parameters (LLaMA's parts, tied as in full_llama_124m.py)
 out_dir = 'out-team-124m'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run dataset = 'openwebtext'
+dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
 
-arch_preset = 'team'  # change it in PRESETS in model.py, and this file follows
-weight_tying = True  # LLaMA does not tie; untied it is 162,220,800, and the extra matrix would win the comparison by itself
+arch_preset = 'team'  # defined in PRESETS in model.py
+# LLaMA does not tie. Untied, it has 162,220,800 parameters, and the comparison with GPT-2 would
+# be one of sizes.
+weight_tying = True
 n_layer = 12
 n_head = 12
 n_embd = 768
-d_ff = 2048  # 8/3 n_embd: three matrices of this width cost what GPT-2's two of 4 n_embd do
+d_ff = 2048  # 8/3 n_embd: three matrices of this width cost as much as GPT-2's two of 4 n_embd
 block_size = 1024
-vocab_size = 50304  # as full_gpt2_124m.py, not LLaMA's 32000: same data, same head; fixed, so that the size is the same on any data set
+vocab_size = 50304  # full_gpt2_124m.py's, not LLaMA's 32000: same data, same head
 
-# batch and schedule as in full_gpt2_124m.py: 12 x 1024 x 40 = 491,520 tokens an iteration
+# batch and schedule as in full_gpt2_124m.py: 12 x 1024 x 40 = 491,520 tokens per iteration
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000

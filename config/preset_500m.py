@@ -1,19 +1,21 @@
 # GPT of 500M: 498,295,040 parameters (nanoGPT's mix, tied)
 out_dir = 'out-500m'
-dataset = 'pystdlib'  # needs no download, for a first try; for a real run dataset = 'openwebtext'
+dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
 
-arch_preset = 'custom'  # nanoGPT's mix; --arch_preset=llama swaps the parts (and unties; --weight_tying=True keeps it about this size)
+# nanoGPT's mix. --arch_preset=llama swaps the parts and unties the embeddings; with
+# --weight_tying=True as well, the size stays about the same.
+arch_preset = 'custom'
 n_layer = 22
 n_head = 20
 n_embd = 1280
 block_size = 1024
-vocab_size = 50304  # GPT-2's 50257 up to a multiple of 64; fixed, so that the size is the same on any data set
+vocab_size = 50304  # GPT-2's 50257 rounded up to a multiple of 64; the same for any data set
 
-# 12 sequences x 1024 tokens x 40 = 491,520 tokens an iteration
+# 12 sequences x 1024 tokens x 40 = 491,520 tokens per iteration
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
-# activation_checkpointing = True  # if it does not fit
-max_iters = 20300  # 20 tokens a parameter, https://arxiv.org/abs/2203.15556
+# if it does not fit: --activation_checkpointing=True
+max_iters = 20300  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
 lr_decay_iters = 20300
 warmup_iters = 700
 learning_rate = 2.75e-4  # between GPT-3's 3e-4 at 350M and 2.5e-4 at 760M

@@ -1,18 +1,22 @@
 # GPT of 40M: 40,151,680 parameters (nanoGPT's mix, tied; bytes)
 out_dir = 'out-small'
-dataset = 'pystdlib'  # needs no download; its 12 million bytes are seen about 70 times, so watch val loss, or bring more text
+# Needs no download. Its 12 million bytes are seen about 70 times, so watch val loss or bring more
+# text.
+dataset = 'pystdlib'
 
-arch_preset = 'custom'  # nanoGPT's mix; --arch_preset=llama swaps the parts (and unties; --weight_tying=True keeps it about this size)
+# nanoGPT's mix. --arch_preset=llama swaps the parts and unties the embeddings; with
+# --weight_tying=True as well, the size stays about the same.
+arch_preset = 'custom'
 n_layer = 8
 n_head = 10
 n_embd = 640
 block_size = 1024
 vocab_size = 256  # bytes
 
-# 16 sequences x 1024 tokens x 8 = 131,072 tokens an iteration
+# 16 sequences x 1024 tokens x 8 = 131,072 tokens per iteration
 batch_size = 16
 gradient_accumulation_steps = 8
-max_iters = 6200  # 20 tokens a parameter, https://arxiv.org/abs/2203.15556
+max_iters = 6200  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
 lr_decay_iters = 6200
 warmup_iters = 200
 learning_rate = 8e-4  # between preset_tiny.py and GPT-3's 6e-4 at 125M

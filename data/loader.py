@@ -1,8 +1,10 @@
-"""Shards of token ids in, (B, T) batches out; what a step reads depends on nothing but the seed and the sample index.
+"""
+Shards of token ids in, (B, T) batches out. A batch depends only on the seed and the sample indices.
 
-A data set is a folder: shards train*.bin and val*.bin of raw little-endian uint16 or uint32 ids, and a meta.json with
-dtype, vocab_size, tokenizer, and the number of tokens and crc32 of each file. Two relatives are read as they are:
-nanoGPT's folders (uint16, with meta.pkl or no meta at all) and llm.c's shards (256 int32 of header before the ids).
+A data set is a folder of shards, train*.bin and val*.bin, and a meta.json. A shard is raw
+little-endian uint16 or uint32 ids; meta.json has dtype, vocab_size, tokenizer, and the number of
+tokens and crc32 of each file. Two relatives are read as they are: nanoGPT's folders (uint16, with
+meta.pkl or no meta at all) and llm.c's shards (a header of 256 int32 before the ids).
 """
 import ast
 import functools
@@ -15,59 +17,88 @@ import pickle
 import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from engine.common import UserError, replacing
+
+HERE = Path(__file__).resolve().parent
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 256 * 4
 REMEDY = "run the data set's prepare.py again"
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):  # every global is a way to run code, and a table of characters needs none
-        raise pickle.UnpicklingError(f'it wants to import {module}.{name}')
-
+# ------------------------------------------------------------------------------------------------
+# data sets and their meta.json
 
 def read_meta(data_dir):
-    """The meta.json of a data set as a dict; nanoGPT's meta.pkl is turned into the same shape; {} without either.
-
-    ValueError names a file that is malformed, has an unknown dtype, or is a pickle with more in it than plain values."""
-    path, nanogpt = Path(data_dir) / 'meta.json', Path(data_dir) / 'meta.pkl'
-    if path.exists():
+    """
+    The meta.json of a data set as a dict. nanoGPT's meta.pkl is turned into the same shape; {}
+    without either. UserError names a malformed file.
+    """
+    data_dir = Path(data_dir)
+    if (data_dir / 'meta.json').exists():
+        path = data_dir / 'meta.json'
         try:
             meta = json.loads(path.read_text(encoding='utf-8'))
         except ValueError as e:
-            raise ValueError(f'{path} is not JSON ({e}): {REMEDY}') from None
-    elif nanogpt.exists():
-        path = nanogpt
-        try:
-            with open(path, 'rb') as f:
-                pickled = _PlainUnpickler(f).load()
-            vocab_size = pickled['vocab_size']
-            chars = [pickled['itos'][i] for i in range(vocab_size)]
-        except Exception as e:  # broken pickles raise nearly anything
-            raise ValueError(f"{path} is not nanoGPT's table of characters ({e!r}): {REMEDY}") from None
-        meta = {'dtype': 'uint16', 'vocab_size': vocab_size, 'tokenizer': {'name': 'char', 'chars': chars}}
+            raise UserError(f'{path} is not JSON ({e}): {REMEDY}') from None
+    elif (data_dir / 'meta.pkl').exists():
+        path = data_dir / 'meta.pkl'
+        meta = read_nanogpt_meta(path)
     else:
         return {}
-    files = meta.get('files', {}) if isinstance(meta, dict) else None
-    if not (isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())):
-        raise ValueError(f'{path} should hold an object, and "files" in it an object a file name: {REMEDY}')
-    if str(meta.get('dtype', 'uint16')) not in DTYPES:
-        raise ValueError(f'{path}: unknown dtype {meta["dtype"]!r}, use one of {", ".join(DTYPES)}')
-    vocab_size = meta.get('vocab_size', 1)
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise ValueError(f'{path}: vocab_size is {vocab_size!r}, it should be a positive integer: {REMEDY}')
+    check_meta(meta, path)
     return meta
 
 
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):  # every global is a way to run code
+        raise pickle.UnpicklingError(f'it wants to import {module}.{name}')
+
+
+def read_nanogpt_meta(path):
+    try:
+        with open(path, 'rb') as f:
+            table = PlainUnpickler(f).load()
+        vocab_size = table['vocab_size']
+        chars = [table['itos'][i] for i in range(vocab_size)]
+    except Exception as e:  # a broken pickle raises nearly anything
+        message = f"{path} is not nanoGPT's table of characters ({e!r}): {REMEDY}"
+        raise UserError(message) from None
+    tokenizer = {'name': 'char', 'chars': chars}
+    return {'dtype': 'uint16', 'vocab_size': vocab_size, 'tokenizer': tokenizer}
+
+
+def check_meta(meta, path):
+    files = meta.get('files', {}) if isinstance(meta, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()):
+        message = f'{path} should hold an object whose "files" has an object per file'
+        raise UserError(f'{message}: {REMEDY}')
+    if str(meta.get('dtype', 'uint16')) not in DTYPES:
+        choices = ', '.join(DTYPES)
+        raise UserError(f'{path}: unknown dtype {meta["dtype"]!r}, use one of {choices}')
+    vocab_size = meta.get('vocab_size', 1)
+    if type(vocab_size) is not int or vocab_size < 1:
+        message = f'vocab_size is {vocab_size!r} and should be a positive integer'
+        raise UserError(f'{path}: {message}: {REMEDY}')
+
+
 def prepare_facts(script):
-    """What a data set's prepare.py says of itself, read without running it: {'about': first line of its docstring,
-    'download_mb': ..., 'vocab_size': ...}."""
+    """
+    The facts that a data set's prepare.py states about itself, read without running it: 'about' is
+    the first line of its docstring, the others are its assignments to these names.
+    """
     tree = ast.parse(Path(script).read_text(encoding='utf-8'))
-    facts = {'about': (ast.get_docstring(tree) or '').split('\n')[0], 'download_mb': 0, 'vocab_size': None}
+    facts = {
+        'about': (ast.get_docstring(tree) or '').split('\n')[0],
+        'download_mb': 0,
+        'vocab_size': None,
+        'needs_flags': '',  # such as '--input=FILE', without which the script cannot run
+    }
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
             facts[node.targets[0].id] = ast.literal_eval(node.value)
@@ -75,86 +106,114 @@ def prepare_facts(script):
 
 
 def find_datasets(dataset):
-    """What --dataset names, as [(name, share, folder)]: a folder of data/ or a path of its own; a file of text, whose folder in
-    data/.cache changes whenever the file does; or several, as in a:0.7,b:0.3. ValueError for shares that are none."""
+    """
+    The data sets that --dataset names, as [(name, share, folder)]; shares add up to 1. A name is
+    a folder of data/, any other folder, or a file of text; a:0.7,b:0.3 names several.
+    """
     named = re.findall(r'([^,]+?):([^:,/]+)(?:,|$)', dataset)
-    if os.path.exists(dataset) or ','.join(f'{name}:{share}' for name, share in named) != dataset:
+    rejoined = ','.join(f'{name}:{share}' for name, share in named)
+    if os.path.exists(dataset) or rejoined != dataset:
         named = [(dataset, '1')]
-    found = []
-    for name, share in named:
-        folder, path = Path(__file__).resolve().parent / name, Path(name)
-        try:
-            share = float(share)
-        except ValueError:
-            share = 0.0
-        if not 0 < share < math.inf:
-            raise ValueError(f"dataset '{dataset}': {name} needs a share above 0, as in a:0.7,b:0.3")
-        if path.is_file():
-            stat = path.stat()
-            version = hashlib.sha256(f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'.encode()).hexdigest()[:8]
-            folder = Path(__file__).resolve().parent / '.cache' / f'{path.name.split(".")[0]}-{version}'
-        elif not folder.is_dir() and path.is_dir():
-            folder = path.resolve()
-        found.append((name, share, folder))
-    return [(name, share / sum(s for _, s, _ in found), folder) for name, share, folder in found]
+    named = [(name, parse_share(dataset, name, share)) for name, share in named]
+    total = sum(share for _, share in named)
+    return [(name, share / total, dataset_folder(name)) for name, share in named]
+
+
+def parse_share(dataset, name, text):
+    with suppress(ValueError):
+        share = float(text)
+        if 0 < share < math.inf:
+            return share
+    raise UserError(f"dataset '{dataset}': {name} needs a share above 0, as in a:0.7,b:0.3")
+
+
+def dataset_folder(name):
+    path = Path(name)
+    if path.is_file():  # prepared into a folder of the cache, another one whenever the file changes
+        stat = path.stat()
+        identity = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+        version = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return HERE / '.cache' / f'{path.name.split(".")[0]}-{version}'
+    if path.is_dir() and not (HERE / name).is_dir():
+        return path.resolve()
+    return HERE / name
 
 
 def find_trained_on(config):
-    """find_datasets of what the config in a checkpoint names. A checkpoint's word is good for reading ids and not for running a prepare.py, so
-    ValueError where they are not there."""
+    """
+    find_datasets() for the config in a checkpoint. A stranger's checkpoint may name data to read
+    but no prepare.py to run, so data that is not prepared yet is a UserError.
+    """
     dataset = (config or {}).get('dataset')
     found = find_datasets(dataset) if isinstance(dataset, str) and dataset else []
-    if not found or not all(any(folder.glob(f'{split}*.bin')) for _, _, folder in found for split in ('train', 'val')):
-        raise ValueError(f'the data set that the checkpoint was trained on, {dataset!r:.100}, is not here')
+    prepared = [is_prepared(folder) for _, _, folder in found]
+    if not found or not all(prepared):
+        message = f'the data set that the checkpoint was trained on, {dataset!r:.100}, is not here'
+        raise UserError(message)
     return found
 
 
-def write_dataset(data_dir, splits, meta):
-    """Write train.bin, val.bin, ... and meta.json into data_dir, all of them or, when something fails, none.
+def is_prepared(folder):
+    return any(folder.glob('train*.bin')) and any(folder.glob('val*.bin'))
 
-    splits: {'train': ids, 'val': ids}, each an integer array of token ids or bytes (one id a byte). meta needs vocab_size
-    and tokenizer; whatever else it has is kept, dtype and files are added. ValueError for an empty split or an id outside
-    0..vocab_size-1; OSError from the file system passes through. Returns the meta written."""
-    data_dir, vocab_size = Path(data_dir), meta['vocab_size']
-    dtype = 'uint16' if vocab_size <= 2**16 else 'uint32'
+
+def dtype_for(vocab_size):
+    return 'uint16' if vocab_size <= 2**16 else 'uint32'
+
+
+def write_dataset(data_dir, splits, meta):
+    """
+    Write train.bin, val.bin, ... and meta.json into data_dir: all of them or, on an error, none.
+
+    splits is {'train': ids, 'val': ids}; ids are an integer array, or bytes for one id per byte.
+    meta needs vocab_size and tokenizer; dtype and files are added. Returns the meta written.
+    UserError for an empty split or an id outside 0..vocab_size-1.
+    """
+    data_dir = Path(data_dir)
+    vocab_size = meta['vocab_size']
+    dtype = dtype_for(vocab_size)
     contents, files = {}, {}
     for split, ids in splits.items():
         path = data_dir / f'{split}.bin'
         ids = np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)
-        if len(ids) == 0:
-            raise ValueError(f'{path} would be empty: the {split} split needs more text')
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
-            raise ValueError(f'{path}: id {ids[at]} at token {at} is outside 0..{vocab_size - 1}: raise vocab_size to fit')
+        check_ids(ids, vocab_size, path)
         contents[path] = ids.astype(DTYPES[dtype]).data
         files[path.name] = {'tokens': len(ids), 'crc32': zlib.crc32(contents[path])}
     meta = {**meta, 'dtype': dtype, 'files': files}
-    # renamed first: shards without it would pass for nanoGPT's, while it without its shards is noticed
-    contents = {data_dir / 'meta.json': (json.dumps(meta, indent=1) + '\n').encode(), **contents}
+    # ExitStack renames the last file first. Shards without meta.json would pass for nanoGPT's;
+    # meta.json without its shards is noticed.
+    contents[data_dir / 'meta.json'] = meta_json(meta)
     data_dir.mkdir(parents=True, exist_ok=True)
-    write_files(contents)
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            f = stack.enter_context(replacing(path))
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())  # here, so that a full disk is noticed before the first rename
     return meta
 
 
-def write_files(contents):
-    """Write {path: bytes}. No name appears before every byte is on the disk, and nothing temporary stays behind."""
-    temporary = {path: path.with_name(f'{path.name}.{os.getpid()}.tmp') for path in contents}
-    try:
-        for path, data in contents.items():
-            with open(temporary[path], 'wb') as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            with suppress(OSError):  # renamed already, or never created
-                path.unlink()
+def check_ids(ids, vocab_size, path):
+    if len(ids) == 0:
+        raise UserError(f'{path} would be empty: the {path.stem} split needs more text')
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        message = f'id {ids[at]} at token {at} is outside 0..{vocab_size - 1}'
+        raise UserError(f'{path}: {message}: raise vocab_size to fit')
 
 
-def _hash(*words):
-    """A 64-bit hash of integer arrays that broadcast together; the mixing is SplitMix64's (Steele et al. 2014)."""
+def meta_json(meta):
+    return (json.dumps(meta, indent=1) + '\n').encode()
+
+
+# ------------------------------------------------------------------------------------------------
+# the order of samples
+
+def mix(*words):
+    """
+    A 64-bit hash of integer arrays that broadcast together, mixed as in SplitMix64 (Steele et al.
+    2014, Fast splittable pseudorandom number generators).
+    """
     h = np.zeros(1, np.uint64)
     for word in words:
         h = (h ^ np.asarray(word, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
@@ -165,201 +224,302 @@ def _hash(*words):
 
 
 def permute(i, n, key):
-    """Where a shuffle of range(n) sends i: a bijection for every key, computed without a table of n entries.
+    """
+    The place to which a shuffle of range(n) sends i: a bijection for every key, without a table.
 
-    i: (B,) integers in [0, n); key: an integer or (B,), choosing the shuffle; returns (B,) int64. A Feistel network on an
-    a x b grid just above n, walked on from where it leaves the range (Black and Rogaway 2002, Ciphers with Arbitrary
-    Finite Domains, https://eprint.iacr.org/2001/012)."""
+    i is (B,) integers in [0, n); key is an integer or (B,) and chooses the shuffle; returns (B,)
+    int64. A Feistel network permutes an a x b grid just larger than n, and is applied again where
+    it leaves the range (Black and Rogaway 2002, https://eprint.iacr.org/2001/012).
+    """
     a = np.uint64(math.isqrt(n - 1) + 1)
     b = np.uint64(-(-n // int(a)))
-    i, key = (v.copy() for v in np.broadcast_arrays(np.asarray(i, np.uint64), np.asarray(key, np.uint64)))
-    walking = np.arange(len(i))
-    while len(walking):
-        left, right = np.divmod(i[walking], b)
-        for r in range(0, 20, 2):  # with 12, the orders of 5 windows are not yet equally likely
-            left = (left + _hash(key[walking], r, right) % a) % a
-            right = (right + _hash(key[walking], r + 1, left) % b) % b
-        i[walking] = left * b + right
-        walking = walking[i[walking] >= n]
+    i, key = np.broadcast_arrays(np.asarray(i, np.uint64), np.asarray(key, np.uint64))
+    i = i.copy()
+    outside = np.arange(len(i))
+    while len(outside):
+        left, right = np.divmod(i[outside], b)
+        for r in range(0, 20, 2):  # with 12 rounds, the orders of 5 windows are not equally likely
+            left = (left + mix(key[outside], r, right) % a) % a
+            right = (right + mix(key[outside], r + 1, left) % b) % b
+        i[outside] = left * b + right
+        outside = outside[i[outside] >= n]
     return i.astype(np.int64)
 
 
-@functools.lru_cache(maxsize=None)
-def crc32(path, size, mtime_ns):  # the cache spares a second Loader on the same file the second reading
+# ------------------------------------------------------------------------------------------------
+# shards
+
+class Shard(NamedTuple):
+    path: Path
+    dtype: np.dtype
+    header_bytes: int  # before the ids
+    n_tokens: int
+
+    def read(self, starts, length):
+        """(len(starts), length) ids from each of the token offsets."""
+        ids = np.empty((len(starts), length), np.int64)
+        # plain reads: the pages of a memory map would count as memory of the process
+        with open(self.path, 'rb') as f:
+            for row, start in enumerate(starts):
+                at = self.header_bytes + int(start) * self.dtype.itemsize
+                data = os.pread(f.fileno(), length * self.dtype.itemsize, at)
+                ids[row] = np.frombuffer(data, self.dtype)
+        return ids
+
+
+@functools.cache  # so that a second Loader does not read the file a second time
+def crc32(path, size, mtime_ns):
     crc = 0
     with open(path, 'rb') as f:
-        while chunk := f.read(2**18):  # stays in the cache: 4 MB at a time take twice as long
+        while chunk := f.read(2**18):  # stays in the CPU's cache; 4 MB at a time are half as fast
             crc = zlib.crc32(chunk, crc)
     return crc
 
 
 def check_shard(path, meta, block_size, checked):
-    """Check one shard from outside to inside; returns its numpy dtype, the bytes before its ids, its number of tokens.
-
-    checked: what is known to match its crc32, {file name: [bytes, mtime_ns, crc32]}, which this adds to where the file is large."""
-    dtype, header_bytes, listed = DTYPES[meta.get('dtype', 'uint16')], 0, meta.get('files', {}).get(path.name)
+    """
+    The Shard in a file, or a UserError that says what is wrong with it. `checked` lists the large
+    files known to match their crc32, as {name: [bytes, mtime_ns, crc32]}, and is added to.
+    """
     stat = path.stat()
     if stat.st_size == 0:
-        raise ValueError(f'{path} is empty: {REMEDY}')
-    with open(path, 'rb') as f:
-        header = np.frombuffer(f.read(12).ljust(12, b'\0'), '<i4')
-    if header[0] == LLMC_MAGIC:
-        dtype, header_bytes = DTYPES['uint16'], LLMC_HEADER_BYTES
-        if header[1] != 1 or stat.st_size != header_bytes + header[2].item() * dtype.itemsize:
-            raise ValueError(f"{path}: llm.c's header says version {header[1]} and {header[2]} tokens, which {stat.st_size} "
-                             'bytes are not: only whole files of version 1 are read, so fetch or write it again')
+        raise UserError(f'{path} is empty: {REMEDY}')
+    dtype, header_bytes = read_header(path, meta)
     n_tokens, rest = divmod(stat.st_size - header_bytes, dtype.itemsize)
     if rest:
-        raise ValueError(f'{path}: {stat.st_size} bytes are not a whole number of {dtype.name} ids: {REMEDY}')
-    if listed and n_tokens != listed.get('tokens', n_tokens):
-        raise ValueError(f'{path} holds {n_tokens} tokens of {dtype.name}, meta.json says {listed["tokens"]}: {REMEDY}')
+        message = f'{stat.st_size} bytes are not a whole number of {dtype.name} ids'
+        raise UserError(f'{path}: {message}: {REMEDY}')
+    shard = Shard(path, dtype, header_bytes, n_tokens)
+    listed = meta.get('files', {}).get(path.name, {})
+    holds = f'{path} holds {n_tokens} tokens'
+    if n_tokens != listed.get('tokens', n_tokens):
+        raise UserError(f'{holds} of {dtype.name}, meta.json says {listed["tokens"]}: {REMEDY}')
     if n_tokens < block_size + 1:
-        raise ValueError(f'{path} holds {n_tokens} tokens, one window needs block_size + 1 = {block_size + 1}: '
-                         'lower block_size or prepare more text')
-    if listed and 'crc32' in listed:
-        known = [stat.st_size, stat.st_mtime_ns, listed['crc32']]
-        if checked.get(path.name) != known and crc32(path, stat.st_size, stat.st_mtime_ns) != listed['crc32']:
-            raise ValueError(f'{path} does not match its crc32 in meta.json, so its bytes have changed: {REMEDY}')
-        if stat.st_size >= 2**26:
-            checked[path.name] = known
-    elif n_tokens > 1024:  # without a checksum this is the one sign of a file that was sized first and never filled
-        if not np.memmap(path, dtype, 'r', header_bytes)[-1024:].any():
-            raise ValueError(f'{path} ends in 1024 zeros, as an interrupted preparation leaves it: {REMEDY}')
-    return dtype, header_bytes, n_tokens
+        needed = f'one window needs block_size + 1 = {block_size + 1}'
+        raise UserError(f'{holds}, {needed}: lower block_size or prepare more text')
+    if 'crc32' in listed:
+        check_crc32(path, stat, listed['crc32'], checked)
+    elif n_tokens > 1024:
+        check_tail(shard)
+    return shard
 
+
+def read_header(path, meta):
+    """(dtype, header_bytes) of a shard."""
+    with open(path, 'rb') as f:
+        header = np.frombuffer(f.read(12).ljust(12, b'\0'), '<i4')
+    if header[0] != LLMC_MAGIC:
+        return DTYPES[meta.get('dtype', 'uint16')], 0
+    _, version, n_tokens = header.tolist()
+    size = path.stat().st_size
+    if version != 1 or size != LLMC_HEADER_BYTES + 2 * n_tokens:
+        says = f"llm.c's header says version {version} and {n_tokens} tokens"
+        remedy = 'only whole files of version 1 can be read, so fetch or write it again'
+        raise UserError(f'{path}: {says}, which does not fit its {size} bytes: {remedy}')
+    return DTYPES['uint16'], LLMC_HEADER_BYTES
+
+
+def check_crc32(path, stat, expected, checked):
+    known = [stat.st_size, stat.st_mtime_ns, expected]
+    if checked.get(path.name) == known:
+        return
+    if crc32(path, stat.st_size, stat.st_mtime_ns) != expected:
+        message = 'does not match its crc32 in meta.json, so its bytes have changed'
+        raise UserError(f'{path} {message}: {REMEDY}')
+    if stat.st_size >= 2**26:
+        checked[path.name] = known
+
+
+def check_tail(shard):
+    """Without a checksum, zeros at the end are the one sign of a file sized first, never filled."""
+    tail = shard.read([shard.n_tokens - 1024], 1024)
+    if not tail.any():
+        message = 'ends in 1024 zeros, as an interrupted preparation leaves it'
+        raise UserError(f'{shard.path} {message}: {REMEDY}')
+
+
+def check_shards(data_dir, split, block_size):
+    """The Shards of a split, all of them checked. UserError names the file that is wrong."""
+    if not data_dir.is_dir():
+        raise UserError(f'{data_dir} is not a folder: name a data set, or {REMEDY}')
+    meta = read_meta(data_dir)
+    paths = sorted(data_dir.glob(f'{split}*.bin'))
+    if not paths:
+        raise UserError(f'{data_dir / (split + "*.bin")}: there is no such file: {REMEDY}')
+    if meta.get('files'):
+        listed = {data_dir / name for name in meta['files'] if name.startswith(split)}
+        for path in sorted(listed.symmetric_difference(paths)):
+            if path in listed:
+                raise UserError(f'{path} is missing: bring it back, or {REMEDY}')
+            raise UserError(f'{path} is not listed in meta.json: remove it, or {REMEDY}')
+    # a large shard is read whole only once and when it has changed: 20 GB take a minute
+    memory = data_dir / '.checked.json'
+    checked = {}
+    with suppress(OSError, ValueError):
+        checked = dict(json.loads(memory.read_text()))
+    before = dict(checked)
+    with ThreadPoolExecutor() as pool:  # several checksums at once
+        shards = list(pool.map(lambda p: check_shard(p, meta, block_size, checked), paths))
+    if checked != before:
+        with suppress(OSError), replacing(memory, 'w') as f:  # the folder may be read-only
+            json.dump(checked, f)
+    return shards
+
+
+# ------------------------------------------------------------------------------------------------
+# batches
 
 def fingerprint(ids):
-    """An int that tells which windows these are, (B, T + 1) ids each: fingerprints add up, so neither order nor batches matter."""
+    """
+    An int that identifies windows of (B, T + 1) ids. Fingerprints add up, so that neither the
+    order of the windows nor their division into batches matters.
+    """
     return sum(zlib.crc32(window.tobytes()) for window in np.asarray(ids, '<i8'))
 
 
 class Loader:
-    """Batches from one split of a data set, as a pure function of (seed, sample index): there is no state to save.
+    """
+    Batches from one split of a data set, as a pure function of (seed, sample index): there is no
+    state to save.
 
-    A window is block_size inputs and the same shifted by one as targets; windows of an epoch do not overlap. Sample
-    indices 0, 1, 2, ... count windows over the whole run, n_windows of them an epoch, so ranks and micro-batches only
-    need to take different indices. With shuffle, every epoch has its own order; with shift too, every epoch moves the
-    windows of a shard by its own offset below block_size, so that many epochs show tokens at every position, for at most
-    one window a shard. Without shuffle the order is that of the files. vocab_size, when given, bounds the ids.
+    A window is block_size inputs and the same shifted by one as targets; windows of an epoch do
+    not overlap. Sample indices 0, 1, 2, ... count windows over the whole run, n_windows per epoch,
+    so ranks and micro-batches only need to take different indices.
 
-    ValueError, before any batch, for a folder or shard that is missing, cut, empty, too short, or altered."""
+    shuffle: every epoch has its own order; without it, the order is that of the files.
+    shift: every epoch also moves the windows of each shard by an offset below block_size, so that
+    many epochs show tokens at every position. This costs at most one window per shard.
+    vocab_size: an id that is not below it is an error.
 
-    def __init__(self, data_dir, split, block_size, *, seed=1337, shuffle=True, shift=True, vocab_size=None, device='cpu'):
-        data_dir = Path(data_dir)
+    A folder or shard that is missing, cut, empty, too short or altered is a UserError here, before
+    any batch.
+    """
+
+    def __init__(self, data_dir, split, block_size, *, seed=1337, shuffle=True, shift=True,
+                 vocab_size=None, device='cpu'):
         if block_size < 1:
-            raise ValueError(f'block_size is {block_size}, it should be at least 1')
-        if not data_dir.is_dir():
-            raise ValueError(f'{data_dir} is not a folder: name a data set, or {REMEDY}')
-        meta = read_meta(data_dir)
-        self.paths = sorted(data_dir.glob(f'{split}*.bin'))
-        listed = {data_dir / name for name in meta.get('files', {}) if name.startswith(split)}
-        if not self.paths:
-            raise ValueError(f'{data_dir / (split + "*.bin")}: there is no such file: {REMEDY}')
-        for path in sorted(listed.symmetric_difference(self.paths)) if meta.get('files') else []:
-            problem = 'missing: bring it back' if path in listed else 'not listed in meta.json: remove it'
-            raise ValueError(f'{path} is {problem}, or {REMEDY}')
-        memory, checked = data_dir / '.checked.json', {}  # a large shard is read whole once, and again when it has changed: 20 GB take a minute
-        with suppress(OSError, ValueError):
-            checked = dict(json.loads(memory.read_text()))
-        before = dict(checked)
-        with ThreadPoolExecutor() as pool:  # checksums of several shards at once
-            shards = list(pool.map(lambda path: check_shard(path, meta, block_size, checked), self.paths))
-        if checked != before:
-            with suppress(OSError):  # a folder for reading only
-                write_files({memory: json.dumps(checked).encode()})
-        self.dtypes, self.header_bytes, n_tokens = zip(*shards)
-        usable = np.array(n_tokens) - 1  # the last token is only ever a target
+            raise UserError(f'block_size is {block_size} and should be at least 1')
+        self.shards = check_shards(Path(data_dir), split, block_size)
+        n_tokens = np.array([shard.n_tokens for shard in self.shards])
+        usable = n_tokens - 1  # the last token is only ever a target
         shift = shift and shuffle
         windows = np.maximum(1, usable // block_size - shift)
         self.max_offset = np.minimum(usable - windows * block_size, block_size - 1) * shift
         self.ends = np.cumsum(windows)
         self.first = self.ends - windows
-        self.n_tokens, self.n_windows = sum(n_tokens), int(self.ends[-1])
+        self.n_tokens, self.n_windows = int(n_tokens.sum()), int(self.ends[-1])
         self.block_size, self.seed, self.shuffle = block_size, seed % 2**64, shuffle
-        import torch  # here, because preparing a data set takes many processes and none of them needs it
+        # torch is imported late because data/prepare.py's many processes do not need it
+        import torch
         self.vocab_size, self.device = vocab_size, torch.device(device)
 
     def locate(self, indices):
-        """Shard number and token offset, (B,) each, of the windows that sample indices (B,) stand for."""
+        """Shard number and token offset, (B,) each, of the windows for sample indices (B,)."""
         epoch, window = np.divmod(np.asarray(indices, np.int64), self.n_windows)
         if self.shuffle:
-            window = permute(window, self.n_windows, _hash(self.seed, epoch))
+            window = permute(window, self.n_windows, mix(self.seed, epoch))
         shard = np.searchsorted(self.ends, window, side='right')
-        offset = _hash(self.seed, epoch, shard) % (self.max_offset[shard] + 1).astype(np.uint64)
-        return shard, (window - self.first[shard]) * self.block_size + offset.astype(np.int64)
+        n_offsets = (self.max_offset[shard] + 1).astype(np.uint64)
+        offset = (mix(self.seed, epoch, shard) % n_offsets).astype(np.int64)
+        return shard, (window - self.first[shard]) * self.block_size + offset
 
-    def _read(self, shards, starts):
-        ids = np.empty((len(starts), self.block_size + 1), np.int64)
-        for shard in np.unique(shards):
-            dtype, header_bytes = self.dtypes[shard], self.header_bytes[shard]
-            with open(self.paths[shard], 'rb') as f:  # plain reads: the pages of a mapping would count as the process's memory
-                for row in np.flatnonzero(shards == shard):
-                    at = header_bytes + int(starts[row]) * dtype.itemsize
-                    ids[row] = np.frombuffer(os.pread(f.fileno(), ids.shape[1] * dtype.itemsize, at), dtype)
-        if self.vocab_size is not None and (bad := ids >= self.vocab_size).any():
-            row, column = np.argwhere(bad)[0]
-            raise ValueError(f'{self.paths[shards[row]]}: id {ids[row, column]} at token {starts[row] + column} is not below '
-                             f"vocab_size {self.vocab_size}: raise vocab_size, or {REMEDY} with the model's tokenizer")
+    def read(self, numbers, starts):
+        """Inputs and targets in host memory, (B, T) each, from shard numbers and token offsets."""
         import torch
+        ids = np.empty((len(starts), self.block_size + 1), np.int64)
+        for number in np.unique(numbers):
+            rows = numbers == number
+            ids[rows] = self.shards[number].read(starts[rows], self.block_size + 1)
+        if self.vocab_size is not None and (ids >= self.vocab_size).any():
+            row, column = np.argwhere(ids >= self.vocab_size)[0]
+            path, at = self.shards[numbers[row]].path, starts[row] + column
+            found = f'id {ids[row, column]} at token {at}'
+            remedy = f"raise vocab_size, or {REMEDY} with the model's tokenizer"
+            problem = f'{found} is not below vocab_size {self.vocab_size}'
+            raise UserError(f'{path}: {problem}: {remedy}')
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-        return (x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y)
+        if self.device.type == 'cuda':
+            x, y = x.pin_memory(), y.pin_memory()
+        return x, y
 
-    def _to_device(self, xy):
-        return tuple(t.to(self.device, non_blocking=self.device.type == 'cuda') for t in xy)
+    def to_device(self, x, y):
+        overlap = self.device.type == 'cuda'
+        return x.to(self.device, non_blocking=overlap), y.to(self.device, non_blocking=overlap)
 
     def batch(self, indices):
-        """Inputs x and targets y, int64 (B, T) each on the device, of sample indices (B,).
-
-        ValueError names file, token offset, id and vocab_size where an id is too large."""
-        return self._to_device(self._read(*self.locate(indices)))
+        """
+        Inputs x and targets y, int64 (B, T) each on the device, of sample indices (B,). UserError
+        names file, token offset, id and vocab_size where an id is too large.
+        """
+        return self.to_device(*self.read(*self.locate(indices)))
 
     def stream(self, index_arrays):
-        """Yield batch(indices) for each array of an iterable, read ahead in a thread.
-
-        Small batches are read up to 16 at a time, since waking a thread takes longer than reading one. An error of the
-        thread is raised at the next() that comes to its group."""
-        index_arrays, reading = iter(index_arrays), None
-
-        def read(group):
-            places = self.locate(np.concatenate(group))
-            return zip(*(t.split([len(indices) for indices in group]) for t in self._read(*places)))
-
+        """
+        Yield batch(indices) for each array of an iterable, read ahead in a thread. An error of
+        the thread is raised by the next() that comes to the group it was in.
+        """
+        index_arrays = iter(index_arrays)
         with ThreadPoolExecutor(1) as pool:
-            for first in index_arrays:
-                n_more = min(16, 2**18 // (len(first) * self.block_size)) - 1
-                ahead = pool.submit(read, [first, *itertools.islice(index_arrays, max(0, n_more))])
-                yield from map(self._to_device, reading.result() if reading else ())
+            reading = None
+            while group := self.next_group(index_arrays):
+                ahead = pool.submit(self.read_group, group)
+                if reading:
+                    yield from itertools.starmap(self.to_device, reading.result())
                 reading = ahead
-            yield from map(self._to_device, reading.result() if reading else ())
+            if reading:
+                yield from itertools.starmap(self.to_device, reading.result())
+
+    def next_group(self, index_arrays):
+        """Up to 16 small batches, read together since waking a thread takes longer than one."""
+        group = list(itertools.islice(index_arrays, 1))
+        if group:
+            n = min(16, 2**18 // (len(group[0]) * self.block_size))
+            group += itertools.islice(index_arrays, max(0, n - 1))
+        return group
+
+    def read_group(self, group):
+        sizes = [len(indices) for indices in group]
+        x, y = self.read(*self.locate(np.concatenate(group)))
+        return zip(x.split(sizes), y.split(sizes))
 
 
 class Mixture(Loader):
-    """Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
+    """
+    Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
 
-    Of any first n samples, each set has its share to within a few windows: the first set takes the samples at which floor(i * share) grows,
-    the second its part of the rest in the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of
-    all (n_windows) ends before any set would begin again."""
+    Among the first n samples, each set has its share to within a few windows, for any n: the first
+    set takes the samples at which floor(i * share) grows, the second takes its part of the rest in
+    the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of
+    the mixture (n_windows) ends before any set would begin again.
+    """
 
     def __init__(self, loaders, shares):
-        self.loaders, first = loaders, loaders[0]
-        self.block_size, self.vocab_size, self.device = first.block_size, first.vocab_size, first.device
-        for key in ('paths', 'dtypes', 'header_bytes'):
-            setattr(self, key, [value for loader in loaders for value in getattr(loader, key)])
-        self.first_shard = np.cumsum([0] + [len(loader.paths) for loader in loaders])
-        self.parts = [round(share * 10**6) for share in shares]  # integers, so that no rounding can lose a sample
+        self.loaders = loaders
+        self.block_size, self.vocab_size = loaders[0].block_size, loaders[0].vocab_size
+        self.device = loaders[0].device
+        self.shards = [shard for loader in loaders for shard in loader.shards]
+        self.first_shard = np.cumsum([0] + [len(loader.shards) for loader in loaders])
+        # integers, so that rounding loses no sample
+        self.parts = [round(share * 10**6) for share in shares]
         if min(self.parts) < 1:
-            raise ValueError(f'a share of {min(shares):g} is too small to be drawn: a millionth is the least')
+            message = f'a share of {min(shares):g} is too small to be drawn'
+            raise UserError(f'{message}: the smallest is one millionth')
         self.n_tokens = sum(loader.n_tokens for loader in loaders)
-        self.n_windows = max(1, min((loader.n_windows - 1) * sum(self.parts) // part for loader, part in zip(loaders, self.parts)))
+        total = sum(self.parts)
+        pairs = zip(loaders, self.parts)
+        lasts = [(loader.n_windows - 1) * total // part for loader, part in pairs]
+        self.n_windows = max(1, min(lasts))
 
     def choose(self, indices):
         """(number of the Loader, sample index there), (B,) each, of sample indices (B,)."""
         indices = np.array(indices, np.int64)
-        chosen, within, waiting = np.empty_like(indices), np.empty_like(indices), np.ones(len(indices), bool)
+        chosen, within = np.empty_like(indices), np.empty_like(indices)
+        waiting = np.ones(len(indices), bool)
         for number, part in enumerate(self.parts):
             rest = sum(self.parts[number:])
             divisor = math.gcd(part, rest)
-            before, after = (n * (part // divisor) // (rest // divisor) for n in (indices, indices + 1))
+            part, rest = part // divisor, rest // divisor
+            before, after = indices * part // rest, (indices + 1) * part // rest
             taken = waiting & (after > before)
             chosen[taken], within[taken] = number, before[taken]
             waiting &= ~taken
@@ -373,3 +533,54 @@ class Mixture(Loader):
             rows = chosen == number
             shard[rows], start[rows] = self.loaders[number].locate(within[rows])
         return shard + self.first_shard[chosen], start
+
+
+class MicroBatches:
+    """
+    An endless iterator of one rank's micro-batches (X, Y), read ahead in a thread.
+
+    Iteration i reads the next batch_size * accumulation_steps samples; micro-batches are dealt out
+    to the ranks in turn. Which samples an iteration reads depends neither on the size of a
+    micro-batch nor on the number of ranks. accumulation_steps is the total over all ranks.
+    """
+
+    def __init__(self, loader, batch_size, accumulation_steps, rank=0, world_size=1, iter_num=0):
+        self.loader, self.rank, self.world_size = loader, rank, world_size
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        self.start(iter_num)
+
+    def start(self, iter_num):
+        self.per_rank = max(1, self.accumulation_steps // self.world_size)
+        self.batches = self.loader.stream(self.indices(iter_num))
+
+    def indices(self, iter_num):
+        for i in itertools.count(iter_num):
+            for m in range(self.per_rank):
+                number = i * self.accumulation_steps + m * self.world_size + self.rank
+                yield np.arange(self.batch_size) + number * self.batch_size
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.batches)
+
+    def smaller(self):
+        """
+        (batch_size, accumulation_steps) of the next smaller micro-batch with as many sequences per
+        iteration. None if a micro-batch is one sequence already.
+        """
+        if self.batch_size == 1:
+            return None
+        parts = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
+        return self.batch_size // parts, self.accumulation_steps * parts
+
+    def shrink(self, iter_num):
+        """Take the next smaller micro-batch and start iteration iter_num again."""
+        self.close()
+        self.batch_size, self.accumulation_steps = self.smaller()
+        self.start(iter_num)
+
+    def close(self):
+        """End the reading thread."""
+        self.batches.close()

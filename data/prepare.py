@@ -1,22 +1,24 @@
-"""Any text as a data set: files, folders, JSON lines, these also as .gz or .zst, and parquet, of any size, encoded on all cores.
+"""Any text as a data set: text files, folders, JSON lines and parquet, encoded on all cores.
 
     python data/prepare.py --input=book.txt --out=book --tokenizer=byte
     python data/prepare.py --input=notes/ --input=more.jsonl.gz --out=notes --tokenizer=gpt2
-    python data/prepare.py --input=corpus/ --glob='*.parquet' --field=text --out=corpus --tokenizer=llama/tokenizer.json
+    python data/prepare.py --input=corpus/ --glob='*.parquet' --field=text --out=corpus \\
+        --tokenizer=llama/tokenizer.json
     python data/prepare.py --input=corpus.txt --out=corpus --tokenizer=bpe --vocab_size=4096
     python train.py --dataset=book
 
-Writes data/OUT/train_00000.bin, ..., val_00000.bin and meta.json. A text file is one document, a line of .jsonl or a row of .parquet
-is another, and an end-of-text token follows each (characters have none). One document of every 1 / val_fraction is held out as val, chosen by
-a hash of its number; fewer text files than that are divided instead, the end of each for val.
+Files may be of any size; text and JSON lines may also be packed as .gz or .zst. A text file is one
+document; so is each line of .jsonl and each row of .parquet. An end-of-text token follows each
+document (--tokenizer=char has none). One document in every 1 / val_fraction is held out as val,
+chosen by a hash of its number. If there are fewer text files than that, the end of each is val.
 
-Killed at any moment, the same command goes on where it was and writes the same bytes; until then everything is in data/OUT/unfinished.
+Writes data/OUT/train_00000.bin, ..., val_00000.bin and meta.json.
+
+A command that was killed resumes when it is run again, and writes the same bytes.
 """
 import argparse
 import collections
 import concurrent.futures
-import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -28,631 +30,746 @@ import sys
 import threading
 import time
 import zlib
-from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root, from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
 import numpy as np
 
-from data.loader import DTYPES, permute, prepare_facts, read_meta, write_files
-from data.source import Parser, hub_files
+from data.documents import (
+    PIECE,
+    TEXT,
+    find_sources,
+    is_val,
+    kind_of,
+    read_chunks,
+    read_text,
+    text_of,
+)
+from data.loader import DTYPES, HERE, dtype_for, meta_json, read_meta
+from data.source import add_out_dir, hub_files, script_parser
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
+from engine.common import Locked, UserError, duration, replacing, try_lock
 
-HERE = Path(__file__).resolve().parent
-PIECE, BATCH = 2**18, 2**20  # bytes: a long text is encoded in pieces of the one, a process is sent documents of about the other
-BPE_BYTES = 3 * 10**7  # of text that a BPE is trained on, from all over it: the library takes 200 MB of memory for these
-
-# A file to read. path: a Path, or None for one that fetch(folder) downloads; split: 'train', 'val', or None to divide; version: of its time, if it is local
-Source = collections.namedtuple('Source', 'name path split size version fetch', defaults=[None])
+SPLITS = 'train', 'val'
+BATCH = 2**20  # bytes of text that a process encodes at a time, roughly
+BPE_BYTES = 3 * 10**7  # of text, from all over it, to train a BPE on; this takes 200 MB of memory
+RESUME = 'run the same command again to resume'
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading: files to documents
+class Position(NamedTuple):
+    """A place in the input."""
+    source: int = 0     # number of the file
+    items: int = 0      # items of that file before this place
+    documents: int = 0  # documents of all files before this place
+    read: int = 0       # bytes of all files before this place
 
-def find_sources(inputs, split, glob='*', out=None):
+
+# ------------------------------------------------------------------------------------------------
+# encoding, in many processes
+
+class Encoded(NamedTuple):
+    ids: bytes
+    documents: int
+    text_bytes: int
+
+
+class Encoder:
+    """Turns items into ids. Each process has its own."""
+
+    def __init__(self, spec, field, bad_bytes):
+        os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+        self.tokenizer = get_tokenizer(spec) if spec else None
+        self.field, self.bad_bytes = field, bad_bytes
+
+    def text(self, item):
+        return text_of(item, self.field, self.bad_bytes)
+
+    def characters(self, items):
+        return set().union(*map(self.text, items))
+
+    def encode(self, items):
+        """{split: Encoded}"""
+        parts = {split: [] for split in SPLITS}
+        for item in items:
+            parts[item.split].append(item)
+        return {split: self.encode_split(part) for split, part in parts.items()}
+
+    def encode_split(self, items):
+        dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)]
+        eot = self.tokenizer.eot
+        ids, documents, text_bytes = [], 0, 0
+        for item in items:
+            text = self.text(item)
+            if not text:
+                continue
+            ids.append(self.tokenizer.encode_corpus(text, item.continued).astype(dtype))
+            if item.ends and eot is not None:
+                ids.append(np.array([eot], dtype))
+            documents += item.ends
+            text_bytes += len(text.encode('utf-8'))
+        return Encoded(b''.join(part.tobytes() for part in ids), documents, text_bytes)
+
+
+def start_worker(*settings):
+    """Make the Encoder of this process, which ends when its parent does, however that ends."""
+    global encoder
+    encoder = Encoder(*settings)
+    parent = multiprocessing.parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def call_worker(method, items):
+    return getattr(encoder, method)(items)
+
+
+def in_order(method, batches, processes, settings):
     """
-    A Source for each file that inputs name, of folders those of the pattern glob, at any depth, sorted. ValueError or OSError if there is none.
-    out: the folder to write; as part of an input folder it would be text of its own making, so that is left out.
+    Yield (Encoder.method(items), position) for each (items, position) of `batches`, in their
+    order, computed a few batches ahead in processes.
     """
-    found, out = [], out and Path(out).resolve()
-    for path in map(Path, inputs):
-        paths = [path] if not path.is_dir() else sorted(p for p in path.rglob(glob) if p.is_file() and not any(
-            part.startswith('.') for part in p.relative_to(path).parts))
-        if path.is_dir() and out and out not in path.resolve().parents:
-            paths = [p for p in paths if out not in p.resolve().parents]
-        if not paths:
-            raise ValueError(f'{path} holds no file that matches {glob}' + f', outside {out}' * bool(out))
-        for p in paths:
-            if kind_of(p.name)[0] == 'parquet' and kind_of(p.name)[1]:
-                raise ValueError(f'{p} is parquet inside .{kind_of(p.name)[1]}, which is read from its end: unpack it first')
-            stat = p.stat()
-            found.append(Source(str(p), p.resolve(), split, stat.st_size, stat.st_mtime_ns))
-    return found
-
-
-def kind_of(name):
-    """('text', 'jsonl' or 'parquet', '' or 'gz' or 'zst') by the name of a file."""
-    parts = name.lower().split('.')
-    packed = parts.pop() if parts[-1] in ('gz', 'zst') else ''
-    return {'jsonl': 'jsonl', 'ndjson': 'jsonl', 'parquet': 'parquet'}.get(parts[-1], 'text'), packed
-
-
-def unpacker(packed):
-    if packed == 'gz':
-        return zlib.decompressobj(31)
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError('a .zst file is read by the library zstandard: pip install zstandard') from None
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-def read_chunks(path):
-    """Yield (bytes, how far the file was read) of a file, unpacked. ValueError for a packed file that is damaged or cut."""
-    packed = kind_of(path.name)[1]
-    with open(path, 'rb') as f:
-        if not packed:
-            while chunk := f.read(2**20):
-                yield chunk, f.tell()
-            return
-        unpack, whole = unpacker(packed), True
-        while chunk := f.read(2**17):
-            while chunk:
-                try:
-                    yield unpack.decompress(chunk), f.tell()
-                except Exception as e:  # each library has its own
-                    raise ValueError(f'{path} is not a whole .{packed} file ({e}): fetch or pack it again') from None
-                whole, chunk = unpack.eof, unpack.unused_data if unpack.eof else b''
-                if whole:  # there may be another one behind
-                    unpack = unpacker(packed)
-        if not whole:
-            raise ValueError(f'{path} is not a whole .{packed} file (it ends too early): fetch or pack it again')
-
-
-def cut_before(text, end):
-    """
-    Where to divide the bytes of a text so that its parts have the same tokens: the last place before end that follows a line break, or
-    else precedes a space, alone among printing characters, where the encodings of this world divide it too; or between any two characters.
-    """
-    for separator, keep in ((b'\n', 1), (b' ', 0)):
-        at = end - 1
-        while (at := text.rfind(separator, 0, at)) > 0:
-            if not text[at - 1:at].isspace() and text[at + 1] not in b' \t\r\n\v\f/':
-                return at + keep
-    end -= 1
-    while end > 1 and text[end] & 0xC0 == 0x80:  # inside a character
-        end -= 1
-    return end
-
-
-def read_text(path, cut):
-    """Items of a text file: see read_items. What begins at byte cut or later is val; None: one split."""
-    text, start, held_out = b'', 0, False
-    for chunk, position in read_chunks(path):
-        text += chunk
-        while len(text) > PIECE:
-            end = cut_before(text, PIECE)
-            ends = cut is not None and not held_out and start + end >= cut
-            if ends:
-                end = cut_before(text, max(2, cut - start))
-            yield text[:end], 'val' if held_out else 'train', start > 0, ends, start, position
-            text, start, held_out = text[end:], start + end, held_out or ends
-    if cut is not None and not held_out and 2 <= cut - start < len(text):
-        end = cut_before(text, cut - start)
-        yield text[:end], 'train', start > 0, True, start, position
-        text, start, held_out = text[end:], start + end, True
-    if text:
-        yield text, 'val' if held_out else 'train', start > 0, True, start, position
-
-
-def read_lines(path):
-    """Items of a file of JSON lines, still as JSON: parsing is the other processes' work."""
-    rest, number = b'', 0
-    for chunk, position in read_chunks(path):
-        *lines, rest = (rest + chunk).split(b'\n')
-        for number, line in enumerate(lines, number + 1):
-            if line.strip():
-                yield line, None, False, True, number, position
-    if rest.strip():
-        yield rest, None, False, True, number + 1, position
-
-
-def read_rows(path, field):
-    """Items of a parquet file, a row each."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError('a .parquet file is read by the library pyarrow: pip install pyarrow') from None
-    size, number = path.stat().st_size, 0
-    try:
-        with closing(pyarrow.parquet.ParquetFile(path)) as f:
-            if field not in f.schema_arrow.names:
-                raise ValueError(f'{path} has no column {field!r}, but {", ".join(f.schema_arrow.names)}: --field names one')
-            for rows in f.iter_batches(batch_size=1000, columns=[field], use_threads=False):
-                for number, text in enumerate(rows.column(0).to_pylist(), number + 1):
-                    yield text, None, False, True, number, size * number // f.metadata.num_rows
-    except pyarrow.ArrowException as e:
-        raise ValueError(f'{path} is not a whole parquet file ({str(e).splitlines()[0]:.100}): fetch it again') from None
-
-
-def read_items(path, field, cut):
-    """
-    Yield (content, split or None, continued, ends, place, how far the file was read) of a file: bytes of a text or of a JSON line, or a str.
-    continued: it goes on with a document; ends: the document ends with it; place: byte, line or row, to name it by.
-    """
-    kind = kind_of(path.name)[0]
-    return read_text(path, cut) if kind == 'text' else read_lines(path) if kind == 'jsonl' else read_rows(path, field)
-
-
-def text_of(content, name, place, field, bad_bytes):
-    """The str of an item. ValueError names file and place of what is not UTF-8, not JSON or has no text."""
-    try:
-        if kind_of(name)[0] == 'jsonl':
-            row = json.loads(content.decode('utf-8', bad_bytes))
-            if not isinstance(row, dict) or field not in row:
-                raise ValueError(f'has no field {field!r}' + (f', but {", ".join(map(repr, row))}' if isinstance(row, dict) else '') + ': --field names one')
-            content = row[field]
-        if isinstance(content, bytes):
-            return content.decode('utf-8', bad_bytes)
-        if not isinstance(content, str):
-            raise ValueError(f'has no text in field {field!r}')
-        return content.encode('utf-8', bad_bytes).decode('utf-8')  # JSON can hold half a pair of surrogates
-    except UnicodeError as e:
-        where = f'byte {place + e.start}' if isinstance(e, UnicodeDecodeError) and kind_of(name)[0] == 'text' else f'entry {place}'
-        raise ValueError(f'{name}, {where}, is not UTF-8 ({e.reason}): convert it, or --bad_bytes=replace puts U+FFFD there') from None
-    except RecursionError:
-        raise ValueError(f'{name}, entry {place}, is JSON nested too deeply to be read') from None
-    except ValueError as e:
-        raise ValueError(f'{name}, entry {place}, ' + (f'is not JSON ({e.msg})' if isinstance(e, json.JSONDecodeError) else str(e))) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encoding: documents to ids, in many processes
-
-def start_process(spec, settings):
-    """What a process sets up before it encodes; it ends when the one that started it does, however that ended."""
-    global tokenizer, options
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    tokenizer, options = spec and get_tokenizer(spec), settings
-    if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def encode(batch):
-    """{split: (ids as bytes, documents, bytes of text)} of a list of (content, split, continued, ends, name, place)."""
-    parts = {'train': ([], [0, 0]), 'val': ([], [0, 0])}
-    for content, split, continued, ends, name, place in batch:
-        text, (ids, counts) = text_of(content, name, place, *options), parts[split]
-        if not text:
-            continue
-        ids.append(tokenizer.encode_corpus(text, continued))
-        if ends and tokenizer.eot is not None:
-            ids.append(np.array([tokenizer.eot]))
-        counts[0] += ends
-        counts[1] += len(text.encode('utf-8'))
-    dtype = dtype_of(tokenizer)
-    return {split: (b''.join(i.astype(DTYPES[dtype]).tobytes() for i in ids), *counts) for split, (ids, counts) in parts.items()}
-
-
-def characters(batch):
-    return set().union(*(text_of(content, name, place, *options) for content, _, _, _, name, place in batch))
-
-
-def dtype_of(tokenizer):
-    return 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'
-
-
-def in_order(function, batches, processes, spec, settings):
-    """Yield (function(batch), position) for each (batch, position), computed ahead in processes, a few batches and no more."""
     if processes == 1:
-        start_process(spec, settings)
-        yield from ((function(batch), position) for batch, position in batches)
+        run = getattr(Encoder(*settings), method)
+        for items, position in batches:
+            yield run(items), position
         return
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), start_process, (spec, settings))
-    ahead, error = collections.deque(), None
+    spawn = multiprocessing.get_context('spawn')
+    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, start_worker, settings)
+    waiting, errors = collections.deque(), []
     try:
-        while True:
-            try:
-                batch, position = next(batches, (None, None))
-            except (OSError, ValueError) as e:  # raised when what was read before it is done
-                batch, error = None, e
-            if batch:
-                ahead.append((pool.submit(function, batch), position))
-            if ahead and (not batch or len(ahead) > 2 * processes):
-                future, done = ahead.popleft()
+        for items, position in until_error(batches, errors):
+            waiting.append((pool.submit(call_worker, method, items), position))
+            if len(waiting) > 2 * processes:
+                future, done = waiting.popleft()
                 yield future.result(), done
-            elif error:
-                raise error
-            elif not batch:
-                return
+        for future, done in waiting:
+            yield future.result(), done
     except concurrent.futures.BrokenExecutor:
-        raise OSError(f'one of the {processes} processes was ended from outside, for want of memory perhaps (--processes takes fewer); '
-                      'the same command goes on from here') from None
+        reason = 'perhaps for lack of memory (--processes=N takes fewer)'
+        message = f'one of the {processes} processes was killed from outside, {reason}'
+        raise OSError(f'{message}; {RESUME}') from None
     finally:
         pool.shutdown(cancel_futures=True)
+    if errors:
+        raise errors[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole
+def until_error(batches, errors):
+    """Keep an error of reading until everything that was read before it is encoded."""
+    try:
+        yield from batches
+    except (OSError, UserError) as e:
+        errors.append(e)
 
-def sync(f):
-    f.flush()
-    os.fsync(f.fileno())
 
+# ------------------------------------------------------------------------------------------------
+# files
+
+class Shards:
+    """
+    The shards of one split, to append to. `record` says what is written already: a dict of
+    documents, bytes (of text) and shards, [{'tokens': ..., 'crc32': ...}].
+    """
+
+    def __init__(self, folder, split, dtype, tokens_per_shard, record):
+        self.folder, self.split = folder, split
+        self.width, self.tokens_per_shard = dtype.itemsize, tokens_per_shard
+        self.documents, self.text_bytes = record['documents'], record['bytes']
+        self.shards = [dict(shard) for shard in record['shards']]
+        self.file = None
+
+    def record(self):
+        """A copy; only the last shard can still change."""
+        shards = self.shards[:-1] + [dict(shard) for shard in self.shards[-1:]]
+        return {'documents': self.documents, 'bytes': self.text_bytes, 'shards': shards}
+
+    def path(self, number):
+        return self.folder / f'{self.split}_{number:05d}.bin'
+
+    def tokens(self):
+        return sum(shard['tokens'] for shard in self.shards)
+
+    def cut_back(self):
+        """Remove what was written after the record. ValueError if less is there than it says."""
+        for number, shard in enumerate(self.shards):
+            size = shard['tokens'] * self.width
+            if self.path(number).stat().st_size < size:
+                raise ValueError(f'{self.path(number)} is shorter than it was')
+            os.truncate(self.path(number), size)
+        for path in self.folder.glob(f'{self.split}_*.bin'):
+            if int(path.stem[-5:]) >= len(self.shards):
+                path.unlink()
+
+    def append(self, encoded):
+        """Write ids at the end, over as many shards as they take. True if a shard is full now."""
+        self.documents += encoded.documents
+        self.text_bytes += encoded.text_bytes
+        ids, filled = memoryview(encoded.ids), False
+        while len(ids):
+            if not self.shards or self.shards[-1]['tokens'] == self.tokens_per_shard:
+                self.shards.append({'tokens': 0, 'crc32': 0})
+            room = self.tokens_per_shard - self.shards[-1]['tokens']
+            self.write(ids[:room * self.width])
+            ids = ids[room * self.width:]
+            if self.shards[-1]['tokens'] == self.tokens_per_shard:
+                self.close()
+                filled = True
+        return filled
+
+    def write(self, ids):
+        """Write ids to the last shard."""
+        if self.file is None:
+            self.file = open(self.path(len(self.shards) - 1), 'ab')
+        self.file.write(ids)
+        last = self.shards[-1]
+        last['tokens'] += len(ids) // self.width
+        last['crc32'] = zlib.crc32(ids, last['crc32'])
+
+    def join_short_tail(self):
+        """
+        Join a last shard that is short to the one before: a shard shorter than a window is of no
+        use. Its file stays, so that this can be done again after a kill.
+        """
+        if len(self.shards) > 1 and self.shards[-1]['tokens'] < self.tokens_per_shard // 10:
+            self.close()
+            tail = self.path(len(self.shards) - 1).read_bytes()
+            self.shards.pop()
+            self.write(tail)
+        self.close()
+
+    def sync(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.sync()
+            self.file.close()
+            self.file = None
+
+    def listed(self):
+        """{file name: shard}, as in meta.json."""
+        return {self.path(number).name: shard for number, shard in enumerate(self.shards)}
+
+
+class Progress:
+    """A bar, redrawn twice a second on a terminal, else printed every 10 seconds."""
+
+    def __init__(self, task, total, done=0):
+        self.task, self.total, self.done_before = task, total, done
+        self.started = self.shown = time.time()
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, done, tokens=None):
+        now = time.time()
+        if now - self.shown < (0.5 if self.terminal else 10):
+            return
+        self.shown, share = now, done / self.total
+        speed = max(1, done - self.done_before) / (now - self.started)
+        counted = '' if tokens is None else f'{tokens / 1e6:,.1f}M tokens, '
+        left = duration((self.total - done) / speed)
+        line = f"{self.task} [{'#' * int(30 * share):30}] {share:4.0%}, {counted}"
+        line += f'{speed / 1e6:.1f} MB/s, {left} left '
+        if self.terminal:
+            print('\r' + line, end='', flush=True)
+        else:
+            print(line, flush=True)
+
+    def close(self):
+        if self.terminal:
+            print()
+
+
+# ------------------------------------------------------------------------------------------------
+# a data set in the making
 
 class Preparation:
-    """One data set in the making. Everything is in folder, data_dir/unfinished, until publish() gives it its names."""
+    """
+    Makes one data set. Everything is written to data_dir/unfinished, where state.json says what
+    is done; publish() then moves it to data_dir. So a shard has its final name only beside a
+    meta.json: without one, the folder would pass for a data set of nanoGPT's.
 
-    def __init__(self, sources, data_dir, *, field='text', val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0):
-        self.sources, self.data_dir, self.folder = sources, Path(data_dir), Path(data_dir) / 'unfinished'
-        self.field, self.tokens_per_shard, self.bad_bytes = field, tokens_per_shard, bad_bytes
+    tokenizer is a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made of the text.
+    """
+
+    def __init__(self, sources, data_dir, tokenizer, vocab_size=None, *, field='text',
+                 val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0):
+        self.sources, self.data_dir = sources, Path(data_dir)
+        self.folder = self.data_dir / 'unfinished'
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.field, self.bad_bytes = field, bad_bytes
+        self.tokens_per_shard = tokens_per_shard
         self.total = sum(source.size for source in sources)
         if not self.total:
-            raise ValueError(f'{sources[0].name} is empty: give a file with text in it')
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        self.processes = processes or (cores if self.total > 2**23 else 1)
-        self.held_out = any(source.split == 'val' for source in sources)
-        if val_fraction is None:  # 10 MB of val, but no more than a tenth, and no less than nanoGPT's share of OpenWebText
+            raise UserError(f'{sources[0].name} is empty: give a file with text in it')
+        self.processes = processes or (count_cores() if self.total > 2**23 else 1)
+        if val_fraction is None:  # 10 MB, at most a tenth, and at least nanoGPT's of OpenWebText
             val_fraction = min(0.1, max(0.0005, 10**7 / self.total))
-        self.val_fraction, self.period = val_fraction, round(1 / val_fraction)
-        self.by_position = not self.held_out and len(sources) < self.period and all(kind_of(source.name)[0] == 'text' for source in sources)
-        self.last_shown = 0.0
-        self.place_in = functools.lru_cache(2)(lambda block: permute([0], self.period, block)[0])
+        self.val_fraction = val_fraction
+        self.period = round(1 / val_fraction)
+        self.val_is_given = any(source.split == 'val' for source in sources)
+        all_text = all(kind_of(source.name)[0] is TEXT for source in sources)
+        few = len(sources) < self.period
+        self.val_is_end_of_files = few and all_text and not self.val_is_given
+        self.identity = self.digest()
 
-    def identity(self, tokenizer):
-        """A digest of all that decides the result, to know what an unfinished or finished data set was made of."""
-        what = [[(str(s.path or s.name), s.split, s.size, s.version) for s in self.sources], tokenizer, self.field, self.val_fraction,
-                self.tokens_per_shard, self.bad_bytes, PIECE]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    def digest(self):
+        """A digest of all that decides the result."""
+        files = [(str(s.path or s.name), s.split, s.size, s.version) for s in self.sources]
+        made = isinstance(self.tokenizer, str)
+        tokenizer = [self.tokenizer, self.vocab_size] if made else self.tokenizer.spec
+        settings = [self.field, self.val_fraction, self.tokens_per_shard, self.bad_bytes, PIECE]
+        decisive = json.dumps([files, tokenizer, *settings])
+        return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
-    def split_of(self, number):
-        """'val' for one document of every self.period, 'train' for the others."""
-        block, place = divmod(number, self.period)
-        return 'val' if place == self.place_in(block) else 'train'
-
-    def batches(self, first=0, skip=0, documents=0):
-        """Yield (list of items for encode(), (source number, its items so far, documents so far, bytes read so far)), from a position on."""
-        batch, size, before = [], 0, sum(source.size for source in self.sources[:first])
-        with concurrent.futures.ThreadPoolExecutor(1) as downloads:
-            fetched = {}
-            for number in range(first, len(self.sources)):
-                source = self.sources[number]
-                for n in (number, number + 1):  # the next one is fetched while this one is encoded
-                    if n < len(self.sources) and self.sources[n].fetch and n not in fetched:
-                        fetched[n] = downloads.submit(self.sources[n].fetch, self.folder / 'download')
-                path, cut = fetched.pop(number).result() if source.fetch else source.path, None
-                if self.by_position:
-                    length = source.size if not kind_of(source.name)[1] else sum(len(chunk) for chunk, _ in read_chunks(path))
-                    cut = int(length * (1 - self.val_fraction))
-                n_items = 0
-                try:
-                    for content, split, continued, ends, place, position in read_items(path, self.field, cut):
-                        n_items += 1
-                        if n_items <= skip:
-                            continue
-                        if cut is None:
-                            split = source.split or ('train' if self.held_out else self.split_of(documents))
-                        documents += ends
-                        batch.append((content, split, continued, ends, source.name, place))
-                        size += len(content) if isinstance(content, (bytes, str)) else 0  # a row without text, of which text_of says so
-                        if size >= BATCH or len(batch) >= 10**4:
-                            yield batch, (number, n_items, documents, before + position)
-                            batch, size = [], 0
-                except ValueError:
-                    if source.fetch:  # damaged, so it is to be fetched again
-                        path.unlink()
-                    raise
-                if source.fetch:
-                    path.unlink()
-                skip, before = 0, before + source.size
-                if source.fetch and batch:  # so that its end is a place to go on from
-                    yield batch, (number + 1, 0, documents, before)
-                    batch, size = [], 0
-        if batch:
-            yield batch, (len(self.sources), 0, documents, self.total)
-
-    def make_tokenizer(self, name, vocab_size):
-        """A tokenizer made of the text, 'char' or 'bpe', which reads it once for that."""
-        if name == 'char':
-            found, t0 = set(), time.time()
-            for chars, position in in_order(characters, self.batches(), self.processes, None, (self.field, self.bad_bytes)):
-                found |= chars
-                self.show('characters', position[3], 0, t0)
-            return get_tokenizer({'name': 'char', 'chars': sorted(found)})
-        read, t0 = 0, time.time()
-
-        def texts():
-            nonlocal read
-            for batch, position in itertools.islice(self.batches(), 0, None, max(1, round(self.total / BPE_BYTES))):
-                for content, _, _, _, name, place in batch:
-                    text = text_of(content, name, place, self.field, self.bad_bytes)
-                    read += len(text)
-                    yield text
-                self.show('reading for the BPE', position[3], 0, t0)
-                if read > BPE_BYTES:
-                    return
-        return train_bpe(texts(), vocab_size)
-
-    def show(self, what, done, done_before, t0, tokens=None):
-        """The bar, on a terminal twice a second, else a line every 10 seconds."""
-        now, terminal = time.time(), sys.stdout.isatty()
-        if now - max(self.last_shown, t0) < (0.5 if terminal else 10):
-            return
-        self.last_shown, share = now, done / self.total
-        speed = max(1, done - done_before) / (now - t0)
-        left = int((self.total - done) / speed)
-        left = f'{left // 3600}h{left // 60 % 60:02d}m' if left >= 3600 else f'{left // 60}m{left % 60:02d}s'
-        bar = '#' * int(30 * share)
-        print('\r' * terminal + f'{what} [{bar:30}] {share:4.0%}, ' + (f'{tokens / 1e6:,.1f}M tokens, ' if tokens is not None else '') +
-              f'{speed / 1e6:.1f} MB/s, {left} left ', end='' if terminal else '\n', flush=True)
-
-    def run(self, tokenizer, vocab_size=None, overwrite=False):
+    def run(self, overwrite=False):
         """
-        Make the data set, or go on with it. tokenizer: a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made of the text.
-        ValueError for bad input, and then nothing stays but downloads; OSError for what the system refuses, and then the same call goes on later.
+        Make the data set, or resume making it. After a UserError, which is bad input, nothing
+        stays but downloads; after any other interruption the same call resumes.
         """
-        made = tokenizer if isinstance(tokenizer, str) else None
-        identity = self.identity([made, vocab_size] if made else tokenizer.spec)
-        meta = read_meta(self.data_dir)
-        if meta.get('prepared_from') == identity and all((self.data_dir / name).exists() for name in meta['files']):
-            if self.left_by() in (None, identity):
-                shutil.rmtree(self.folder, ignore_errors=True)  # if it was killed at that
-            print(f'{self.data_dir} is prepared already, of this input and with these settings: nothing to do')
+        meta, left = read_meta(self.data_dir), self.read_state()
+        if self.is_complete(meta, left):
+            if left.get('identity') in (None, self.identity):
+                shutil.rmtree(self.folder, ignore_errors=True)  # a kill may have left it
+            print(f'{self.data_dir} is already prepared from this input with these settings: '
+                  'nothing to do')
             return
-        publishing = self.left_by() == identity and (self.folder / 'meta.json').exists()  # what is there may be the first part of this one
-        if not overwrite and not publishing and (meta or [*self.data_dir.glob('train*.bin')]):
-            raise ValueError(f'{self.data_dir} holds another data set already: --overwrite replaces it, another --out keeps it')
+        if not overwrite:
+            self.refuse_to_replace(meta, left)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / 'lock', 'w') as lock:
+        with self.lock():
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f'{self.folder} is being written by another process: wait for it, or choose another --out') from None
-            if not overwrite and self.left_by() not in (None, identity):
-                raise ValueError(f'{self.folder} is what a command with another input or other settings has done so far: that command goes on with it, '
-                                 '--overwrite or removing the folder starts anew')
-            try:
-                state = self.resume(identity)
-                if not state:
-                    tokenizer = self.make_tokenizer(made, vocab_size) if made else tokenizer
-                    state = {'identity': identity, 'position': [0, 0, 0, 0], 'shards': {'train': [], 'val': []}, 'documents': {'train': 0, 'val': 0},
-                             'bytes': {'train': 0, 'val': 0}}
-                    write_files({self.folder / 'tokenizer': json.dumps(tokenizer.spec).encode()})  # before the state, which is what counts
-                    self.save(state, {})
-                tokenizer = get_tokenizer(json.loads((self.folder / 'tokenizer').read_text()))
-                if not (self.folder / 'meta.json').exists():
-                    self.encode_all(tokenizer, state)
-                    self.finish(tokenizer, state)
-                self.publish()
-            except ValueError:
-                if not any(source.fetch for source in self.sources):  # what took a download stays, and the same command goes on
-                    shutil.rmtree(self.folder)
-                    if not any(self.data_dir.iterdir()):
-                        self.data_dir.rmdir()
+                self.publish(self.make())
+            except UserError:
+                self.clean_up()
                 raise
 
-    def shard(self, split, number):
-        return self.folder / f'{split}_{number:05d}.bin'
+    def make(self):
+        """Encode what is not encoded yet. Returns the future meta.json."""
+        state = self.resume() or self.begin()
+        if 'meta' not in state:
+            spec = json.loads((self.folder / 'tokenizer').read_text(encoding='utf-8'))
+            tokenizer = get_tokenizer(spec)
+            state = self.encode_all(tokenizer, state)
+            state = self.finish(tokenizer, state)
+        return state['meta']
 
-    def left_by(self):
-        """The identity of what was stopped in folder, None if there is nothing to go on with."""
+    # whether to begin, and from where
+
+    def half_published(self, left):
+        return left.get('identity') == self.identity and 'meta' in left
+
+    def is_complete(self, meta, left):
+        if meta.get('prepared_from') != self.identity or self.half_published(left):
+            return False
+        return all((self.data_dir / name).exists() for name in meta['files'])
+
+    def refuse_to_replace(self, meta, left):
+        """UserError if a data set, or what another command has done so far, is in the way."""
+        taken = meta or any(self.data_dir.glob('train*.bin'))
+        if taken and not self.half_published(left):
+            remedy = '--overwrite replaces it, another --out keeps it'
+            raise UserError(f'{self.data_dir} already holds another data set: {remedy}')
+        if left and left['identity'] != self.identity:
+            problem = f'{self.folder} is the unfinished work of a command with other settings'
+            remedy = 'that command resumes it, --overwrite or removing the folder starts anew'
+            raise UserError(f'{problem} or another input: {remedy}')
+
+    def lock(self):
         try:
-            return json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))['identity']
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return try_lock(self.folder / 'lock', f'process {os.getpid()}')
+        except Locked as e:
+            remedy = 'wait for it, or choose another --out'
+            raise UserError(f'{self.folder} is being written by {e.holder}: {remedy}') from None
 
-    def resume(self, identity):
-        """The state that a stopped preparation left, with its shards cut back to it; None, and an empty folder, if there is none for this identity."""
+    def read_state(self):
+        """The state that a stopped preparation left; {} if there is none."""
         try:
             state = json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))
-            width = DTYPES[dtype_of(get_tokenizer(json.loads((self.folder / 'tokenizer').read_text())))].itemsize
-            if state['identity'] == identity and not (self.folder / 'meta.json').exists():
-                for split, shards in state['shards'].items():
-                    for number, shard in enumerate(shards):
-                        if self.shard(split, number).stat().st_size < shard['tokens'] * width:
-                            raise ValueError(f'{self.shard(split, number)} is shorter than it was')
-                        os.truncate(self.shard(split, number), shard['tokens'] * width)
-                    for path in self.folder.glob(f'{split}_*.bin'):
-                        if int(path.stem[-5:]) >= len(shards):
-                            path.unlink()
-            if state['identity'] == identity:
-                print(f'going on at {state["position"][3] / self.total:.0%} of the input' if not (self.folder / 'meta.json').exists() else 'all but done')
+            return state if 'identity' in state else {}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def save(self, state, shards=()):
+        for split in shards:
+            split.sync()
+        with replacing(self.folder / 'state.json', 'w') as f:
+            json.dump(state, f)
+
+    def resume(self):
+        """The state to continue from, with the shards cut back to it; else None, and no files."""
+        state = self.read_state()
+        try:
+            if state.get('identity') == self.identity:
+                if 'meta' not in state:
+                    spec = json.loads((self.folder / 'tokenizer').read_text(encoding='utf-8'))
+                    for shards in self.open_shards(get_tokenizer(spec), state):
+                        shards.cut_back()
+                    done = state['position'][-1] / self.total
+                    print(f'resuming at {done:.0%} of the input', flush=True)
                 return state
-            print(f'{self.folder} is of another input or other settings: starting anew')
         except (OSError, ValueError, KeyError):
             pass  # killed before anything was saved
+        if state:
+            print(f'{self.folder} cannot be resumed with these settings: starting anew')
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != 'lock':
                 path.unlink()
+        return None
 
-    def save(self, state, files):
-        for f in files.values():
-            sync(f)
-        write_files({self.folder / 'state.json': json.dumps(state).encode()})
+    def begin(self):
+        """Make the tokenizer, if it is made of the text, and save the first state."""
+        tokenizer = self.tokenizer
+        if tokenizer == 'char':
+            tokenizer = self.make_char()
+        elif tokenizer == 'bpe':
+            tokenizer = train_bpe(self.sample_texts(), self.vocab_size)
+        with replacing(self.folder / 'tokenizer', 'w') as f:  # apart, since it may be large
+            json.dump(tokenizer.spec, f)
+        state = {'identity': self.identity, 'position': Position()}
+        for split in SPLITS:
+            state[split] = {'documents': 0, 'bytes': 0, 'shards': []}
+        self.save(state)
+        return state
+
+    def make_char(self):
+        characters, progress = set(), Progress('characters', self.total)
+        settings = None, self.field, self.bad_bytes
+        batches = self.batches(Position())
+        for found, position in in_order('characters', batches, self.processes, settings):
+            characters |= found
+            progress.show(position.read)
+        return get_tokenizer({'name': 'char', 'chars': sorted(characters)})
+
+    def sample_texts(self):
+        """Documents from all over the input, BPE_BYTES of them, to train a BPE on."""
+        every = max(1, round(self.total / BPE_BYTES))
+        length, progress = 0, Progress('reading for the BPE', self.total)
+        for items, position in itertools.islice(self.batches(Position()), 0, None, every):
+            for item in items:
+                text = text_of(item, self.field, self.bad_bytes)
+                length += len(text)
+                yield text
+            progress.show(position.read)
+            if length > BPE_BYTES:
+                return
+
+    # reading
+
+    def batches(self, start):
+        """Yield (items, the position after them) from a position on."""
+        batch, size, position = [], 0, start
+        for item, position in self.items(start):
+            if item:
+                batch.append(item)
+                size += len(item.content) if isinstance(item.content, (bytes, str)) else 0
+            # a downloaded file is removed at its end, so that should be a place to resume from
+            at_end = item is None and self.sources[position.source - 1].fetch
+            if batch and (at_end or size >= BATCH or len(batch) >= 10**4):
+                yield batch, position
+                batch, size = [], 0
+        if batch:
+            yield batch, position
+
+    def items(self, start):
+        """Yield (item, the position after it), and (None, position) at the end of each file."""
+        documents = start.documents
+        before = sum(source.size for source in self.sources[:start.source])
+        for number, path in self.local_files(start.source):
+            source = self.sources[number]
+            skip = start.items if number == start.source else 0
+            try:
+                for n, item in enumerate(self.read_file(path), 1):
+                    if n > skip:
+                        item = self.label(item, source, documents)
+                        documents += item.ends
+                        yield item, Position(number, n, documents, before + item.read)
+            except UserError:
+                if source.fetch:  # damaged, so the next run should download it again
+                    path.unlink()
+                raise
+            before += source.size
+            if source.fetch:
+                path.unlink()
+            yield None, Position(number + 1, 0, documents, before)
+
+    def local_files(self, first):
+        """Yield (number, path) of each file. The next is downloaded while one is encoded."""
+        with concurrent.futures.ThreadPoolExecutor(1) as downloads:
+            coming = {}
+            for number, source in enumerate(self.sources[first:], first):
+                for n, wanted in enumerate(self.sources[number:number + 2], number):
+                    if wanted.fetch and n not in coming:
+                        coming[n] = downloads.submit(wanted.fetch, self.folder / 'download')
+                yield number, coming.pop(number).result() if source.fetch else source.path
+
+    def read_file(self, path):
+        if not self.val_is_end_of_files:
+            kind, _ = kind_of(path.name)
+            return kind.read(path, self.field)
+        _, packed = kind_of(path.name)
+        length = path.stat().st_size
+        if packed:
+            length = sum(len(chunk) for chunk, _ in read_chunks(path))
+        return read_text(path, cut=int(length * (1 - self.val_fraction)))
+
+    def label(self, item, source, document):
+        """The item with the name of its file and its split."""
+        split = item.split
+        if source.split:
+            split = source.split
+        elif self.val_is_given:
+            split = 'train'
+        elif not self.val_is_end_of_files:
+            split = 'val' if is_val(document, self.period) else 'train'
+        return item._replace(name=source.name, split=split)
+
+    # writing
+
+    def open_shards(self, tokenizer, state):
+        dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
+        return [Shards(self.folder, split, dtype, self.tokens_per_shard, state[split])
+                for split in SPLITS]
 
     def encode_all(self, tokenizer, state):
-        """Write the shards of all batches from state on; it is saved every 5 seconds and with every full shard."""
-        files, width, saved, t0, before, consistent = {}, DTYPES[dtype_of(tokenizer)].itemsize, time.time(), time.time(), state['position'][3], True
-        n_tokens = {split: sum(shard['tokens'] for shard in shards) for split, shards in state['shards'].items()}
+        """Append all batches from `state` on to the shards. Returns the last state."""
+        start, saved = Position(*state['position']), time.time()
+        progress = Progress('encoding', self.total, start.read)
+        shards = self.open_shards(tokenizer, state)
+        settings = tokenizer.spec, self.field, self.bad_bytes
+        encoding = in_order('encode', self.batches(start), self.processes, settings)
         try:
-            for encoded, position in in_order(encode, self.batches(*state['position'][:3]), self.processes, tokenizer.spec, (self.field, self.bad_bytes)):
-                full = consistent = False
-                for split, (ids, documents, n_bytes) in encoded.items():
-                    shards, ids = state['shards'][split], memoryview(ids)
-                    state['documents'][split] += documents
-                    state['bytes'][split] += n_bytes
-                    n_tokens[split] += len(ids) // width
-                    while len(ids):
-                        if not shards or shards[-1]['tokens'] == self.tokens_per_shard:
-                            shards.append({'tokens': 0, 'crc32': 0})
-                        if split not in files:
-                            files[split] = open(self.shard(split, len(shards) - 1), 'ab')
-                        room = (self.tokens_per_shard - shards[-1]['tokens']) * width
-                        part, ids = ids[:room], ids[room:]
-                        files[split].write(part)
-                        shards[-1] = {'tokens': shards[-1]['tokens'] + len(part) // width, 'crc32': zlib.crc32(part, shards[-1]['crc32'])}
-                        if shards[-1]['tokens'] == self.tokens_per_shard:
-                            full = True
-                            sync(files[split])
-                            files.pop(split).close()
-                state['position'], consistent = position, True
-                if full or time.time() - saved > 5:
-                    self.save(state, files)
+            for encoded, position in encoding:
+                filled = [split.append(encoded[split.split]) for split in shards]
+                records = {split.split: split.record() for split in shards}
+                # until this line, an interruption goes back to the end of the last batch
+                state = {'identity': self.identity, 'position': position, **records}
+                if any(filled) or time.time() - saved > 5:
+                    self.save(state, shards)
                     saved = time.time()
-                self.show('encoding', position[3], before, t0, sum(n_tokens.values()))
+                progress.show(position.read, sum(split.tokens() for split in shards))
         finally:
-            if consistent:  # stopped or not, up to here it is done
-                self.save(state, files)
-            for f in files.values():
-                f.close()
-        if sys.stdout.isatty():
-            print()
+            encoding.close()
+            self.save(state, shards)
+            for split in shards:
+                split.close()
+        progress.close()
+        return state
 
     def finish(self, tokenizer, state):
-        """Write the meta.json to come. A last shard that is short is joined to the one before, as shards shorter than a window are of no use."""
-        for split, shards in state['shards'].items():
-            if not shards:
-                n_documents = sum(state['documents'].values())
-                raise ValueError(f'no {split} text: the input has {n_documents} documents, too few for val_fraction={self.val_fraction:g}; '
-                                 'give more text, another --val_fraction, or --val_input')
-            if len(shards) > 1 and shards[-1]['tokens'] < self.tokens_per_shard // 10:
-                last = shards.pop()
-                with open(self.shard(split, len(shards) - 1), 'ab') as f:
-                    rest = self.shard(split, len(shards)).read_bytes()
-                    f.write(rest)
-                    sync(f)
-                shards[-1] = {'tokens': shards[-1]['tokens'] + last['tokens'], 'crc32': zlib.crc32(rest, shards[-1]['crc32'])}
-        files = {self.shard(split, n).name: shard for split, shards in state['shards'].items() for n, shard in enumerate(shards)}
-        meta = {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.spec, 'documents': state['documents'], 'bytes': state['bytes'],
-                'prepared_from': state['identity'], 'dtype': dtype_of(tokenizer), 'files': files}
-        write_files({self.folder / 'meta.json': (json.dumps(meta, indent=1) + '\n').encode()})
+        """The state with the future meta.json in it, saved."""
+        files = {}
+        for shards in self.open_shards(tokenizer, state):
+            if not shards.shards:
+                documents = sum(state[split]['documents'] for split in SPLITS)
+                problem = f'no {shards.split} text: the input has {documents} documents, too few'
+                remedy = 'give more text, another --val_fraction, or --val_input'
+                raise UserError(f'{problem} for val_fraction={self.val_fraction:g}; {remedy}')
+            shards.join_short_tail()
+            files |= shards.listed()
+        state['meta'] = {
+            'vocab_size': tokenizer.vocab_size,
+            'tokenizer': tokenizer.spec,
+            'documents': {split: state[split]['documents'] for split in SPLITS},
+            'bytes': {split: state[split]['bytes'] for split in SPLITS},
+            'prepared_from': self.identity,
+            'dtype': dtype_for(tokenizer.vocab_size),
+            'files': files,
+        }
+        self.save(state)
+        return state
 
-    def publish(self):
-        """Give everything its name, meta.json first, as write_dataset does; a second time after a kill does the rest."""
-        meta = json.loads((self.folder / 'meta.json').read_text(encoding='utf-8'))
-        write_files({self.folder / 'published': (self.folder / 'meta.json').read_bytes()})
-        os.replace(self.folder / 'published', self.data_dir / 'meta.json')
+    def publish(self, meta):
+        """
+        Move the data set into data_dir, meta.json first: shards without it would pass for
+        nanoGPT's, while it without its shards is noticed. After a kill, a repetition does the rest.
+        """
+        with replacing(self.data_dir / 'meta.json') as f:
+            f.write(meta_json(meta))
+        for split in SPLITS:
+            for path in self.data_dir.glob(f'{split}*.bin'):
+                if path.name not in meta['files']:  # of the data set that this one replaces
+                    path.unlink()
         for name in meta['files']:
             if (self.folder / name).exists():
                 os.replace(self.folder / name, self.data_dir / name)
-        for path in [*self.data_dir.glob('train*.bin'), *self.data_dir.glob('val*.bin')]:
-            if path.name not in meta['files']:  # of the data set that this one replaces
-                path.unlink()
         shutil.rmtree(self.folder)
-        for split in ('train', 'val'):
-            shards = [shard['tokens'] for name, shard in meta['files'].items() if name.startswith(split)]
-            print(f"{split}: {sum(shards):,} tokens of {meta['bytes'][split] / 1e6:,.1f} MB in {meta['documents'][split]:,} documents, {len(shards)} "
-                  f"shard{'s' * (len(shards) > 1)}")
+        for split in SPLITS:
+            shards = [s['tokens'] for name, s in meta['files'].items() if name.startswith(split)]
+            text, documents = meta['bytes'][split] / 1e6, meta['documents'][split]
+            count = f"{len(shards)} shard{'s' if len(shards) > 1 else ''}"
+            print(f'{split}: {sum(shards):,} tokens of {text:,.1f} MB in {documents:,} documents, '
+                  f'{count}')
         print(f'{self.data_dir}: {meta["vocab_size"]:,} ids of {meta["dtype"]}')
 
+    def clean_up(self):
+        """Remove what bad input left, but keep downloads: the same command then resumes."""
+        if not any(source.fetch for source in self.sources):
+            shutil.rmtree(self.folder)
+            if not any(self.data_dir.iterdir()):
+                self.data_dir.rmdir()
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def count_cores():
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+# ------------------------------------------------------------------------------------------------
 # the command line
-
-def find_tokenizer(name, vocab_size=None):
-    """The Tokenizer of a name or file; 'char' and 'bpe' themselves, which take the text to make."""
-    if vocab_size is not None and name != 'bpe':
-        raise ValueError(f'--vocab_size is for --tokenizer=bpe, not for {name}, which has its own')
-    if name == 'bpe' and vocab_size is None:
-        raise ValueError('--tokenizer=bpe needs --vocab_size, 4096 say')
-    if not os.path.exists(name) and ('/' in name or name.endswith('.json')):
-        raise ValueError(f'--tokenizer={name}: no such file')
-    return name if name in ('char', 'bpe') else tokenizer_from_file(name) if os.path.exists(name) else get_tokenizer(name)
-
 
 def above(kind, low):
     def number(text):
         value = float(text)
-        if not low < value or kind is int and value != int(value) or value == float('inf'):
+        if not low < value < float('inf') or (kind is int and value != int(value)):
             raise ValueError
         return kind(value)
-    number.__name__ = f'number above {low}'  # argparse says it
+    number.__name__ = f'number above {low}'  # argparse prints it
     return number
 
 
-def parser_for(script, doc):
-    """The flags that data/prepare.py and the recipes for public data sets have in common."""
-    parser = Parser(prog='/'.join(Path(script).resolve().parts[-3 if Path(script).resolve().parent != HERE else -2:]), description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--field', default='text', help='the key of JSON lines or the column of parquet that has the text (text)')
-    parser.add_argument('--val_fraction', type=above(float, 0), help='share of the text that is val; by default 10 MB of it, but from 0.0005 to 0.1')
-    parser.add_argument('--tokens_per_shard', type=above(int, 0), default=10**8, help='(1e8)')
-    parser.add_argument('--bad_bytes', choices=('strict', 'replace'), default='strict', help='what is not UTF-8 is an error, or becomes U+FFFD')
-    parser.add_argument('--processes', type=above(int, -1), default=0, help='0: one a core')
-    parser.add_argument('--overwrite', action='store_true', help='replace another data set that is there')
+def fraction(text):
+    value = above(float, 0)(text)
+    if value > 0.5:
+        problem = f'{value:g} would leave less than half of the text for training'
+        raise argparse.ArgumentTypeError(problem)
+    return value
+
+
+def add_text_flags(parser):
+    add = parser.add_argument
+    add('--field', default='text',
+        help='key of JSON lines or column of parquet that holds the text (text)')
+    add('--val_fraction', type=fraction,
+        help='share of the text that is val; by default 10 MB of it, but from 0.0005 to 0.1')
+    add('--tokens_per_shard', type=above(int, 0), default=10**8, help='(1e8)')
+    add('--bad_bytes', choices=('strict', 'replace'), default='strict',
+        help='whether bytes that are not UTF-8 are an error or become U+FFFD')
+    add('--processes', type=above(int, -1), default=0, help='0: one per core')
+    add('--overwrite', action='store_true', help='replace another data set that is there')
+
+
+def named_tokenizer(name, vocab_size=None):
+    """The Tokenizer of a name or file; 'char' and 'bpe' themselves, which take the text to make."""
+    if vocab_size is not None and name != 'bpe':
+        raise UserError(f'--vocab_size is for --tokenizer=bpe, not for {name}, which has its own')
+    if name == 'bpe' and vocab_size is None:
+        raise UserError('--tokenizer=bpe needs --vocab_size, 4096 say')
+    if name in ('char', 'bpe'):
+        return name
+    if os.path.exists(name):
+        return tokenizer_from_file(name)
+    if '/' in name or name.endswith('.json'):
+        raise UserError(f'--tokenizer={name}: no such file')
+    return get_tokenizer(name)
+
+
+def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
+    """Run a Preparation with the flags of add_text_flags."""
+    preparation = Preparation(
+        sources, data_dir, tokenizer, vocab_size, field=args.field,
+        val_fraction=args.val_fraction, tokens_per_shard=args.tokens_per_shard,
+        bad_bytes=args.bad_bytes, processes=args.processes)
+    try:
+        preparation.run(args.overwrite)
+    except KeyboardInterrupt:
+        print(f'\nstopped; {RESUME}', file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as e:
+        if e.errno is None or e.filename:
+            raise
+        raise UserError(f'{data_dir}: {e}; {RESUME}') from e  # a full disk does not say where
+
+
+def recipe_parser(script, doc):
+    """The parser of a data set on Hugging Face. Its prepare.py may add flags of its own."""
+    parser = script_parser(script, doc)
+    add_text_flags(parser)
+    add_out_dir(parser, script)
+    parser.add_argument('--input', action='append', default=[], metavar='PATH',
+                        help='local files of the same format instead of the download')
+    parser.add_argument('--val_input', action='append', default=[], metavar='PATH',
+                        help='local files for val')
+    parser.add_argument('--tokenizer', default='gpt2',
+                        help="gpt2 or another of tiktoken's, or a tokenizer.json (gpt2)")
     return parser
 
 
-def prepare(parser, args, find_sources, data_dir, tokenizer, vocab_size=None):
-    """Run a Preparation with parsed flags; whatever goes wrong is one line and status 2, Ctrl-C 130."""
-    try:
-        if args.val_fraction and args.val_fraction > 0.5:
-            raise ValueError(f'val_fraction is {args.val_fraction:g}, and more than half of the text should be for training')
-        tokenizer = find_tokenizer(tokenizer, vocab_size)
-        preparation = Preparation(find_sources(), data_dir, field=args.field, val_fraction=args.val_fraction, tokens_per_shard=args.tokens_per_shard,
-                                  bad_bytes=args.bad_bytes, processes=args.processes)
-        preparation.run(tokenizer, vocab_size, args.overwrite)
-    except (OSError, ValueError) as e:
-        at = f'{data_dir}, ' * (isinstance(e, OSError) and e.errno is not None and not e.filename)  # a full disk does not name itself
-        parser.exit(2, f"{parser.prog}: {at}{' '.join(str(e).split())}" + '; the same command goes on from here' * bool(at) + '\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{parser.prog}: stopped; the same command goes on from here\n')
-
-
-def recipe(script, doc, repo, splits, tokens, val_fraction=None):
+def prepare_from_hub(args, repo, splits, tokens, download_mb):
     """
-    The prepare.py of a public data set: the files of a data set on Hugging Face, one at a time on the disk, each gone when it is encoded.
-    splits: the pattern of the files of each, {None: ...} to divide; tokens: about how many that makes, to say what it takes.
+    Prepare a data set on Hugging Face. One file at a time is on the disk, gone once encoded.
+    splits: {split: pattern} of the files, {None: pattern} to divide. tokens and download_mb: about
+    how many and how much that is, for the disk that it takes.
     """
-    parser = parser_for(script, doc)
-    parser.set_defaults(val_fraction=val_fraction)
-    parser.add_argument('--input', action='append', default=[], metavar='PATH', help='local files of the same format instead of the download')
-    parser.add_argument('--val_input', action='append', default=[], metavar='PATH', help='local files for val')
-    parser.add_argument('--out_dir', type=Path, default=Path(script).resolve().parent, help='where to write, by default beside the script')
-    parser.add_argument('--tokenizer', default='gpt2', help="gpt2 or another of tiktoken's, or the path of a tokenizer.json, LLaMA's say (gpt2)")
-    args = parser.parse_args()
     if args.tokenizer in ('char', 'bpe'):
-        parser.error(f'--tokenizer={args.tokenizer} would be made of the whole text, and only data/prepare.py reads a text twice')
+        problem = f'--tokenizer={args.tokenizer} would be made of the whole text'
+        raise UserError(f'{problem}, and only data/prepare.py reads a text twice')
+    tokenizer = named_tokenizer(args.tokenizer)
+    if args.input:
+        sources = given_sources(args, args.out_dir)
+    else:
+        sources = hub_files(repo, splits)
+        download = sum(source.size for source in sources)
+        tokens *= download / 1e6 / download_mb  # the repository may have changed
+        check_disk(args.out_dir, repo, sources, tokens, dtype_for(tokenizer.vocab_size))
+    prepare(args, sources, args.out_dir, tokenizer)
 
-    def sources():
-        if args.input:
-            return find_sources(args.input, 'train' if args.val_input else None, out=args.out_dir) + find_sources(args.val_input, 'val', out=args.out_dir)
-        found = [Source(f'{repo}/{name}', None, split, size, None, fetch) for split, name, size, fetch in hub_files(repo, splits)]
-        download, both = sum(source.size for source in found), sum(sorted(source.size for source in found)[-2:])
-        tokens_here = tokens * download / 1e6 / prepare_facts(script)['download_mb']  # should the hub have another part of it by now
-        disk = tokens_here * DTYPES[dtype_of(find_tokenizer(args.tokenizer))].itemsize + both
-        free = shutil.disk_usage(next(p for p in (args.out_dir, *args.out_dir.parents) if p.exists())).free
-        print(f'{repo}: {len(found):,} files, {download / 1e9:,.1f} GB to download, about {disk / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
-              f'{both / 1e9:,.1f} GB of them for files on their way', flush=True)
-        if free < disk and not (args.out_dir / 'unfinished').exists():
-            raise ValueError(f'{args.out_dir} has {free / 1e9:,.0f} GB free, and about {disk / 1e9:,.0f} GB are needed: --out_dir takes another disk')
-        return found
-    prepare(parser, args, sources, args.out_dir, args.tokenizer)
+
+def given_sources(args, out, glob='*'):
+    """The Sources of --input and --val_input."""
+    split = 'train' if args.val_input else None
+    train = find_sources(args.input, split, glob, out)
+    return train + find_sources(args.val_input, 'val', glob, out)
+
+
+def check_disk(out_dir, repo, sources, tokens, dtype):
+    """Print what the download and the data set take. UserError if the disk is too small."""
+    sizes = sorted(source.size for source in sources)
+    in_transit = sum(sizes[-2:])  # one file is encoded while the next one is downloaded
+    needed = tokens * DTYPES[dtype].itemsize + in_transit
+    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    print(f'{repo}: {len(sources):,} files, {sum(sizes) / 1e9:,.1f} GB to download, '
+          f'about {needed / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
+          f'{in_transit / 1e9:,.1f} GB of them for files in transit', flush=True)
+    if free < needed and not (out_dir / 'unfinished').exists():
+        problem = f'{out_dir} has {free / 1e9:,.0f} GB free, and about {needed / 1e9:,.0f} GB'
+        raise UserError(f'{problem} are needed: --out_dir takes another disk')
 
 
 def main():
-    parser = parser_for(__file__, __doc__)
-    parser.add_argument('paths', nargs='*', metavar='PATH', help='the same as --input=PATH')
-    parser.add_argument('--input', action='append', default=[], metavar='PATH', help='a file or a folder of text; may be given several times')
-    parser.add_argument('--val_input', action='append', default=[], metavar='PATH', help='text for val, which makes all of --input train')
-    parser.add_argument('--glob', default='*', help="files to take from folders, such as '*.txt' (all but hidden ones)")
-    parser.add_argument('--out', required=True, metavar='NAME', help='the folder to write, in data/, or anywhere if it has a slash')
-    parser.add_argument('--tokenizer', default='gpt2',
-                        help="byte, char, bpe (trained on the text), gpt2 or another of tiktoken's, or the path of a tokenizer.json (gpt2)")
-    parser.add_argument('--vocab_size', type=above(int, 0), help='of --tokenizer=bpe')
+    parser = script_parser(__file__, __doc__)
+    add_text_flags(parser)
+    add = parser.add_argument
+    add('paths', nargs='*', metavar='PATH', help='the same as --input=PATH')
+    add('--input', action='append', default=[], metavar='PATH',
+        help='a file or a folder of text; may be given several times')
+    add('--val_input', action='append', default=[], metavar='PATH',
+        help='text for val, which makes all of --input train')
+    add('--glob', default='*',
+        help="files to take from folders, such as '*.txt' (all but hidden ones)")
+    add('--out', required=True, metavar='NAME',
+        help='the folder to write, in data/, or anywhere if it has a slash')
+    add('--tokenizer', default='gpt2',
+        help="byte, char, bpe (trained on the text), gpt2 or another of tiktoken's, "
+             'or the path of a tokenizer.json (gpt2)')
+    add('--vocab_size', type=above(int, 0), help='of --tokenizer=bpe')
     args = parser.parse_args()
-    inputs = args.input + args.paths
-    if not inputs:
+    args.input += args.paths
+    if not args.input:
         parser.error('no text given: --input=PATH')
     if args.out in ('', '.', '..'):
-        parser.error(f'--out={args.out} is not the name of a data set: --out=NAME writes data/NAME, --out=./NAME a folder NAME here')
-    out, split = Path(args.out) if '/' in args.out else HERE / args.out, 'train' if args.val_input else None
-    prepare(parser, args, lambda: find_sources(inputs, split, args.glob, out) + find_sources(args.val_input, 'val', args.glob, out), out, args.tokenizer,
-            args.vocab_size)
+        remedy = '--out=NAME writes data/NAME, --out=./NAME a folder NAME here'
+        parser.error(f'--out={args.out} is not the name of a data set: {remedy}')
+    out = Path(args.out) if '/' in args.out else HERE / args.out
+    tokenizer = named_tokenizer(args.tokenizer, args.vocab_size)
+    prepare(args, given_sources(args, out, args.glob), out, tokenizer, args.vocab_size)
 
 
 if __name__ == '__main__':

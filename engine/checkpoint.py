@@ -1,28 +1,263 @@
-"""A run on disk: write, read, check."""
-import io
+"""
+A run on disk. out_dir holds the newest checkpoint, the one before it and the best one, each as one
+file (ckpt.pt) or, with --sharded_checkpoint, as a folder (ckpt_sharded) with a file per process.
+
+A checkpoint is a dict of tensors and plain values, a superset of nanoGPT's: 'model', 'optimizer',
+'model_args', 'iter_num', 'best_val_loss' and 'config'. It does not tell the mode that wrote it,
+and it is only ever read with weights_only=True, which runs no code. A folder has
+
+    rank_0000.pt, ...   {'set/name': (shape, first row, rows)}: the tensors of one process
+    info.pt             everything else; written last
+"""
+import contextlib
 import math
 import os
 import pickle
+import shutil
+import socket
 import zipfile
-import zlib
-from dataclasses import fields
+from dataclasses import dataclass, field
 
 import torch
 
-from engine.common import first_line
-from model import GPT, GPTConfig
+from engine.common import (
+    Locked,
+    UserError,
+    first_line,
+    link_or_copy,
+    sync_folder,
+    try_lock,
+)
 
+PLAIN = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
+SHARDED = 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
+
+
+@dataclass
+class State:
+    """The facts of a run that survive a resume. The checkpoint stores them under these names."""
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    losses: dict = field(default_factory=dict)  # of the last evaluation, per split
+    stale_evals: int = 0  # evaluations since the best one
+    last_eval_iter: int = -1
+    train_seconds: float = 0.0
+
+    def add_evaluation(self, losses, count=True):
+        """
+        Note the losses of an evaluation, {split: {'loss', ...}}; returns whether val loss is the
+        lowest so far. count=False: it may be on other windows than the run's own.
+        """
+        self.losses = losses
+        if not count:
+            return False
+        val_loss = losses['val']['loss']
+        best = val_loss < self.best_val_loss
+        if self.iter_num != self.last_eval_iter:  # or it was counted before a resume
+            self.best_val_loss = min(self.best_val_loss, val_loss)
+            self.stale_evals = 0 if best else self.stale_evals + 1
+            self.last_eval_iter = self.iter_num
+        return best
+
+    @classmethod
+    def from_dict(cls, ckpt):
+        """The state in a checkpoint, nanoGPT's included, which knows only the first two facts."""
+        return cls(ckpt['iter_num'], float(ckpt['best_val_loss']), {},
+                   ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', ckpt['iter_num']),
+                   ckpt.get('train_seconds', 0.0))
+
+
+# -------------------------------------------------------------------------------------------------
+# reading
 
 def check_crcs(path):
-    """ValueError if what a checkpoint file (a path, or its bytes as a file) holds does not match its own CRCs, which torch.load does not check."""
+    """ValueError if a zip file, as torch.save writes it, does not match its own checksums."""
     with zipfile.ZipFile(path) as z:
-        damaged = z.testzip()
+        damaged = z.testzip()  # torch.load does not look at the checksums
     if damaged is not None:
         raise ValueError(f"'{damaged}' inside it does not match its checksum")
 
 
+def read_file(path, **kwargs):
+    """The dict in a checkpoint file, on the CPU, with checksums verified."""
+    check_crcs(path)
+    return torch.load(path, map_location='cpu', weights_only=True, **kwargs)
+
+
+def read_facts(path):
+    """
+    The plain values in a checkpoint, quickly: tensors are not read and checksums not verified.
+    UserError names a file without them.
+    """
+    path = os.path.join(path, 'info.pt') if os.path.isdir(path) else path
+    try:
+        return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
+    except Exception as e:  # zip, pickle and torch each raise their own kinds
+        raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
+
+
+def newest_checkpoint(folder):
+    """The path of the checkpoint in a run's folder that is furthest on; None without any."""
+    def existing(*names):
+        paths = [os.path.join(folder, name) for name in names]
+        return [path for path in paths if os.path.exists(path)]
+
+    def reached(path):  # a copy changes the times of files, so they tell nothing
+        try:
+            return read_facts(path)['iter_num']
+        except (ValueError, KeyError):  # a damaged one comes first, so that it is noticed
+            return math.inf
+
+    found = existing('ckpt.pt', 'ckpt_sharded')
+    if not existing('ckpt_sharded'):  # a kill came between the two renames that replace it
+        found += existing('ckpt_sharded_prev')
+    if not found:  # a kill came during the first save, which is also the best one
+        found = existing('ckpt_best.pt', 'ckpt_sharded_best')
+    return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
+
+
+def is_sharded(path):
+    """Whether a folder is a checkpoint itself and not the folder of a run."""
+    return os.path.isdir(path) and os.path.exists(os.path.join(path, 'info.pt'))
+
+
+def load_checkpoint(path, moments=True):
+    """
+    The dict in a checkpoint, on the CPU: a file, a sharded one, or the newest in a run's folder.
+    Checksums are verified. With moments=False the optimizer state of a sharded checkpoint stays on
+    disk, as Pieces to take rows from. UserError names the file and what is wrong with it.
+    """
+    if os.path.isdir(path) and not is_sharded(path):
+        path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at '{path}'")
+    try:
+        ckpt = load_sharded(path, moments) if os.path.isdir(path) else read_file(path)
+        if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(key), dict)
+                                                 for key in ('model', 'model_args')):
+            raise ValueError("it has no 'model' and 'model_args'")
+    except pickle.UnpicklingError as e:
+        raise UserError(f"checkpoint '{path}' is refused: it holds something besides tensors and "
+                        'plain values, which could run code') from e
+    except Exception as e:  # zip, pickle and torch each raise their own kinds
+        raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
+    ckpt['path'] = path
+    return ckpt
+
+
+class Pieces:
+    """A tensor whose rows lie in the files of several processes, read when they are asked for."""
+    def __init__(self, shape):
+        self.shape, self.parts = torch.Size(shape), []  # [(first row, its rows)]
+
+    def rows(self, first, n):
+        """Its rows first, ..., first + n - 1 as a tensor; a 0-dim tensor as it is."""
+        if not self.shape:
+            return self.parts[0][1].clone()
+        pieces, at = [], first
+        for start, part in sorted(self.parts, key=lambda p: p[0]):
+            low, high = max(at, start), min(first + n, start + len(part))
+            if low == at and low < high:
+                pieces.append(part[low - start:high - start])
+                at = high
+        if at != first + n:
+            raise ValueError(f'rows {at} to {first + n - 1} of a tensor are missing')
+        return torch.cat(pieces) if pieces else self.parts[0][1][:0].clone()
+
+    def whole(self):
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+
+def load_sharded(path, moments):
+    """The dict that ckpt.pt would hold, whatever the number of processes that wrote the folder."""
+    ckpt = read_file(os.path.join(path, 'info.pt'))
+    if 'n_files' not in ckpt:
+        raise ValueError('an older version wrote this folder; make one file of it with that '
+                         'version: python model.py --ckpt=FOLDER --consolidate=ckpt.pt')
+    sets = {}
+    for number in range(ckpt.pop('n_files')):
+        file = os.path.join(path, f'rank_{number:04d}.pt')
+        for key, (shape, first, rows) in read_file(file, mmap=True).items():
+            kind, _, name = key.partition('/')
+            pieces = sets.setdefault(kind, {}).setdefault(name, Pieces(shape))
+            pieces.parts.append((first, rows))
+    state = {}
+    moment_pieces = sets.pop('optimizer', {})
+    for name in sorted(moment_pieces, key=number_of):
+        number, _, key = name.partition('/')
+        pieces = moment_pieces[name]
+        state.setdefault(int(number), {})[key] = pieces.whole() if moments else pieces
+    ckpt['optimizer'] = {'state': state, 'param_groups': ckpt.pop('param_groups')}
+    weights = {name: pieces.whole() for name, pieces in sets.pop('model').items()}
+    ckpt['model'] = {name: weights[stored] for name, stored in ckpt.pop('names').items()}
+    for kind, tensors in sets.items():
+        ckpt[kind] = {name: pieces.whole() if moments else pieces
+                      for name, pieces in tensors.items()}
+    return ckpt
+
+
+def number_of(name):
+    """The parameter's number in the name of an optimizer tensor, 'number/key'."""
+    return int(name.partition('/')[0])
+
+
+# -------------------------------------------------------------------------------------------------
+# restoring
+
+def restore_optimizer(optimizer, name, ckpt, parallel):
+    """
+    Give the optimizer of that name the moments in a checkpoint, or this process's share of them.
+    Learning rate, betas, weight decay and kernel stay those of today. UserError if the checkpoint
+    is of another optimizer.
+    """
+    saved = ckpt['optimizer']
+    theirs = (ckpt.get('config') or {}).get('optimizer', 'adamw')  # nanoGPT's does not say
+    their_sizes = [len(group['params']) for group in saved['param_groups']]
+    sizes = [len(group['params']) for group in optimizer.param_groups]
+    if theirs != name or their_sizes != sizes:
+        remedy = 'resume with the same' if theirs == name else \
+            f"resume with the run's config file, or --optimizer={theirs}"
+        raise UserError(f'the checkpoint has the state of {theirs} for groups of {their_sizes} '
+                        f"tensors, and optimizer='{name}' has {sizes}: {remedy}")
+    inner, numbers = parallel.inner_optimizer(optimizer)
+    loaded = inner.state_dict()
+    params = [p for group in inner.param_groups for p in group['params']]
+    for i, p in enumerate(params):
+        state = saved['state'].get(numbers[p])
+        if state is not None:
+            loaded['state'][i] = {key: own_share(t, p, parallel) for key, t in state.items()}
+    inner.load_state_dict(loaded)
+
+
+@torch.no_grad()
+def restore_tensors(sets, ckpt, parallel):
+    """
+    Fill every set of tensors like parameters, {set: {name: tensor}}, from a checkpoint. The model
+    and the optimizer are restored elsewhere. UserError names a set that the checkpoint lacks.
+    """
+    for kind, tensors in sets.items():
+        if kind not in ckpt:
+            raise UserError(f"the checkpoint '{ckpt['path']}' has no '{kind}' to resume with")
+        for name, tensor in tensors.items():
+            tensor.copy_(own_share(ckpt[kind][name], tensor, parallel))
+
+
+def own_share(value, like, parallel):
+    """This process's part of a whole tensor, or of Pieces, that is divided as `like` is."""
+    first, n = parallel.rows(value.shape, like)
+    whole = n == (value.shape[0] if value.shape else 0)
+    if isinstance(value, Pieces):
+        rows = value.rows(first, n)
+    else:
+        rows = value if whole else value[first:first + n].clone()
+    return parallel.place(rows, value.shape, like)
+
+
+# -------------------------------------------------------------------------------------------------
+# writing
+
 def save_checked(obj, path):
-    """torch.save to a file that, when this returns, is on the disk and has been read back."""
+    """torch.save to a file that is on the disk and has been read back when this returns."""
     with open(path, 'wb') as f:
         torch.save(obj, f)
         f.flush()
@@ -30,143 +265,188 @@ def save_checked(obj, path):
     check_crcs(path)
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """torch.distributed.checkpoint describes its files in a pickle, .metadata; this one knows the classes of tensors in there, none of which runs code."""
-    KNOWN = ({('torch.distributed.checkpoint.metadata', name) for name in (
-        'Metadata', 'MetadataIndex', 'StorageMeta', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', '_MEM_FORMAT_ENCODING')} |
-        {('torch.distributed.checkpoint.filesystem', '_StorageInfo'), ('torch', 'Size'), ('torch.serialization', '_get_layout')} |
-        {('torch', name) for name in ('float32', 'bfloat16', 'float16', 'float64', 'int64', 'bool')} |
-        {(module, name) for module in ('pathlib', 'pathlib._local') for name in ('PosixPath', 'WindowsPath')})
-
-    def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f'{module}.{name}')
-        return super().find_class(module, name)
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
-def read_metadata(path):
-    """What .metadata in the folder of a sharded checkpoint says: which part of which tensor is where."""
-    with open(os.path.join(path, '.metadata'), 'rb') as f:
-        return MetadataUnpickler(f).load()
-
-
-def read_part(path, place):
-    """A tensor in a sharded checkpoint; place: one of .metadata's. ValueError or OSError if it is not there or not whole."""
-    with open(os.path.join(path, os.path.basename(place.relative_path)), 'rb') as f:
-        f.seek(place.offset)
-        data = io.BytesIO(f.read(place.length))
-    check_crcs(data)
-    data.seek(0)
-    return torch.load(data, map_location='cpu', weights_only=True)
-
-
-def fill(tensors, path):
+class RunFolder:
     """
-    Fill {name: (a tensor, or rows of one; the number of its first row)} from a sharded checkpoint. Of that every part is read and checked, one
-    at a time. ValueError if numbers are missing.
+    The out_dir of a run: its lock and its checkpoints. Every method that takes part in a collective
+    is called on all processes.
     """
-    missing = sum(t.numel() for t, _ in tensors.values())
-    for index, place in read_metadata(path).storage_data.items():
-        part, (tensor, first) = read_part(path, place), tensors.get(index.fqn, (None, 0))
-        if tensor is None:
-            continue
-        if tensor.dim():
-            at = index.offset[0] - first
-            low, high = max(0, at), max(0, at, min(len(tensor), at + len(part)))
-            tensor = tensor[low:high][:, *(slice(start, start + n) for start, n in zip(index.offset[1:], part.shape[1:]))]
-            part = part[low - at:high - at]
-        tensor.copy_(part)
-        missing -= part.numel()
-    if missing:
-        raise ValueError(f"'{path}' lacks {missing} numbers")
+    def __init__(self, path, sharded, parallel):
+        self.path, self.sharded, self.parallel = path, sharded, parallel
+        self.names = SHARDED if sharded else PLAIN  # newest, previous, best
+        self.newest, self.previous, self.best = (os.path.join(path, name) for name in self.names)
+        self.new_run = True
+        self.newest_is_ours = False  # until this run has saved it or resumed from it
+        self.lock_file = None
 
+    def used(self):
+        """The names of the checkpoints that are in the folder."""
+        return [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(self.path, name))]
 
-def load_sharded(path, moments=True):
-    """The dict that ckpt.pt would hold, from a folder that train.py wrote by torch.distributed.checkpoint, whatever the number of processes was."""
-    check_crcs(os.path.join(path, 'info.pt'))
-    ckpt = torch.load(os.path.join(path, 'info.pt'), map_location='cpu', weights_only=True)
-    if file_crc32(os.path.join(path, '.metadata')) != ckpt.pop('metadata_crc32'):
-        raise ValueError('its .metadata does not match its checksum')
-    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in read_metadata(path).state_dict_metadata.items()
-               if moments or name.startswith('model/')}
-    fill({name: (t, 0) for name, t in tensors.items()}, path)
-    ckpt['model'] = {name: tensors[f'model/{stored}'] for name, stored in ckpt.pop('names').items()}  # tied tensors are stored once
-    ckpt['optimizer'] = {'state': {} if moments else None, 'param_groups': ckpt.pop('param_groups')}
-    for name in sorted((name.split('/') for name in tensors if name.startswith('optimizer/')), key=lambda name: int(name[1])):
-        ckpt['optimizer']['state'].setdefault(int(name[1]), {})[name[2]] = tensors['/'.join(name)]
-    return ckpt
+    def lock(self):
+        """
+        Lock the folder, if it exists, for as long as this process lives. UserError if another run
+        has it, on all processes alike.
+        """
+        refusal = None
+        if os.path.isdir(self.path) and not os.access(self.path, os.W_OK):
+            raise UserError(f"out_dir '{self.path}' is not writable")
+        if self.parallel.master and self.lock_file is None and os.path.isdir(self.path):
+            path = os.path.join(self.path, 'lock')
+            try:
+                holder = f'process {os.getpid()} on {socket.gethostname()}'
+                self.lock_file = try_lock(path, holder)
+            except Locked as e:
+                refusal = (f"out_dir '{self.path}' is in use by another run, {e.holder}; "
+                           '--out_dir=... gives this one another')
+            except OSError as e:
+                print(f"WARNING: '{path}' cannot be locked here, so a second run in this out_dir "
+                      f'would not be noticed: {first_line(e)}', flush=True)
+        if self.parallel.all_max(int(refusal is not None)):
+            self.parallel.fail(refusal)
 
+    def resumes(self, path):
+        """Note that the run resumes from the checkpoint at `path`."""
+        self.new_run = False
+        self.newest_is_ours = os.path.basename(path) == self.names[0]  # not after a fall back
 
-def file_crc32(path):
-    with open(path, 'rb') as f:
-        return zlib.crc32(f.read())
+    def save(self, sets, param_groups, facts, best, before_rename):
+        """
+        Replace the newest checkpoint so that a kill at any moment leaves a whole one. The previous
+        one is kept, and so is the best one if this is it.
 
-
-def newest_checkpoint(folder):
-    """Of what a run saved in its folder, ckpt.pt or ckpt_sharded, what is further on; None if it has saved nothing."""
-    names = ['ckpt.pt', 'ckpt_sharded']
-    if not os.path.exists(os.path.join(folder, 'ckpt_sharded')):
-        names += ['ckpt_sharded_prev']  # a kill came between the two renames that replace a folder
-    exist = lambda names: [path for path in (os.path.join(folder, name) for name in names) if os.path.exists(path)]
-    found = exist(names) or exist(['ckpt_best.pt', 'ckpt_sharded_best'])  # a kill came in the midst of the first save, which is also the best
-
-    def reached(path):  # not by their times, which a copy changes
+        sets: {'model': state dict, 'optimizer': Parallel.moments(), and any other set of tensors
+        like parameters}; facts: plain values; before_rename: called on rank 0 when every tensor is
+        on the disk. UserError, on all processes, if any of them cannot write; what was there is
+        untouched then.
+        """
+        temporary = self.newest + '.tmp'
+        write = self._write_folder if self.sharded else self._write_file
         try:
-            return read_facts(path)['iter_num']
-        except (ValueError, KeyError):  # a damaged one comes first, so that it is noticed
-            return math.inf
-    return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
+            write(temporary, sets, param_groups, facts)
+            self._on_master(before_rename)
+            self._on_master(lambda: self._rename(temporary, best))
+        except OSError as e:
+            self._on_master(lambda: remove(temporary))
+            self.parallel.fail(f"checkpoint '{self.newest}' could not be written, what was there "
+                               f'is untouched: {e}')
+        self.newest_is_ours = True
 
+    def _together(self, step):
+        """Call step() on every process. If it fails on one of them, OSError on all of them."""
+        problem = None
+        try:
+            step()
+        except (OSError, RuntimeError, ValueError) as e:
+            problem = first_line(e)
+        problems = [p for p in self.parallel.gather_objects(problem) if p]
+        if problems:
+            raise OSError(problems[0])
 
-def read_facts(path):
-    """The dict in a checkpoint file, or in a sharded one's info.pt, at once: tensors are not read, CRCs not checked. ValueError names a file without one."""
-    try:
-        facts = torch.load(os.path.join(path, 'info.pt') if os.path.isdir(path) else path, map_location='cpu', weights_only=True, mmap=True)
-        return dict(facts)
-    except Exception as e:  # zip, pickle and torch each have their own
-        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
+    def _on_master(self, step):
+        self._together(step if self.parallel.master else lambda: None)
 
+    def _write_file(self, path, sets, param_groups, facts):
+        whole = {kind: self.parallel.gather(tensors) for kind, tensors in sets.items()}
 
-def load_checkpoint(path, moments=True):
-    """
-    The dict in a checkpoint, on the CPU: a file, a sharded one (a folder), or a run's folder, of which the newest. Only tensors and
-    plain values are ever read, and the files' own CRCs are checked. ValueError names the file and what is wrong with it. Without moments, the
-    optimizer's state from a sharded one is checked and left to fill(), as None.
-    """
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, '.metadata')):
-        path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
-    if not os.path.exists(path):
-        raise ValueError(f"no checkpoint at '{path}'")
-    try:
-        if os.path.isdir(path):
-            ckpt = load_sharded(path, moments)
+        def write():
+            check_finite(whole['model'].values())
+            state = {}
+            for name in sorted(whole['optimizer'], key=number_of):
+                number, _, key = name.partition('/')
+                state.setdefault(int(number), {})[key] = whole['optimizer'][name]
+            optimizer = {'state': state, 'param_groups': param_groups}
+            save_checked(whole | {'optimizer': optimizer} | facts, path)
+        self._on_master(write)
+
+    def _write_folder(self, path, sets, param_groups, facts):
+        first_names = {}  # a tied tensor is written once, under its first name
+        names = {name: first_names.setdefault(id(t), name) for name, t in sets['model'].items()}
+        untied = {name: sets['model'][name] for name in first_names.values()}
+        pieces = self._pieces(sets | {'model': untied})
+
+        def write():
+            check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
+            save_checked(pieces, os.path.join(path, f'rank_{self.parallel.rank:04d}.pt'))
+
+        def check_next():  # a file of another process, which may be on another node
+            number = (self.parallel.rank + 1) % self.parallel.world_size
+            try:
+                check_crcs(os.path.join(path, f'rank_{number:04d}.pt'))
+            except (OSError, ValueError, zipfile.BadZipFile) as e:
+                raise OSError(f'{first_line(e)}; out_dir must be a folder that all nodes '
+                              'share') from e
+
+        def finish():
+            info = dict(names=names, param_groups=param_groups, n_files=self.parallel.world_size)
+            save_checked(facts | info, os.path.join(path, 'info.pt'))
+            sync_folder(path)
+
+        def start():
+            remove(path)
+            os.mkdir(path)
+
+        self._on_master(start)
+        self._together(write)
+        self._together(check_next)
+        self._on_master(finish)
+
+    def _pieces(self, sets):
+        """{'set/name': (shape, first row, rows)} of what this process writes."""
+        pieces = {}
+        for kind, tensors in sets.items():
+            own = self.parallel.owned(tensors)
+            for name, t in tensors.items():
+                shape, t = list(t.shape), t.detach()
+                if hasattr(t, 'to_local'):
+                    first, _ = self.parallel.rows(shape, t)
+                    pieces[f'{kind}/{name}'] = shape, first, t.to_local()
+                elif name in own:
+                    pieces[f'{kind}/{name}'] = shape, 0, t
+        return pieces
+
+    def _rename(self, temporary, best):
+        if self.new_run and not self.newest_is_ours:
+            self._remove_earlier_run()
+        if self.sharded:
+            self._rename_folder(temporary, best)
         else:
-            check_crcs(path)
-            ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        if not isinstance(ckpt, dict) or not isinstance(ckpt.get('model'), dict) or not isinstance(ckpt.get('model_args'), dict):
-            raise ValueError("it has no 'model' and 'model_args'")
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"checkpoint '{path}' is refused: it holds something besides tensors and plain values, which could run code") from e
-    except Exception as e:  # zip and torch each have their own; to a reader they are one thing
-        raise ValueError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
-    ckpt['path'] = path
-    return ckpt
+            if self.newest_is_ours:
+                link_or_copy(self.newest, self.previous)
+            if best:  # before the iterations that found it count as done
+                link_or_copy(temporary, self.best)
+            os.replace(temporary, self.newest)
+        sync_folder(self.path)
+
+    def _rename_folder(self, temporary, best):
+        if best:  # the same files once more, by links
+            remove(self.best + '.tmp')
+            shutil.copytree(temporary, self.best + '.tmp', copy_function=link_or_copy)
+            remove(self.best)
+            os.replace(self.best + '.tmp', self.best)
+        if self.newest_is_ours:
+            remove(self.previous)
+            os.replace(self.newest, self.previous)
+        else:
+            remove(self.newest)
+        os.replace(temporary, self.newest)
+
+    def _remove_earlier_run(self):
+        """An earlier run's checkpoints are no fallback for this one, and not further on either."""
+        for name in self.used():
+            if name != 'ckpt.pt' or self.sharded:  # a file is replaced at once
+                remove(os.path.join(self.path, name))
 
 
-def model_of(ckpt):
-    """The model in a checkpoint dict, in eval mode."""
-    known = {f.name for f in fields(GPTConfig)}
-    try:
-        unknown = [k for k in ckpt['model_args'] if k not in known]
-        if unknown:
-            raise ValueError(f"unknown model_args {', '.join(map(str, unknown))}")
-        with torch.device('meta'):
-            model = GPT(GPTConfig(**ckpt['model_args']))
-        # nanoGPT's have a prefix from torch.compile, and causal masks (attn.bias) where torch was older than 2.0
-        state = {k.removeprefix('_orig_mod.'): v for k, v in ckpt['model'].items() if not k.endswith('.attn.bias')}
-        model.load_state_dict(state, assign=True)
-    except Exception as e:
-        raise ValueError(f"checkpoint '{ckpt['path']}' is not a model we can hold: {' '.join(str(e).split())[:300]}") from e
-    if model.config.weight_tying:
-        model.transformer.wte.weight = model.lm_head.weight
-    return model.requires_grad_(True).eval()
+def check_finite(tensors):
+    """ValueError if a weight is not finite, so that no such checkpoint is ever written."""
+    if not all(t.isfinite().all() for t in tensors):
+        raise ValueError('a weight is not finite')

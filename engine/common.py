@@ -7,11 +7,13 @@ import fcntl
 import importlib
 import os
 import shutil
+import signal
 import sys
+import time
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data that a person can mend: shown as one line, exit status 2."""
+    """A mistake in flags, files or data that a person can mend: one line, exit status 2."""
 
 
 def first_line(error):
@@ -35,12 +37,33 @@ def show_error(kind, error, trace):
         raise SystemExit(130)
     if not issubclass(kind, (UserError, OSError)) and not out_of_memory(error):
         return sys.__excepthook__(kind, error, trace)
-    message = str(error) if issubclass(kind, (UserError, OSError)) else \
-        f'out of memory: {first_line(error)[:200]}'
-    if os.environ.get('RANK', '0') == '0':  # under torchrun the other ranks meet the same error
-        script = os.path.basename(sys.argv[0])
-        print(f"{script}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    message = str(error)
+    if not issubclass(kind, (UserError, OSError)):
+        message = ('out of memory; a smaller --batch_size or --block_size, or '
+                   f'--activation_checkpointing=True, needs less ({first_line(error)[:200]})')
+    print_error(message)
     raise SystemExit(2)
+
+
+def print_error(message):
+    """
+    One line on stderr. Before torch.distributed is set up every process of a node meets the same
+    error, so only rank 0 speaks; after that, a rank has an error of its own.
+    """
+    who, rank = script_name(), os.environ.get('RANK', '0')
+    dist = sys.modules.get('torch.distributed')
+    if rank != '0':
+        own_error = dist is not None and dist.is_initialized()
+        if not own_error and os.environ.get('LOCAL_RANK') != '0':
+            return
+        who += f': rank {rank}'
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def script_name():
+    """The script as a person would type it: train.py, data/prepare.py."""
+    path = os.path.relpath(sys.argv[0])
+    return os.path.basename(path) if path.startswith(os.pardir) else path
 
 
 def optional(module, purpose):
@@ -124,3 +147,25 @@ def try_lock(path, text):
     f.write(text)
     f.flush()
     return f
+
+
+class StopSignal:
+    """
+    The first SIGINT, SIGTERM or SIGHUP that this process gets, as `number` (0: none yet), which a
+    loop looks at when it can stop. A second one, 2 seconds later or more, ends the process at once.
+    """
+    def __init__(self, notice=''):
+        self.number, self.time, self.notice = 0, 0.0, notice
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame):
+        if self.number:  # torchrun passes signals on, so a job that gets one as a whole gets two
+            if time.time() - self.time > 2:
+                os._exit(128 + number)
+            return
+        self.number, self.time = number, time.time()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            text = f'{signal.Signals(number).name}: {self.notice}\n' if self.notice else ''
+            os.write(1, text.encode())  # print is not reentrant

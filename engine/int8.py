@@ -1,4 +1,4 @@
-"""int8 weights for sampling."""
+"""int8 weights, for sampling only."""
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -6,14 +6,17 @@ from torch.nn import functional as F
 
 class Int8Linear(nn.Module):
     """
-    A Linear for sampling whose weight is int8 with a scale for each output: half the bytes of bfloat16. For up to 4 rows of bfloat16 a CPU has a kernel that
-    reads them as they are, no slower than bfloat16's; everything else turns them into x's dtype first, which is slower. embed(ids): rows, for tied embeddings.
+    A Linear whose weight is int8 with one scale per output: half the bytes of bfloat16.
+
+    For up to 4 rows of bfloat16 a CPU has a kernel that reads int8 directly, no slower than
+    bfloat16. Everything else first converts the weight to x's dtype, which is slower.
     """
     def __init__(self, linear):
         super().__init__()
-        scale = linear.weight.detach().float().abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.register_buffer('weight', (linear.weight.detach() / scale[:, None]).round().to(torch.int8))
-        self.register_buffer('scale', scale.to(linear.weight.dtype))
+        weight = linear.weight.detach()
+        scale = weight.float().abs().amax(1).clamp(min=1e-8) / 127  # (out,)
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.to(weight.dtype))
         self.bias = linear.bias
 
     def forward(self, x):
@@ -21,18 +24,42 @@ class Int8Linear(nn.Module):
         if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
-            parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))  # a large head at once would be more memory than is saved
-            y = torch.cat([F.linear(rows, part.to(x.dtype)) for part in parts], dim=-1) * self.scale
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+            y = self.converted(rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+    def converted(self, rows):
+        """In parts, because a large head converted at once would take more than int8 saves."""
+        parts = self.weight.split(max(1, 2 ** 22 // self.weight.size(1)))
+        y = torch.cat([F.linear(rows, part.to(rows.dtype)) for part in parts], dim=-1)
+        return y * self.scale
 
     def embed(self, ids):
+        """The rows of these ids, for an embedding that is tied to this layer."""
         return self.weight[ids].to(self.scale.dtype) * self.scale[ids][..., None]
 
 
 class Int8Embedding(nn.Module):
+    """The token embedding of a model whose head is an Int8Linear with the same matrix."""
     def __init__(self, head):
         super().__init__()
         self.head = head
 
     def forward(self, ids):
         return self.head.embed(ids)
+
+
+@torch.no_grad()
+def quantize_int8(model):
+    """
+    Replace every Linear of a GPT by an Int8Linear, in place, and the token embedding if it is
+    tied to the head. Returns the model.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child))
+    if model.config.weight_tying:
+        model.transformer.wte = Int8Embedding(model.lm_head)
+    return model

@@ -1,32 +1,162 @@
-"""Muon beside AdamW as one optimizer."""
+"""
+The optimizers that --optimizer can name, and several of them as one.
+
+To add one, register its class here under a function that returns the class's keyword arguments.
+Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py follow from that entry.
+"""
 import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from engine.common import UserError
 from engine.machine import pick_device
 
 
+class Entry(NamedTuple):
+    cls: type          # the torch.optim.Optimizer
+    options: Callable  # (settings, device_type) -> its keyword arguments but lr and weight_decay
+    moments: int       # tensors of state per parameter that have the parameter's shape
+    rate: str          # the setting that is its highest learning rate
+    rest: str | None   # None: trains all parameters. A name: only GPT.hidden_matrices(), while
+                       # the optimizer of that name trains the rest
+
+
+OPTIMIZER = {}
+
+
+def register(name, cls, moments, rate='learning_rate', rest=None):
+    """Decorator: make `cls`, with the options that the function below returns, selectable."""
+    def add(options):
+        OPTIMIZER[name] = Entry(cls, options, moments, rate, rest)
+        return options
+    return add
+
+
+@register('adamw', torch.optim.AdamW, moments=2)
+def adamw(settings, device_type):
+    fused = device_type in ('cuda', 'cpu', 'mps')
+    return dict(betas=(settings['beta1'], settings['beta2']), fused=fused)
+
+
 class Float32(TorchFunctionMode):
-    """While entered, Tensor.bfloat16() gives float32: for Muon's matmuls, which are 20 times as slow where bfloat16 is emulated."""
+    """While entered, Tensor.bfloat16() returns float32."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0].float().clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+        if func is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return func(*args, **(kwargs or {}))
 
 
-class MuonAdamW(torch.optim.Optimizer):
+def fast_bfloat16(groups):
     """
-    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/) for the groups that have a momentum, and torch.optim.AdamW, as one optimizer with one
-    state dict, so that ZeRO-1, fp16's scaler and checkpoints need not know.
+    A context in which bfloat16 is fast: Muon's matmuls take 20 times as long on a device that
+    emulates bfloat16, so there they run in float32.
     """
-    def __init__(self, groups, **adamw):
-        self.parts = torch.optim.AdamW([g for g in groups if 'momentum' not in g], **adamw), torch.optim.Muon([g for g in groups if 'momentum' in g])
-        super().__init__(groups, {})  # the parts have filled in their defaults
-        device = next((p.device.type for g in groups for p in g['params']), 'cpu')
-        self.precision = contextlib.nullcontext() if pick_device(device)[1] == 'bfloat16' else Float32()
+    params = [p for group in groups for p in group['params']]
+    device = params[0].device.type if params else 'cpu'
+    has_units = pick_device(device)[1] == 'bfloat16'
+    return contextlib.nullcontext() if has_units else Float32()
+
+
+class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 has no Muon
+    """
+    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/). The spectral norm of a step is
+    lr * sqrt(max(1, rows / columns)).
+    """
+    def __init__(self, groups, **options):
+        super().__init__(groups, **options)
+        self.precision = fast_bfloat16(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure=None):
-        for part in self.parts:
-            part.state, part.param_groups = self.state, [g for g in self.param_groups if ('momentum' in g) == isinstance(part, torch.optim.Muon)]
-            with self.precision:
-                part.step()
+        with self.precision:
+            return super().step(closure)
+
+
+@register('muon', Muon, moments=1, rate='muon_learning_rate', rest='adamw')
+def muon(settings, device_type):
+    if not hasattr(torch.optim, 'Muon'):
+        raise UserError("optimizer='muon' needs torch 2.9 or newer, "
+                        f'and this is {torch.__version__}')
+    return dict(momentum=settings['muon_momentum'])
+
+
+class Together(torch.optim.Optimizer):
+    """
+    Several optimizers as one with a single state dict, so that ZeRO-1, fp16's scaler and
+    checkpoints need not know. group['optimizer'] names the one that steps a group. Groups must be
+    complete: `Together(groups)` is all that ZeRO-1 calls.
+    """
+    def __init__(self, groups):
+        self.parts = {}
+        for name in dict.fromkeys(group['optimizer'] for group in groups):
+            own = [group for group in groups if group['optimizer'] == name]
+            self.parts[name] = OPTIMIZER[name].cls(own)  # adds its defaults to the groups
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for name, part in self.parts.items():
+            # loading a state dict replaces both, so hand them over at each step
+            part.state = self.state
+            part.param_groups = [g for g in self.param_groups if g['optimizer'] == name]
+            part.step()
+
+
+def parameter_groups(name, model, weight_decay=0.0):
+    """
+    The model's parameter groups, each with the name of its optimizer. Those of `rest` come first;
+    checkpoints number the parameters in this order.
+    """
+    if name not in OPTIMIZER:
+        raise UserError(f"unknown optimizer {name!r}; choose from {', '.join(OPTIMIZER)}")
+    rest = OPTIMIZER[name].rest
+    groups = model.parameter_groups(weight_decay)
+    for group in groups:
+        group['optimizer'] = rest or name
+    if rest is not None:
+        hidden = model.hidden_matrices()
+        taken = {id(p) for p in hidden}
+        for group in groups:
+            group['params'] = [p for p in group['params'] if id(p) not in taken]
+        groups.append({'params': hidden, 'weight_decay': weight_decay, 'optimizer': name})
+    return groups
+
+
+def moment_numel(name, model):
+    """How many numbers of optimizer state have the shapes of the model's parameters."""
+    return sum(OPTIMIZER[group['optimizer']].moments * p.numel()
+               for group in parameter_groups(name, model) for p in group['params'])
+
+
+def build(name, model, settings, device_type):
+    """
+    The torch optimizer `name` for a GPT. settings: a dict with learning_rate, weight_decay and
+    the other settings that the optimizer takes. A group's learning rate is to be the schedule's
+    times its 'lr_scale'. UserError for an unknown name, or one that torch lacks.
+    """
+    groups = parameter_groups(name, model, settings['weight_decay'])
+    for group in groups:
+        entry = OPTIMIZER[group['optimizer']]
+        rate = settings[entry.rate]
+        group.update(entry.options(settings, device_type), lr=rate,
+                     lr_scale=rate / settings['learning_rate'])
+    if OPTIMIZER[name].rest is not None:
+        return Together(groups)
+    # options once more: torch's AdamW looks at its own arguments to see whether it is fused
+    return OPTIMIZER[name].cls(groups, **OPTIMIZER[name].options(settings, device_type))
+
+
+def describe(optimizer):
+    """'muon at 0.02 for 48 matrices, adamw at 0.0006', with the rates before any schedule."""
+    texts = []
+    for group in reversed(optimizer.param_groups):
+        name = group['optimizer']
+        text = f"{name} at {group['lr']:g}"
+        if OPTIMIZER[name].rest is not None:
+            text += f" for {len(group['params'])} matrices"
+        if text not in texts:
+            texts.append(text)
+    return ', '.join(texts)

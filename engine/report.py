@@ -1,31 +1,385 @@
-"""What a run reports."""
+"""
+What a run tells: lines on the console, run_*.json, and, if asked for, Weights & Biases and
+TensorBoard, all under the same names.
+"""
+import atexit
+import collections
+import html
+import json
 import math
+import os
+import sys
+import time
 
+import numpy as np
 import torch
 
+from engine.common import duration, first_line, replacing
+from engine.machine import memory
+from engine.parallel import Parallel
+
+GIB = 2 ** 30
+QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
+              '--gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py')
+
+
+class Console:
+    """print() for the process that speaks, rank 0. A terminal that closes does not end the run."""
+    def __init__(self, speaks=True):
+        self.speaks, self.last_line = speaks, time.time()
+        sys.stdout.reconfigure(errors='replace')  # a sample may hold what the terminal cannot show
+
+    def say(self, text):
+        if self.speaks:
+            try:
+                print(text, flush=True)
+            except OSError:
+                sys.stdout = open(os.devnull, 'w')
+        self.last_line = time.time()
+
+    def progress(self, text):
+        """A sign of life, every 10 seconds, in a long stretch without other lines."""
+        if time.time() - self.last_line > 10:
+            self.say(f'  ... {text}')
+
+
+# -------------------------------------------------------------------------------------------------
+# gradients
 
 @torch.no_grad()
-def gradient_norms(grads, all_reduce=None):
-    """The norm of each gradient, (len(grads),) float32. all_reduce: what sums a tensor over processes, if each has a shard of every gradient."""
-    if all_reduce is None:
-        return torch.stack(torch._foreach_norm(grads))
-    return all_reduce(torch.stack(torch._foreach_norm([g.to_local() for g in grads])).double().square()).sqrt().float()
-
-
-@torch.no_grad()
-def gradient_statistics(model, all_reduce=None):
+def gradient_statistics(model, parallel=None):
     """
-    Of the gradients that model's parameters have: dict(norm, layers={'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': norm of each}, mean, std),
-    floats. norm is bit for bit what clip_grad_norm_ computes, so clipping need not do it again. Two passes, one transfer to the host.
-    all_reduce as for gradient_norms.
+    Of the gradients of a model: {'norm', 'layers': {'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': the
+    norm of each}, 'mean', 'std'}, floats, from two passes and one transfer to the host. norm is bit
+    for bit the one that clip_grad_norm_ computes.
     """
-    names, grads = zip(*((name.split('.'), p.grad) for name, p in model.named_parameters() if p.grad is not None))
-    norms, n = gradient_norms(grads, all_reduce), sum(g.numel() for g in grads)
-    mean = torch.stack([(g.to_local() if all_reduce else g).sum() for g in grads]).sum() / n
-    mean = all_reduce(mean) if all_reduce else mean
-    total, mean, *norms = torch.stack((torch.linalg.vector_norm(norms), mean, *norms)).tolist()
+    parallel = parallel or Parallel()
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    names, grads = zip(*named)
+    norms = parallel.norms(list(grads))
+    n = sum(g.numel() for g in grads)
+    mean = parallel.sum_over_shards(torch.stack([parallel.local(g).sum() for g in grads]).sum() / n)
+    total = torch.linalg.vector_norm(norms)
+    total, mean, *norms = torch.stack((total, mean, *norms)).tolist()
     layers = {}
-    for path, norm in zip(names, norms):  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
-        layer = path[2] if path[1] == 'h' else path[0] if path[0] == 'lm_head' else path[1]
+    for name, norm in zip(names, norms):
+        layer = layer_of(name)
         layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
-    return dict(norm=total, layers=layers, mean=mean, std=math.sqrt(max(0.0, total ** 2 / n - mean ** 2)))
+    std = math.sqrt(max(0.0, total ** 2 / n - mean ** 2))
+    return dict(norm=total, layers=layers, mean=mean, std=std)
+
+
+def layer_of(name):
+    """'0' of transformer.h.0.attn.c_attn.weight, 'wte' of transformer.wte.weight, 'lm_head'."""
+    path = name.split('.')
+    if path[0] != 'transformer':
+        return path[0]
+    return path[2] if path[1] == 'h' else path[1]
+
+
+# -------------------------------------------------------------------------------------------------
+# sinks besides the console and the run log
+
+class WandbSink:
+    """Weights & Biases: numbers, a table of samples, checkpoints as versions of one artifact."""
+    def __init__(self, out_dir, facts, settings, console):
+        folder = os.path.abspath(os.path.join(out_dir, 'wandb'))
+        os.environ.setdefault('WANDB_DATA_DIR', folder)  # for copies of checkpoints
+        import wandb
+        self.wandb, self.samples, self.artifacts = wandb, [], settings['wandb_artifacts']
+        arguments = dict(project=settings['wandb_project'], name=settings['wandb_run_name'],
+                         config=facts, dir=out_dir)
+        try:
+            limits = wandb.Settings(init_timeout=15, login_timeout=15)
+            self.run = wandb.init(**arguments, settings=limits)
+        except Exception as e:  # no network, no key, no such project
+            self.run = wandb.init(**arguments, mode='offline')
+            console.say(f"WARNING: wandb's server cannot be used ({first_line(e)[:200]}), so this "
+                        'run is recorded offline; to send it later: wandb sync '
+                        f'{os.path.dirname(self.run.dir)}')
+
+    def numbers(self, values, sample, step):
+        if sample is not None:
+            self.samples.append([step, sample])
+            table = self.wandb.Table(columns=['iter', 'text'], data=self.samples)
+            values = values | {'samples': table}
+        self.run.log(values, step=step)
+
+    def checkpoint(self, path, best, state):
+        if not self.artifacts:
+            return
+        facts = dict(iter=state.iter_num, losses=state.losses)
+        name = f'checkpoint-{self.run.id}'
+        artifact = self.wandb.Artifact(name, type='model', metadata=facts)
+        add = artifact.add_dir if os.path.isdir(path) else artifact.add_file
+        add(path)  # a copy, since the next checkpoint replaces this one
+        aliases = ['latest', f'iter-{state.iter_num}'] + ['best'] * best
+        self.run.log_artifact(artifact, aliases=aliases)
+
+    def close(self):
+        self.run.finish()
+
+
+class TensorBoardSink:
+    """TensorBoard's event files, under the names that wandb gets."""
+    def __init__(self, out_dir, facts, settings, console):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(out_dir)
+        atexit.register(self.writer.close)  # or what it has queued is lost when a run fails
+        self.writer.add_text('config', f'<pre>{json.dumps(facts, indent=2)}</pre>')
+
+    def numbers(self, values, sample, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if sample is not None:
+            self.writer.add_text('samples', f'<pre>{html.escape(sample)}</pre>', step)
+
+    def checkpoint(self, path, best, state):
+        pass
+
+    def close(self):
+        self.writer.close()
+
+
+SINKS = {'wandb': WandbSink, 'tensorboard': TensorBoardSink}  # by the setting NAME_log
+
+
+def numbers_in(entry, prefix=''):
+    """{name: number} of an entry of the run log; nested names are joined: gradients/layers/wte."""
+    flat = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            flat |= numbers_in(value, f'{prefix}{key}/')
+        elif isinstance(value, (int, float)):
+            flat[prefix + key] = value
+    return flat
+
+
+# -------------------------------------------------------------------------------------------------
+# the run log
+
+class RunLog:
+    """
+    out_dir/run_*.json, rewritten as a whole, and the sinks, which get the same numbers. Only rank 0
+    writes. `data` is the content of the file, `outcome` how the run has ended.
+    """
+    def __init__(self, out_dir, config, startup, state, tokens_per_iter, console):
+        self.out_dir, self.state, self.console = out_dir, state, console
+        self.tokens_per_iter, self.first_iter = tokens_per_iter, state.iter_num
+        self.start, self.outcome, self.sinks = time.time(), 'failed', []
+        self.written, self.cost = 0.0, 0.0  # when the file was written last, and how long it took
+        start_time = time.strftime('%Y%m%d_%H%M%S')
+        self.path = os.path.join(out_dir, f'run_{start_time}.json')
+        self.data = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
+                         startup_info=startup, training_iterations=[], eval_steps=[],
+                         checkpoints=[], summary={})
+        atexit.register(self.write)  # whatever the reason, so that it is complete
+
+    def open_sinks(self, settings):
+        """Open what the settings ask for; one that cannot be had costs a warning, not the run."""
+        info = self.data['startup_info']
+        counts = ('total_params', 'tokens_per_iter', 'flops_per_token')
+        facts = settings | {key: info[key] for key in counts}
+        for name, sink in SINKS.items():
+            if not (settings[f'{name}_log'] and self.console.speaks):
+                continue
+            try:
+                self.sinks.append((name, sink(self.out_dir, facts, settings, self.console)))
+            except Exception as e:
+                remedy = f' (pip install {name})' if isinstance(e, ImportError) else ''
+                self.console.say(f'WARNING: going on without {name}: {first_line(e)}{remedy}')
+
+    def tell(self, method, *args):
+        """Call a method of every sink. A run must not depend on them: one that fails is dropped."""
+        for name, sink in list(self.sinks):
+            try:
+                getattr(sink, method)(*args)
+            except Exception as e:
+                self.sinks.remove((name, sink))
+                self.console.say(f'WARNING: going on without {name}: {first_line(e)}')
+
+    def add(self, kind, entry):
+        """Append an entry to a list of the file. Writing the file takes at most 1 % of the time."""
+        self.data[kind].append(entry)
+        self.tell('numbers', numbers_in(entry), entry.get('sample'), entry['iter'])
+        if time.time() - self.written > 100 * self.cost:
+            self.write()
+
+    def add_checkpoint(self, path, best, seconds):
+        entry = dict(iter=self.state.iter_num, path=path, best=best, seconds=seconds)
+        self.data['checkpoints'].append(entry)
+        self.tell('checkpoint', path, best, self.state)
+
+    @property
+    def n_evaluations(self):
+        return len(self.data['eval_steps'])
+
+    def add_evaluation(self, evaluated, val_split, lr, seconds, sample):
+        """evaluated: evaluate()'s; sample: a text, or None."""
+        state, loader = self.state, val_split.loader
+        self.data['eval_windows'] = dict(n=val_split.n, tokens_each=loader.block_size,
+                                         crc=val_split.facts['crc'])
+        entry = dict(iter=state.iter_num, tokens=state.iter_num * self.tokens_per_iter,
+                     train_seconds=state.train_seconds, lr=lr, **evaluated, seconds=seconds)
+        if sample is not None:
+            entry['sample'] = sample
+        self.add('eval_steps', entry)
+
+    def add_out_of_memory(self, batches, tokens_per_iter):
+        """Note that from here on micro-batches are smaller."""
+        changed = dict(batch_size=batches.batch_size,
+                       gradient_accumulation_steps=batches.accumulation_steps)
+        self.data['config'].update(changed)
+        iter_num = self.state.iter_num
+        self.data.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
+        self.console.say(f'out of memory at iteration {iter_num}: once more, and from here on, '
+                         f'with batch_size={batches.batch_size} and gradient_accumulation_steps='
+                         f'{batches.accumulation_steps}, the same {tokens_per_iter:,} tokens per '
+                         'iteration')
+
+    def not_finite(self, what):
+        """Note that the run ends here, since there is nothing left to save."""
+        self.outcome = 'not finite'
+        if what == 'val loss':
+            self.state.losses = {}
+        self.console.say(f'{what} is not finite at iteration {self.state.iter_num}: nothing saved; '
+                         'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
+
+    def close(self):
+        """The last line of the console, and the end of the sinks."""
+        iterations = self.state.iter_num - self.first_iter
+        text = f'; its text: python sample.py --out_dir={self.out_dir}'
+        self.console.say(f'{self.outcome} after {iterations} iterations in '
+                         f'{duration(time.time() - self.start)}; log: {self.path}' +
+                         (text if self.data['checkpoints'] else ''))
+        self.tell('close')
+        self.write()
+
+    def write(self):
+        state = self.state
+        iterations = state.iter_num - self.first_iter
+        best = state.best_val_loss if math.isfinite(state.best_val_loss) else None
+        self.data['summary'] = dict(
+            outcome=self.outcome, iterations=iterations, iter_num=state.iter_num,
+            seconds=time.time() - self.start, losses=state.losses, best_val_loss=best,
+            tokens=iterations * self.tokens_per_iter)
+        if not self.console.speaks:
+            return
+        started = time.time()
+        try:
+            with replacing(self.path, 'w', encoding='utf-8') as f:
+                f.write(json.dumps(self.data, separators=(',', ':')))
+        except OSError as e:  # a full disk must not cost the run before it costs a checkpoint
+            self.console.say(f"WARNING: the run log '{self.path}' could not be written: "
+                             f'{first_line(e)}')
+        self.written, self.cost = time.time(), time.time() - started
+
+
+# -------------------------------------------------------------------------------------------------
+# evaluations and iterations
+
+def evaluation_line(iter_num, evaluated, best):
+    train, val = evaluated['train'], evaluated['val']
+    line = (f"step {iter_num}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}, "
+            f"perplexity {val['perplexity']:.2f}")
+    if 'bits_per_byte' in val:
+        line += f", {val['bits_per_byte']:.4f} bits per byte"
+    return line + ' (best)' * best
+
+
+def evaluation_lines(val, split):
+    """Everything that an evaluation of val found, for --eval_only."""
+    of = f'all {split.n:,}' if split.n == split.total else f'{split.n:,} of {split.total:,}'
+    line = (f'val, {of} windows of {split.loader.block_size} tokens: {with_error(val)}, '
+            f"perplexity {val['perplexity']:.2f}")
+    if 'bits_per_byte' in val:
+        line += f", {val['bits_per_byte']:.4f} bits per byte"
+    lines = [line]
+    for part in val['by_position']:
+        first, last = part['first'], part['last']
+        at = f'{first}-{last}' if last > first else f'{first}'
+        lines.append(f'  position {at:<11} {with_error(part)}')
+    return '\n'.join(lines)
+
+
+def with_error(values):
+    line = f"loss {values['loss']:.4f}"
+    if values['standard_error'] is not None:
+        line += f", standard error {values['standard_error']:.4f}"
+    return line
+
+
+class IterationReport:
+    """The console line and the run log's entry of iterations, with the time until the end."""
+    def __init__(self, run_log, costs, max_iters, eval_interval, parallel):
+        self.run_log, self.costs, self.parallel = run_log, costs, parallel
+        self.max_iters, self.eval_interval = max_iters, eval_interval
+        self.n_since_log, self.logged_seconds = 0, run_log.state.train_seconds
+        self.mean_seconds, self.eval_seconds = 0.0, 0.0
+        self.recent_losses = collections.deque(maxlen=100)
+
+    def due(self, iter_num, log_interval):
+        """Whether to log this iteration; the third one always, since it tells how long it takes."""
+        return (iter_num % log_interval == 0 or iter_num + 1 == self.max_iters
+                or iter_num == self.run_log.first_iter + 2)
+
+    def report(self, loss, lr, grad_norm, gradients):
+        """
+        Log the iteration at hand. loss: the mean since the last line; gradients: what
+        gradient_statistics() found in this or an earlier iteration, or {}.
+        """
+        state, costs = self.run_log.state, self.costs
+        seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
+        left = self.seconds_left(seconds)
+        speed, used = self.run_log.tokens_per_iter / seconds, memory(self.parallel.device)
+        achieved = costs.flops_per_token * speed / self.parallel.world_size
+        mfu = dict(mfu_percent=100 * achieved / costs.peak, achieved_tflops=achieved / 1e12,
+                   hardware_peak_tflops=costs.peak / 1e12, tokens_per_sec=speed,
+                   flops_per_token=costs.flops_per_token)
+        if math.isfinite(grad_norm + gradients.get('norm', 0.0)):
+            norms = gradients | dict(norm=grad_norm)
+        else:  # a step that fp16's scaler skipped
+            norms = dict(norm=None)
+        if math.isfinite(loss):
+            self.recent_losses.append(loss)
+        self.run_log.add('training_iterations', dict(
+            iter=state.iter_num, loss=loss if math.isfinite(loss) else None,
+            loss_variance=float(np.var(self.recent_losses or [0])), lr=lr,
+            time_ms=1000 * seconds, mfu=mfu, memory=used, gradients=norms))
+        done = 100 * (state.iter_num + 1) / self.max_iters
+        self.run_log.console.say(
+            f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
+            f'{1000 * seconds:.0f} ms, {speed:,.0f} tok/s, mfu {100 * achieved / costs.peak:.1f}%'
+            f'{self.peak_note(achieved)}, grad norm {grad_norm:.2f}, '
+            f'{max(used.values()) / GIB:.2f} GiB, {duration(left)} left')
+        if state.iter_num == self.run_log.first_iter + 2:  # by now the moments exist
+            self.report_memory_and_time(left)
+        self.n_since_log, self.logged_seconds = 0, state.train_seconds
+
+    def seconds_left(self, seconds):
+        """Until the end of the run, if the last iterations took `seconds` each."""
+        iter_num, n = self.run_log.state.iter_num, self.n_since_log
+        weight = min(1.0, n / 10)
+        if iter_num < self.run_log.first_iter + 10:  # slower than the rest
+            weight = 1.0
+        self.mean_seconds = weight * seconds + (1 - weight) * self.mean_seconds
+        evaluations = (self.max_iters - iter_num - 2) // self.eval_interval + 1
+        return self.mean_seconds * (self.max_iters - iter_num - 1) + self.eval_seconds * evaluations
+
+    def report_memory_and_time(self, left):
+        measured, say = memory(self.parallel.device), self.run_log.console.say
+        highest = measured.get('peak', max(measured.values()))
+        say(f'memory: {highest / GIB:.2f} GiB at its peak, '
+            f"{self.costs.estimate['peak'] / GIB:.2f} estimated")
+        self.run_log.data['startup_info']['memory_measured'] = measured
+        if left > 3600:
+            say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
+
+    def peak_note(self, achieved):
+        note = ' of measured' if self.costs.peak_source.startswith('measured') else ''
+        if achieved <= self.costs.peak:
+            return note
+        if self.costs.peak_source.startswith('dense'):
+            return note + ' (over 100 %: a bug, please report it)'
+        return note + (' (over 100 %: the peak was taken too low; --peak_tflops=0 measures it '
+                       'again)')

@@ -1,33 +1,28 @@
-"""What must stay true: python -m pytest tests/test_checkpoint.py"""
+"""Checkpoints: what they hold, where they come from, and which files are refused."""
 import pickle
 
 import pytest
 import torch
 
-from engine.checkpoint import load_checkpoint
-from model import (
-    GPT,
-    POSITION_ENCODING,
-    GPTConfig,
+from conftest import one_line
+from engine.checkpoint import (
+    Pieces,
+    RunFolder,
+    State,
+    load_checkpoint,
+    restore_optimizer,
+    restore_tensors,
 )
-from test_model import (
-    B,
-    T,
-    close,
-    gradients,
-    ids,
-    one_line,
-    reference_logits,
-    shaken,
-)
-
-# checkpoints
+from engine.common import UserError
+from engine.parallel import Parallel
+from model import GPT, POSITION_ENCODING, GPTConfig
+from test_model import B, Reference, T, close, gradients, ids, shaken
 
 NANOGPT_ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, bias=False, vocab_size=64, dropout=0.0)
 
 
 def nanogpt_checkpoint(path, prefix='_orig_mod.', bias=False, extra=(), **changes):
-    """What nanoGPT's train.py saves, written without our model: names and shapes from its model.py."""
+    """Save what nanoGPT's train.py saves, without our model: names and shapes are those of its model.py."""
     generator, C, state = torch.Generator().manual_seed(0), 32, {}
 
     def add(name, *shape):
@@ -37,43 +32,56 @@ def nanogpt_checkpoint(path, prefix='_orig_mod.', bias=False, extra=(), **change
     add('transformer.wte', 64, C)
     add('transformer.wpe', 16, C)
     for i in range(2):
-        for name, *shape in (('ln_1', C), ('attn.c_attn', 3 * C, C), ('attn.c_proj', C, C), ('ln_2', C), ('mlp.c_fc', 4 * C, C), ('mlp.c_proj', C, 4 * C)):
+        for name, *shape in (
+                ('ln_1', C),
+                ('attn.c_attn', 3 * C, C),
+                ('attn.c_proj', C, C),
+                ('ln_2', C),
+                ('mlp.c_fc', 4 * C, C),
+                ('mlp.c_proj', C, 4 * C)):
             add(f'transformer.h.{i}.{name}', *shape)
     add('transformer.ln_f', C)
     state['lm_head.weight'] = state['transformer.wte.weight']
-    ckpt = dict(model={prefix + k: v for k, v in (state | dict(extra)).items()}, optimizer={'state': {}, 'param_groups': []},
-                model_args=dict(NANOGPT_ARGS, bias=bias), iter_num=7, best_val_loss=torch.tensor(1.5), config={'out_dir': 'out', 'dataset': 'x'}) | changes
-    torch.save(ckpt, path)
+    ckpt = dict(
+        model={prefix + k: v for k, v in (state | dict(extra)).items()}, optimizer={'state': {}, 'param_groups': []},
+        model_args=dict(NANOGPT_ARGS, bias=bias), iter_num=7, best_val_loss=torch.tensor(1.5),
+        config={'out_dir': 'out', 'dataset': 'x'})
+    torch.save(ckpt | changes, path)
     return state
 
 
 def refused(path, *parts):
     with pytest.raises(ValueError) as e:
         GPT.from_checkpoint(path)
-    one_line(e, path, *parts)
+    one_line(e.value, path, *parts)
     return str(e.value)
 
 
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('prefix', ['_orig_mod.', ''])
 def test_a_nanogpt_checkpoint_is_the_same_model_here(tmp_path, prefix, bias):
-    """Defaults that are not nanoGPT's would make its checkpoints another model: the weights load either way."""
+    """With other defaults than nanoGPT's its checkpoints would load as another model."""
     state = nanogpt_checkpoint(tmp_path / 'ckpt.pt', prefix, bias)
-    c = GPTConfig(**dict(NANOGPT_ARGS, bias=bias), normalization='layernorm', activation='gelu', position_encoding='learned_absolute',
-                  norm_position='pre', ffn_type='standard', weight_tying=True)
+    c = GPTConfig(**dict(NANOGPT_ARGS, bias=bias), normalization='layernorm', activation='gelu',
+                  position_encoding='learned_absolute', norm_position='pre', ffn_type='standard', weight_tying=True)
+    expected = Reference(state, c).logits(ids(B, T))
     for path in (tmp_path, str(tmp_path), tmp_path / 'ckpt.pt'):
         model = GPT.from_checkpoint(path)
-        assert not model.training and model.lm_head.weight is model.transformer.wte.weight and all(p.requires_grad for p in model.parameters())
-        close(model(ids(B, T), all_logits=True)[0].double(), reference_logits(state, c, ids(B, T)), 1e-4)
+        assert not model.training and all(p.requires_grad for p in model.parameters())
+        assert model.lm_head.weight is model.transformer.wte.weight
+        close(model(ids(B, T), all_logits=True)[0].double(), expected, 1e-4)
     ckpt = load_checkpoint(tmp_path)
-    assert (ckpt['iter_num'], ckpt['best_val_loss'], ckpt['config']) == (7, 1.5, {'out_dir': 'out', 'dataset': 'x'})
+    assert ckpt['config'] == {'out_dir': 'out', 'dataset': 'x'}
+    assert State.from_dict(ckpt) == State(iter_num=7, best_val_loss=1.5, last_eval_iter=7)
 
 
 def test_a_nanogpt_checkpoint_with_its_mask_buffers_loads(tmp_path):
-    """Where torch had no fused attention, nanoGPT registered the causal mask as attn.bias, and it is in its checkpoints."""
+    """Without fused attention nanoGPT registers the causal mask as attn.bias, which its checkpoints then hold."""
     mask = torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16)
-    state = nanogpt_checkpoint(tmp_path / 'ckpt.pt', extra={f'transformer.h.{i}.attn.bias': mask for i in range(2)})
-    close(GPT.from_checkpoint(tmp_path)(ids(B, T), all_logits=True)[0].double(), reference_logits(state, GPTConfig(**NANOGPT_ARGS), ids(B, T)), 1e-4)
+    masks = {f'transformer.h.{i}.attn.bias': mask for i in range(2)}
+    state = nanogpt_checkpoint(tmp_path / 'ckpt.pt', extra=masks)
+    logits = GPT.from_checkpoint(tmp_path)(ids(B, T), all_logits=True)[0]
+    close(logits.double(), Reference(state, GPTConfig(**NANOGPT_ARGS)).logits(ids(B, T)), 1e-4)
 
 
 class Evil:
@@ -86,7 +94,7 @@ class Evil:
 
 @pytest.mark.parametrize('place', ['model', 'model_args', 'config', 'alone', 'no zip'])
 def test_a_malicious_checkpoint_does_not_run(tmp_path, place):
-    """Unpickling is running code; a fallback to weights_only=False would give a downloaded checkpoint the machine."""
+    """Unpickling runs code: with weights_only=False a downloaded checkpoint could do anything."""
     path, marker = tmp_path / 'ckpt.pt', tmp_path / 'was_here'
     if place == 'alone':
         torch.save(Evil(marker), path)
@@ -104,7 +112,7 @@ def test_a_malicious_checkpoint_does_not_run(tmp_path, place):
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    """torch.load reads a file with a flipped bit without a word, and the model is a little off for ever."""
+    """torch.load does not notice a flipped bit, and the model would be slightly wrong from then on."""
     path = tmp_path / 'ckpt.pt'
     state = nanogpt_checkpoint(path)
     whole = path.read_bytes()
@@ -123,31 +131,107 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 
 def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
-    """FileNotFoundError would be a traceback for a typing error."""
+    """A FileNotFoundError would be a traceback for a typing error."""
     refused(tmp_path / 'nonesuch.pt')
     refused(tmp_path / 'nonesuch' / 'ckpt.pt')
     refused(tmp_path, 'ckpt.pt')
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    """Ignored keys, missing ones and wrong shapes: a model that is partly random would load without a word."""
+    """With ignored keys, missing ones or wrong shapes, a partly random model would load without an error."""
     path = tmp_path / 'ckpt.pt'
     for content in ([1, 2], {'model': 1, 'model_args': {}}, {'weights': {}}, torch.zeros(3)):
         torch.save(content, path)
         refused(path)
-    for args, part in (({'n_embd': 64}, 'size mismatch'), ({'vocab_size': 65}, 'size mismatch'), ({'n_layer': 3}, 'Missing key'), ({'n_layer': 1}, 'Unexpected key'),
-                       ({'n_wings': 2}, 'n_wings'), ({'n_head': 0}, 'n_head'), ({'n_head': 'x'}, 'n_head'), ({'activation': 'nonesuch'}, 'nonesuch'), ({'dropout': 'x'}, '')):
-        nanogpt_checkpoint(path, model_args=NANOGPT_ARGS | args)
-        refused(path, part)
-    nanogpt_checkpoint(path, extra={'lm_head.weight': 'no tensor'})
-    refused(path)
-    nanogpt_checkpoint(path, extra={'lm_head.weight': torch.zeros(64, 32, dtype=torch.int64)})
-    refused(path)
+    for weight in ('no tensor', torch.zeros(64, 32, dtype=torch.int64)):
+        nanogpt_checkpoint(path, extra={'lm_head.weight': weight})
+        refused(path)
 
+
+@pytest.mark.parametrize('args, part', [
+    ({'n_embd': 64}, 'size mismatch'),
+    ({'vocab_size': 65}, 'size mismatch'),
+    ({'n_layer': 3}, 'Missing key'),
+    ({'n_layer': 1}, 'Unexpected key'),
+    ({'n_wings': 2}, 'n_wings'),
+    ({'n_head': 0}, 'n_head'),
+    ({'n_head': 'x'}, 'n_head'),
+    ({'activation': 'nonesuch'}, 'nonesuch'),
+    ({'dropout': 'x'}, ''),
+])
+def test_model_args_that_do_not_fit_the_weights_are_refused(tmp_path, args, part):
+    """A model of another shape could take some of the weights and leave the others random."""
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', model_args=NANOGPT_ARGS | args)
+    refused(tmp_path / 'ckpt.pt', part)
+
+
+# state: facts and sets of tensors
+
+def test_an_evaluation_counts_once_and_only_on_the_runs_own_windows():
+    """A resume at an evaluation would count it twice, and patience would end the run too early."""
+    state = State(iter_num=10)
+    assert state.add_evaluation({'val': {'loss': 2.0}}) and state.best_val_loss == 2.0
+    assert not state.add_evaluation({'val': {'loss': 2.0}}) and state.stale_evals == 0  # the same one again
+    state.iter_num = 20
+    assert not state.add_evaluation({'val': {'loss': 3.0}}) and state.stale_evals == 1
+    state.iter_num = 30
+    assert not state.add_evaluation({'val': {'loss': 1.0}}, count=False)
+    assert (state.best_val_loss, state.losses) == (2.0, {'val': {'loss': 1.0}})
+
+
+@pytest.mark.parametrize('first, n', [(0, 10), (3, 4), (2, 0), (9, 1), (0, 4)])
+def test_pieces_give_any_rows_of_a_tensor(first, n):
+    """Rows taken from the wrong process's piece would resume FSDP with shuffled moments."""
+    whole = torch.arange(20).view(10, 2)
+    pieces = Pieces(whole.shape)
+    for start, end in ((7, 10), (0, 4), (4, 7), (10, 10)):
+        pieces.parts.append((start, whole[start:end]))
+    assert torch.equal(pieces.rows(first, n), whole[first:first + n]) and torch.equal(pieces.whole(), whole)
+    del pieces.parts[2]
+    with pytest.raises(ValueError, match='missing'):
+        pieces.whole()
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_every_set_of_tensors_is_saved_and_restored(tmp_path, sharded):
+    """An EMA of the weights that is saved and not read back would start again from nothing at each resume."""
+    model, idx = shaken(), ids(B, T)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    parallel, ema = Parallel(), {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    folder = RunFolder(str(tmp_path), sharded, parallel)
+    moments, groups = parallel.moments(optimizer)
+    sets = {'model': model.state_dict(keep_vars=True), 'optimizer': moments, 'ema': ema}
+    folder.save(sets, groups, dict(model_args=vars(model.config), iter_num=1), best=True, before_rename=lambda: None)
+    ckpt = load_checkpoint(tmp_path, moments=False)
+    restored = {name: torch.zeros_like(t) for name, t in ema.items()}
+    restore_tensors({'ema': restored}, ckpt, parallel)
+    assert all(torch.equal(restored[name], t) for name, t in ema.items())
+    again = GPT.from_dict(ckpt)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    fresh = again.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    restore_optimizer(fresh, 'adamw', ckpt, parallel)
+    assert all(torch.equal(a, b) for a, b in zip(parallel.moments(fresh)[0].values(), moments.values()))
+    with pytest.raises(UserError, match="'swa'"):
+        restore_tensors({'swa': restored}, ckpt, parallel)
+    with pytest.raises(UserError, match='adamw.*lion'):
+        restore_optimizer(fresh, 'lion', ckpt, parallel)
+
+
+def test_a_sharded_folder_of_an_older_version_names_the_command(tmp_path):
+    """Its .metadata is a pickle, so the one way to read it is the version that wrote it."""
+    (tmp_path / 'ckpt_sharded').mkdir()
+    torch.save(dict(names={}, param_groups=[], metadata_crc32=1, iter_num=3), tmp_path / 'ckpt_sharded' / 'info.pt')
+    with pytest.raises(UserError, match='--consolidate'):
+        load_checkpoint(tmp_path)
+
+
+# context length
 
 @pytest.mark.parametrize('position', POSITION_ENCODING)
 def test_cropping_keeps_what_the_model_says_within_the_shorter_context(position):
-    """Fewer positions, the same ones: and the longer sequence is refused from then on."""
+    """Positions must stay the same ones, and a longer sequence is refused from then on."""
     model, idx = shaken(position_encoding=position), ids(B, T)
     before = model(idx[:, :6], all_logits=True)[0]
     model.crop_block_size(6)
@@ -164,7 +248,7 @@ def test_cropping_keeps_what_the_model_says_within_the_shorter_context(position)
 
 @pytest.mark.parametrize('block_size', [0, -1])
 def test_cropping_to_nothing_is_refused(block_size):
-    """-1 would cut one position off by the rules of slices, and every later error would be about something else."""
+    """-1 would cut off one position, as slices do, and every later error would be about something else."""
     with pytest.raises(ValueError, match='block_size'):
         shaken().crop_block_size(block_size)
 

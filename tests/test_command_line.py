@@ -1,4 +1,5 @@
-"""What must stay true: python -m pytest tests/test_command_line.py"""
+"""The command line of the scripts themselves: --help, and what `python model.py` prints."""
+import math
 import re
 import subprocess
 import sys
@@ -8,9 +9,9 @@ from test_checkpoint import nanogpt_checkpoint
 from test_config import CONFIGS
 from test_configurator import refusal
 
-from test_model import ROOT
+from configurator import RANGES, read_block
+from conftest import ROOT
 
-# the command line of the scripts themselves
 
 def command(*args):
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -21,23 +22,35 @@ def test_train_help_lists_every_key_of_its_block():
     result = command('train.py', '--help')
     assert result.returncode == 0 and result.stderr == ''
     block = (ROOT / 'train.py').read_text().split('config, given = configure')[0]
+    settings = re.findall(r'^[a-z]\w*(?:: .+?)? = ', block, flags=re.M)
     keys = re.findall(r'^([a-z]\w*)(?:: .+?)? = .+?  # (.+)$', block, flags=re.M)
-    assert len(keys) == len(re.findall(r'^[a-z]\w*(?:: .+?)? = ', block, flags=re.M)) > 50, 'a setting without a comment'
+    assert len(keys) == len(settings) > 50, 'a setting without a comment'
     for key, comment in keys:
         assert re.search(rf'--{key}=.* +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
 
 
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/cost.py'])
+def test_defaults_are_in_their_ranges(script):
+    """Only the values that somebody sets are checked."""
+    for name, setting in read_block(str(ROOT / script)).items():
+        assert setting.comment, name
+        if setting.range and isinstance(setting.default, (int, float)):
+            assert RANGES[setting.range][1](setting.default) and setting.default < math.inf, name
+
+
 def test_model_describes_a_config_without_holding_it():
     """1.36 billion float32 are 5.4 GB, which a laptop need not have to read a table."""
-    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path('model.py', run_name='__main__'); " \
-           "print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+            "runpy.run_path('model.py', run_name='__main__'); "
+            "print('KB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     result = command('-c', code, 'model.py', 'config/full_llama_1.36b.py')
     assert result.returncode == 0, result.stderr
-    assert re.search(r'total +1,357,860,096\n', result.stdout) and re.search(r'n_layer +18\n', result.stdout)
-    assert re.search(r'normalization +rmsnorm\n', result.stdout) and re.search(r'vocab_size +32000\n', result.stdout)
-    flops = 3 * (2 * (1_357_860_096 - 32000 * 2304 - (2 * 18 + 1) * 2304) + 4 * 2048 * 2304 * 18)  # 2 a matrix weight, scores against 2048 keys
+    matrices = 1_357_860_096 - 32000 * 2304 - (2 * 18 + 1) * 2304
+    flops = 3 * (2 * matrices + 4 * 2048 * 2304 * 18)  # 2 per weight of a matrix, scores against 2048 keys
     causal = flops - 3 * 2 * 2048 * 2304 * 18
-    assert re.search(rf'training, 3 x forward +{flops:,} +{causal:,}\n', result.stdout)
+    for pattern in (r'total +1,357,860,096\n', r'n_layer +18\n', r'normalization +rmsnorm\n', r'vocab_size +32000\n',
+                    rf'training, 3 x forward +{flops:,} +{causal:,}\n'):
+        assert re.search(pattern, result.stdout), pattern
     if sys.platform == 'linux':
         assert int(result.stdout.split('KB ')[1]) < 2e6
 
@@ -51,12 +64,16 @@ def test_model_lists_every_config_with_its_counts():
     assert '1,357,860,096' in rows['full_llama_1.36b.py']
 
 
-@pytest.mark.parametrize('args, parts', [
-    (['--ckpt=missing'], ["no checkpoint at 'missing'"]), (['--n_layer=0'], ['n_layer', '0']), (['--n_head=5'], ['n_head', '5']),
-    (['--activation=nonesuch'], ['nonesuch', 'gelu_tanh']), (['--n_layers=3'], ["'n_layers'", "'n_layer'"])], ids=str)
-def test_model_says_what_is_wrong_in_one_line(args, parts):
+@pytest.mark.parametrize('flag, parts', [
+    ('--ckpt=missing', ["no checkpoint at 'missing'"]),
+    ('--n_layer=0', ['n_layer', '0']),
+    ('--n_head=5', ['n_head', '5']),
+    ('--activation=nonesuch', ['nonesuch', 'gelu_tanh']),
+    ('--n_layers=3', ["'n_layers'", "'n_layer'"]),
+])
+def test_model_says_what_is_wrong_in_one_line(flag, parts):
     """A traceback for a typing error."""
-    refusal(command('model.py', *args), *parts)
+    refusal(command('model.py', flag), *parts)
 
 
 def test_model_inspects_a_checkpoint(tmp_path):
@@ -65,7 +82,6 @@ def test_model_inspects_a_checkpoint(tmp_path):
     result = command('model.py', f'--ckpt={tmp_path}')
     assert result.returncode == 0, result.stderr
     matrices = 64 * 32 + 16 * 32 + 2 * 12 * 32 * 32
-    for pattern in (rf'total +{matrices + 5 * 32:,}\n', r'iterations +7\n', r"best val loss .*1\.5", r"dataset +'x'\n", re.escape(str(tmp_path))):
+    for pattern in (rf'total +{matrices + 5 * 32:,}\n', r'iterations +7\n', r"best val loss .*1\.5", r"dataset +'x'\n",
+                    re.escape(str(tmp_path))):
         assert re.search(pattern, result.stdout), pattern
-
-

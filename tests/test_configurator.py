@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_configurator.py"""
+"""Settings from a script's block, override files and flags, through the command line."""
 import ast
 import os
 import re
@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from test_model import ROOT
-
-# configuration: files and flags, through the command line
+from configurator import configure
+from conftest import ROOT
+from engine.common import UserError
 
 SCRIPT = '''"""A script with settings."""
 from typing import Literal
-from configurator import configure
+from configurator import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
 count = 3  # how many
 rate = 0.5  # how fast
 name = 'x'  # a text
@@ -21,31 +21,47 @@ flag = False  # yes or no
 width: int = None  # None: four times the count
 mode: Literal['auto', True, False] = 'auto'  # one of three
 decay: Literal['cosine', 'linear'] = 'cosine'  # a word
+steps: PositiveInt = 10  # 1 or more
+pause: NonNegativeInt = 0  # 0 or more
+lr: PositiveFloat = 0.1  # above 0
+clip: NonNegativeFloat = 0.0  # 0: off
+beta: Fraction = 0.9  # below 1
+batch: PositiveInt | Literal['auto'] = 12  # a number or a word
+heads: PositiveInt = None  # None: as many as there are
 _own = 1  # no setting
 config, given = configure(__file__)
 globals().update(config)
 print((config, given))
 '''
-DEFAULTS = dict(count=3, rate=0.5, name='x', flag=False, width=None, mode='auto', decay='cosine')
+DEFAULTS = dict(
+    count=3, rate=0.5, name='x', flag=False, width=None, mode='auto', decay='cosine',
+    steps=10, pause=0, lr=0.1, clip=0.0, beta=0.9, batch=12, heads=None)
+
+
+@pytest.fixture
+def configured(tmp_path, monkeypatch):
+    """configured(*args, files={name: text}) is (config, given) of the script above, in this process."""
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() sets it
+
+    def configured(*args, files=None):
+        for name, text in (files or {}).items():
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return configure('script.py', argv=list(args))
+    return configured
 
 
 @pytest.fixture
 def script(tmp_path):
-    """run(*args, files={name: text}) of a small script in tmp_path."""
+    """script(*args) runs the script above in a process of its own."""
     (tmp_path / 'script.py').write_text(SCRIPT)
 
-    def run(*args, files=None, **env):
-        for name, text in (files or {}).items():
-            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                              env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env)
+    def run(*args, **env):
+        env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env
+        return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, timeout=60)
     return run
-
-
-def settings_of(result):
-    assert result.returncode == 0 and result.stderr == '', result.stderr
-    config, given = ast.literal_eval(result.stdout)
-    return config, given
 
 
 def refusal(result, *parts):
@@ -55,53 +71,154 @@ def refusal(result, *parts):
     assert result.stdout == '' and all(str(part) in result.stderr for part in parts), result.stderr
 
 
-def test_defaults_are_those_in_the_script(script):
+def refused(parts, configured, *args, files=None):
+    with pytest.raises(UserError) as caught:
+        configured(*args, files=files)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_defaults_are_those_in_the_script(configured):
     """A default that goes through text and back may come out as another type."""
-    assert settings_of(script()) == (DEFAULTS, {})
+    assert configured() == (DEFAULTS, {})
+
+
+def test_a_script_runs_with_its_settings_or_ends_with_one_line(script, tmp_path):
+    """A message of two lines, or a traceback in which the reason is the last of forty lines."""
+    result = script('--count=7')
+    assert result.returncode == 0 and result.stderr == '', result.stderr
+    assert ast.literal_eval(result.stdout) == (DEFAULTS | {'count': 7}, {'count': 'on the command line'})
+    refusal(script('--cuont=7'), 'script.py: unknown key', "'cuont'", "'count'")
+    (tmp_path / 'file.py').write_text('raise ValueError("two\\nlines")\n')
+    refusal(script('file.py'), "override file 'file.py' line 1: ValueError: two lines")
 
 
 @pytest.mark.parametrize('flag, key, value', [
-    ('--count=7', 'count', 7), ('--count=-7', 'count', -7), ('--count=1_000', 'count', 1000),
-    ('--rate=1', 'rate', 1.0), ('--rate=1e-4', 'rate', 1e-4),
+    ('--count=7', 'count', 7),
+    ('--count=-7', 'count', -7),
+    ('--count=1_000', 'count', 1000),
+    ('--rate=1', 'rate', 1.0),
+    ('--rate=1e-4', 'rate', 1e-4),
     ('--flag=True', 'flag', True),
-    ('--name=abc', 'name', 'abc'), ('--name="abc"', 'name', 'abc'), ("--name='a b'", 'name', 'a b'), ('--name=a b', 'name', 'a b'),
-    ('--name=123', 'name', '123'), ('--name=1e3', 'name', '1e3'), ('--name=True', 'name', 'True'), ('--name=', 'name', ''),
-    ("--name='None'", 'name', 'None'), ('--name=[1, 2]', 'name', '[1, 2]'), ('--name={[]: 1}', 'name', '{[]: 1}'), ('--name=--x', 'name', '--x'),
-    ('--name=a=b', 'name', 'a=b'), ('--name=x==1', 'name', 'x==1'), (r"--name='C:\data'", 'name', r'C:\data'), ("--name='a=b'", 'name', 'a=b'),
-    ('--width=8', 'width', 8), ('--width=None', 'width', None),
-    ('--mode=True', 'mode', True), ('--mode=auto', 'mode', 'auto'), ("--mode='auto'", 'mode', 'auto'), ('--decay=linear', 'decay', 'linear')])
-def test_a_flag_sets_a_value_of_its_type(script, flag, key, value):
+    ('--name=abc', 'name', 'abc'),
+    ('--name="abc"', 'name', 'abc'),
+    ("--name='a b'", 'name', 'a b'),
+    ('--name=a b', 'name', 'a b'),
+    ('--name=123', 'name', '123'),
+    ('--name=1e3', 'name', '1e3'),
+    ('--name=True', 'name', 'True'),
+    ('--name=', 'name', ''),
+    ("--name='None'", 'name', 'None'),
+    ('--name=[1, 2]', 'name', '[1, 2]'),
+    ('--name={[]: 1}', 'name', '{[]: 1}'),
+    ('--name=--x', 'name', '--x'),
+    ('--name=a=b', 'name', 'a=b'),
+    ('--name=x==1', 'name', 'x==1'),
+    (r"--name='C:\data'", 'name', r'C:\data'),
+    ("--name='a=b'", 'name', 'a=b'),
+    ('--width=8', 'width', 8),
+    ('--width=None', 'width', None),
+    ('--mode=True', 'mode', True),
+    ('--mode=auto', 'mode', 'auto'),
+    ("--mode='auto'", 'mode', 'auto'),
+    ('--decay=linear', 'decay', 'linear'),
+    ('--batch=auto', 'batch', 'auto'),
+    ('--batch=1', 'batch', 1),
+    ('--heads=None', 'heads', None),
+    ('--pause=0', 'pause', 0),
+    ('--lr=1', 'lr', 1.0),
+    ('--beta=0', 'beta', 0.0),
+])
+def test_a_flag_sets_a_value_of_its_type(configured, flag, key, value):
     """--out_dir=123 is the name 123, an int is fine for a float, and a value may hold '='."""
-    config, given = settings_of(script(flag))
+    config, given = configured(flag)
     assert config == DEFAULTS | {key: value} and type(config[key]) is type(value)
     assert list(given) == [key]
 
 
 @pytest.mark.parametrize('flag, parts', [
-    ('--cuont=7', ["'cuont'", "'count'", 'command line']), ('--zzz=7', ["'zzz'", '--help']), ('--_own=7', ["'_own'"]), ('--config=7', ["'config'"]),
-    ('--count=True', ['count', 'int', 'True']), ('--count=1.0', ['count', 'int', '1.0']), ('--count=1e3', ['count', 'int', '1000.0']),
-    ('--count=many', ['count', 'int', "'many'"]), ('--count=None', ['count', 'int', 'None']), ('--count=', ['count', 'int']),
-    ('--count={[]: 1}', ['count', 'int']), ('--count=[1]', ['count', 'int']), ('--count=1+1', ['count', 'int']),
-    ('--rate=True', ['rate', 'float', 'True']), ('--rate=fast', ['rate', 'float']), ('--rate=1j', ['rate', 'float']),
-    ('--flag=1', ['flag', 'True or False', '1']), ('--flag=true', ['flag', 'True or False', "'true'"]), ('--flag=None', ['flag']),
-    ('--name=None', ['name', 'str', 'None']), ('--rate=None', ['rate', 'None']),
-    ('--mode=Flase', ['mode', "'auto'", 'True', 'False', "did you mean 'False'"]), ('--mode=1', ['mode', 'True', '1']), ('--mode=None', ['mode']),
+    ('--cuont=7', ["'cuont'", "'count'", 'command line']),
+    ('--zzz=7', ["'zzz'", '--help']),
+    ('--_own=7', ["'_own'"]),
+    ('--config=7', ["'config'"]),
+    ('--count=True', ['count', 'int', 'True']),
+    ('--count=1.0', ['count', 'int', '1.0']),
+    ('--count=1e3', ['count', 'int', '1000.0']),
+    ('--count=many', ['count', 'int', "'many'"]),
+    ('--count=None', ['count', 'int', 'None']),
+    ('--count=', ['count', 'int']),
+    ('--count={[]: 1}', ['count', 'int']),
+    ('--count=[1]', ['count', 'int']),
+    ('--count=1+1', ['count', 'int']),
+    ('--rate=True', ['rate', 'float', 'True']),
+    ('--rate=fast', ['rate', 'float']),
+    ('--rate=1j', ['rate', 'float']),
+    ('--flag=1', ['flag', 'True or False', '1']),
+    ('--flag=true', ['flag', 'True or False', "'true'"]),
+    ('--flag=None', ['flag']),
+    ('--name=None', ['name', 'str', 'None']),
+    ('--rate=None', ['rate', 'None']),
+    ('--mode=Flase', ['mode', "'auto'", 'True', 'False', "did you mean 'False'"]),
+    ('--mode=1', ['mode', 'True', '1']),
+    ('--mode=None', ['mode']),
     ('--decay=cosin', ['decay', "'cosine'", "'linear'", "did you mean 'cosine'"]),
-    ('--cuont', ['--cuont', '--key=value', "'count'"]), ('--count', ['--count', '--key=value']), ('-count=3', ['-count=3', '--key=value']),
-    ('count=3', ['count=3', '--key=value']), ('--=3', ['--=3']), ('--', ["'--'"]), ('-', ["'-'"])])
-def test_a_wrong_flag_is_one_line(script, flag, parts):
-    """A typing error that trains for a day with the default, or a traceback in which the reason is the last of forty lines."""
-    refusal(script(flag), *parts)
+    ('--cuont', ['--cuont', '--key=value', "'count'"]),
+    ('--count', ['--count', '--key=value']),
+    ('-count=3', ['-count=3', '--key=value']),
+    ('count=3', ['count=3', '--key=value']),
+    ('--=3', ['--=3']),
+    ('--', ["'--'"]),
+    ('-', ["'-'"]),
+])
+def test_a_wrong_flag_is_one_line(configured, flag, parts):
+    """A typing error that trains for a day with the default."""
+    refused(parts, configured, flag)
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--steps=0', 'steps on the command line must be positive, not 0'),
+    ('--steps=-1', 'steps on the command line must be positive, not -1'),
+    ('--steps=1.0', 'steps on the command line must be int, not 1.0'),
+    ('--pause=-1', 'pause on the command line must be 0 or more, not -1'),
+    ('--lr=0', 'lr on the command line must be positive, not 0.0'),
+    ('--lr=1e999', 'lr on the command line must be positive, not inf'),
+    ('--clip=-1e-9', 'clip on the command line must be 0 or more, not -1e-09'),
+    ('--clip=-1e999', 'clip on the command line must be 0 or more, not -inf'),
+    ('--beta=1', 'beta on the command line must be at least 0 and below 1, not 1.0'),
+    ('--beta=-0.1', 'beta on the command line must be at least 0 and below 1, not -0.1'),
+    ('--batch=0', 'batch on the command line must be positive, not 0'),
+    ('--batch=atuo', "batch on the command line must be int | 'auto', not 'atuo'; did you mean 'auto'?"),
+    ('--heads=0', 'heads on the command line must be positive, not 0'),
+])
+def test_a_range_stands_beside_its_setting(configured, flag, message):
+    """A range in a list far below the block is forgotten for a new setting."""
+    refused([message], configured, flag)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('steps = 0', "steps in 'a.py' must be positive, not 0"),
+    ("lr = float('nan')", "lr in 'a.py' must be positive, not nan"),
+    ("beta = float('nan')", "beta in 'a.py' must be at least 0 and below 1, not nan"),
+])
+def test_a_range_holds_for_files_too(configured, text, message):
+    """NaN passes every comparison that asks whether a value is too small."""
+    refused([message], configured, 'a.py', files={'a.py': text})
 
 
 @pytest.mark.parametrize('args, parts', [
-    (['--mode', 'False'], ['--mode=False']), (['--count', '7'], ['--count=7']), (['--count', 'file.py'], ['--count=file.py']),
-    (['--count', '--rate=1'], ["'--count'"]), (['--count', '=7'], ['--key=value']), (['--count=', '7'], ["'7'"]),
-    (['--co-unt=7', 'file.py'], ['--co-unt=7']), (['--co-unt=7', '--rate=1'], ['--co-unt=7']), (['file.py', '--co-unt=7'], ['--co-unt=7']),
-    (['--a.count=7', 'file.py'], ['--a.count=7'])], ids=str)
-def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args, parts):
+    (['--mode', 'False'], ['--mode=False']),
+    (['--count', '7'], ['--count=7']),
+    (['--count', 'file.py'], ['--count=file.py']),
+    (['--count', '--rate=1'], ["'--count'"]),
+    (['--count', '=7'], ['--key=value']),
+    (['--count=', '7'], ["'7'"]),
+    (['--co-unt=7', 'file.py'], ['--co-unt=7']),
+    (['--co-unt=7', '--rate=1'], ['--co-unt=7']),
+    (['file.py', '--co-unt=7'], ['--co-unt=7']),
+    (['--a.count=7', 'file.py'], ['--a.count=7']),
+], ids=str)
+def test_a_flag_that_is_not_written_key_value_is_never_passed_over(configured, args, parts):
     """--compile False reads as a flag and a file name; a flag nobody understood must not be dropped."""
-    refusal(script(*args, files={'file.py': 'rate = 0.25\n'}), *parts)
+    refused(parts, configured, *args, files={'file.py': 'rate = 0.25\n'})
 
 
 @pytest.mark.parametrize('text, changes', [
@@ -113,26 +230,43 @@ def test_a_flag_that_is_not_written_key_value_is_never_passed_over(script, args,
     ('def _f(count):\n    rate = 9\n    return count\ncount = _f(7)\n', {'count': 7}),
     ('count = count * 2\ncount += 1\n', {'count': 7}),
     ('count = 3\n', {}),
-    ('', {}), ('# nothing\n', {}), (b'\xef\xbb\xbfcount = 7\r\n', {'count': 7}), ("name = 'd\u00e9j\u00e0'\n", {'name': 'd\u00e9j\u00e0'})])
-def test_an_override_file_sets_what_it_assigns(script, text, changes):
+    ('', {}),
+    ('# nothing\n', {}),
+    (b'\xef\xbb\xbfcount = 7\r\n', {'count': 7}),
+    ("name = 'd\u00e9j\u00e0'\n", {'name': 'd\u00e9j\u00e0'}),
+])
+def test_an_override_file_sets_what_it_assigns(configured, text, changes):
     """Helpers and imports of the file are its own and no keys; the values so far are in scope."""
-    config, given = settings_of(script('file.py', files={'file.py': text}, PYTHONIOENCODING='utf-8'))
-    assert config == DEFAULTS | changes and all(type(config[k]) is type(v) for k, v in changes.items())
+    config, given = configured('file.py', files={'file.py': text})
+    assert config == DEFAULTS | changes
+    assert all(type(config[key]) is type(value) for key, value in changes.items())
     assert set(changes) <= set(given)
 
 
-def test_setting_a_key_to_its_default_counts_as_set(script):
+def test_setting_a_key_to_its_default_counts_as_set(configured):
     """A preset may fill only what nobody set."""
-    assert settings_of(script('file.py', '--flag=False', files={'file.py': 'count = 3\n'}))[1].keys() == {'count', 'flag'}
+    given = configured('file.py', '--flag=False', files={'file.py': 'count = 3\n'})[1]
+    assert given.keys() == {'count', 'flag'}
 
 
 @pytest.mark.parametrize('text, parts', [
-    ('cuont = 7\n', ["'cuont'", "'count'", 'file.py']), ('helper = 7\n', ["'helper'", 'file.py']), ('def helper(): pass\n', ["'helper'"]),
-    ('from math import floor\n', ["'floor'"]), ('for i in range(3): pass\n', ["'i'"]),
-    ('count = True\n', ['count', 'int', 'True', 'file.py']), ('count = 1.0\n', ['count', 'int']), ("count = '7'\n", ['count', 'int']),
-    ('rate = False\n', ['rate', 'float']), ('name = 123\n', ['name', 'str', '123']), ('name = None\n', ['name', 'None']), ('count = None\n', ['count', 'None']),
-    ('flag = 0\n', ['flag', 'True or False']), ("decay = 'cosin'\n", ['decay', 'cosine']), ('mode = 1\n', ['mode']),
-    ('# one\ncount = (\n', ['line 2', 'SyntaxError', 'file.py']), ('if True:\ncount = 1\n', ['line 2', 'IndentationError']),
+    ('cuont = 7\n', ["'cuont'", "'count'", 'file.py']),
+    ('helper = 7\n', ["'helper'", 'file.py']),
+    ('def helper(): pass\n', ["'helper'"]),
+    ('from math import floor\n', ["'floor'"]),
+    ('for i in range(3): pass\n', ["'i'"]),
+    ('count = True\n', ['count', 'int', 'True', 'file.py']),
+    ('count = 1.0\n', ['count', 'int']),
+    ("count = '7'\n", ['count', 'int']),
+    ('rate = False\n', ['rate', 'float']),
+    ('name = 123\n', ['name', 'str', '123']),
+    ('name = None\n', ['name', 'None']),
+    ('count = None\n', ['count', 'None']),
+    ('flag = 0\n', ['flag', 'True or False']),
+    ("decay = 'cosin'\n", ['decay', 'cosine']),
+    ('mode = 1\n', ['mode']),
+    ('# one\ncount = (\n', ['line 2', 'SyntaxError', 'file.py']),
+    ('if True:\ncount = 1\n', ['line 2', 'IndentationError']),
     ('count = 1\nreturn 2\n', ['line 2', 'SyntaxError']),
     ('count = 1\n\ncount = 1 / 0\n', ['line 3', 'ZeroDivisionError', 'file.py']),
     ('def _f():\n    raise KeyError("deep")\n_f()\n', ['line 2', 'KeyError', 'deep']),
@@ -140,25 +274,35 @@ def test_setting_a_key_to_its_default_counts_as_set(script):
     ('count = 1\nimport nonesuch\n', ['line 2', 'ModuleNotFoundError', 'nonesuch']),
     ('raise ValueError("two\\nlines")\n', ['line 1', 'ValueError', 'two', 'lines']),
     ('class _Matrix:\n    def __repr__(self): return "1\\n2"\ncount = _Matrix()\n', ['count', 'int']),
-    (b'# one\n# two\n# three\nname = "\xff"\n', ['line 4', 'SyntaxError'])])
-def test_a_wrong_override_file_is_one_line_that_says_where(script, text, parts):
+    (b'# one\n# two\n# three\nname = "\xff"\n', ['line 4', 'SyntaxError']),
+])
+def test_a_wrong_override_file_is_one_line_that_says_where(configured, text, parts):
     """nanoGPT executes whatever a file says and keeps misspelt names, which then do nothing."""
-    refusal(script('file.py', files={'file.py': text}), *parts)
+    refused(parts, configured, 'file.py', files={'file.py': text})
 
 
-def test_a_missing_override_file_names_the_nearest(script):
+@pytest.mark.parametrize('path, parts', [
+    ('fiel.py', ["'fiel.py'", "did you mean 'file.py'"]),
+    ('elsewhere/file.py', ["'elsewhere/file.py'"]),
+    ('.', ["'.'"]),
+    ('', ["''"]),
+])
+def test_a_missing_override_file_names_the_nearest(configured, path, parts):
     """config/train_gtp2.py is not there, and which one is?"""
-    refusal(script('fiel.py', files={'file.py': ''}), "'fiel.py'", "did you mean 'file.py'")
-    refusal(script('elsewhere/file.py'), "'elsewhere/file.py'")
-    refusal(script('.'), "'.'")
-    refusal(script(''), "''")
+    refused(parts, configured, path, files={'file.py': ''})
 
 
-@pytest.mark.parametrize('args', [['--count=9', 'a.py', 'b.py'], ['a.py', '--count=9', 'b.py'], ['a.py', 'b.py', '--count=9']], ids=str)
-def test_flags_win_over_files_whatever_the_order(script, args):
+@pytest.mark.parametrize('args', [
+    ['--count=9', 'a.py', 'b.py'],
+    ['a.py', '--count=9', 'b.py'],
+    ['a.py', 'b.py', '--count=9'],
+], ids=str)
+def test_flags_win_over_files_whatever_the_order(configured, args):
     """A flag before a file, which is how people write it half of the time, must not be undone by the file."""
-    config, given = settings_of(script(*args, files={'a.py': 'count = 5\nrate = 1.5\nname = "a"\n', 'b.py': 'rate = rate * 2\nname = "b"\n'}))
-    assert config == DEFAULTS | {'count': 9, 'rate': 3.0, 'name': 'b'}  # the later file sees and overrides the earlier
+    files = {'a.py': 'count = 5\nrate = 1.5\nname = "a"\n', 'b.py': 'rate = rate * 2\nname = "b"\n'}
+    config, given = configured(*args, files=files)
+    # the later file sees and overrides the earlier
+    assert config == DEFAULTS | {'count': 9, 'rate': 3.0, 'name': 'b'}
     assert given['count'] == 'on the command line' and 'b.py' in given['rate']
 
 
@@ -170,11 +314,10 @@ def test_help_lists_every_key_with_default_and_comment(script):
         for line in SCRIPT.splitlines():
             if match := re.match(r"(\w+)(?:: .+?)? = '?(.+?)'?  # (.+)", line):
                 key, default, comment = match.groups()
-                if key.startswith('_'):
-                    assert key not in result.stdout
-                else:
-                    assert re.search(rf'--{key}={re.escape(default)} +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
-        assert 'A script with settings.' in result.stdout
+                row = rf'--{key}={re.escape(default)} +{re.escape(comment)}(?: \(.+\))?\n'
+                assert bool(re.search(row, result.stdout)) == (not key.startswith('_')), key
+        assert 'A script with settings.' in result.stdout and 'Positive' not in result.stdout
+        assert "a number or a word (int | 'auto')" in result.stdout
 
 
 def test_only_rank_0_speaks_and_all_leave(script):
@@ -182,5 +325,3 @@ def test_only_rank_0_speaks_and_all_leave(script):
     refusal(script('--cuont=7', RANK='0'), 'cuont')
     result = script('--cuont=7', RANK='3')
     assert (result.returncode, result.stdout, result.stderr) == (2, '', '')
-
-

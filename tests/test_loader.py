@@ -10,13 +10,13 @@ import torch
 
 from conftest import BYTE, Bomb, llmc_shard, one_line, rewrite
 from data import loader
-from data.loader import Loader, permute, read_meta, write_dataset
+from data.loader import Loader, MicroBatches, permute, read_meta, write_dataset
 from data.tokenizer import get_tokenizer
 
 T = 8  # block_size of the loader tests
 
 
-# data: the loader
+# the loader
 
 @pytest.fixture
 def counting(tmp_path):
@@ -130,7 +130,8 @@ def test_stream_raises_the_threads_error_and_closes(counting):
     with pytest.raises(ValueError, match='vocab_size 1000'):
         for x, _ in stream:
             good.append(x[0, 0].item())
-    assert good == [i * T for i in range(len(good))] and 999 // T - 16 < len(good) <= 999 // T  # up to 16 batches are read together
+    assert good == [i * T for i in range(len(good))]
+    assert 999 // T - 16 < len(good) <= 999 // T  # up to 16 batches are read together
     threads = threading.active_count()
     stream = loader.stream([i] for i in range(10**9))
     next(stream)
@@ -150,6 +151,43 @@ def test_an_id_past_the_vocabulary_is_named_with_its_place(tmp_path, bad_token):
         loader.batch([0, 1, 2])
     one_line(e.value, tmp_path / 'train.bin', 'id 65', f'token {bad_token} ', 'vocab_size 65')
     assert Loader(tmp_path, 'train', T, vocab_size=66).batch([0])[0].shape == (1, T)
+
+
+def taken(batches, n):
+    return [next(batches)[0] for _ in range(n)]
+
+
+@pytest.mark.parametrize('ranks, batch_size, accumulation', [(1, 4, 3), (1, 12, 1), (2, 2, 6), (3, 4, 3), (2, 6, 2)])
+def test_an_iteration_reads_the_same_windows_however_it_is_divided(counting, ranks, batch_size, accumulation):
+    """A run resumed on other ranks, or after a lack of memory, would train on other data."""
+    loader = Loader(counting, 'train', T)
+    expected = [loader.batch(np.arange(12) + 12 * i)[0] for i in range(5, 8)]
+    ranked = [MicroBatches(loader, batch_size, accumulation, rank, ranks, iter_num=5) for rank in range(ranks)]
+    assert all(batches.per_rank == accumulation // ranks for batches in ranked)
+    for x in expected:
+        parts = [part for _ in range(ranked[0].per_rank) for batches in ranked for part in taken(batches, 1)]
+        assert torch.equal(torch.cat(parts), x)
+    for batches in ranked:
+        batches.close()
+
+
+def test_shrunk_micro_batches_start_the_iteration_again(counting):
+    """Out of memory at the second of three micro-batches: the iteration is redone on the same windows."""
+    loader = Loader(counting, 'train', T)
+    expected = loader.batch(np.arange(18) + 18 * 2)[0]
+    batches = MicroBatches(loader, 6, 3)
+    taken(batches, 7)  # into iteration 2
+    for batch_size, accumulation in [(3, 6), (1, 18)]:
+        assert batches.smaller() == (batch_size, accumulation)
+        batches.shrink(iter_num=2)
+        assert (batches.batch_size, batches.accumulation_steps) == (batch_size, accumulation)
+        assert batches.per_rank == accumulation
+        assert torch.equal(torch.cat(taken(batches, accumulation)), expected)
+    assert batches.smaller() is None
+    threads = threading.active_count()
+    batches.close()
+    assert threading.active_count() == threads - 1
+    assert MicroBatches(loader, 4, 1, rank=1, world_size=2).per_rank == 1  # evaluation alone allows this
 
 
 BAD_SHARDS = {
@@ -221,8 +259,8 @@ def test_missing_files_and_strangers_are_named(counting, tmp_path):
     one_line(e.value, counting / 'train_2.bin', 'missing')
 
 
-@pytest.mark.parametrize('text', ['{"dtype": "float32"}', '{"dtype": ["uint16"]}', '{"files": [1]}', '{"vocab_size": "65"}',
-                                  '{', '[]', '\0\xff'])
+@pytest.mark.parametrize('text', [
+    '{"dtype": "float32"}', '{"dtype": ["uint16"]}', '{"files": [1]}', '{"vocab_size": "65"}', '{', '[]', '\0\xff'])
 def test_a_malformed_meta_json_is_named(tmp_path, text):
     """A KeyError or TypeError from deep inside tells nobody which file is wrong."""
     (tmp_path / 'meta.json').write_bytes(text.encode('latin-1'))
@@ -242,7 +280,8 @@ def test_wrong_dtype_in_meta_json_is_refused(counting):
 def test_uint32_ids_survive(tmp_path):
     """Vocabularies past 65536 do not fit into uint16, where they would wrap."""
     ids = np.arange(65530, 65630)
-    assert write_dataset(tmp_path, {'train': ids}, {'vocab_size': 65630, 'tokenizer': {'name': 'none'}})['dtype'] == 'uint32'
+    meta = write_dataset(tmp_path, {'train': ids}, {'vocab_size': 65630, 'tokenizer': {'name': 'none'}})
+    assert meta['dtype'] == 'uint32'
     assert Loader(tmp_path, 'train', 99, shuffle=False).batch([0])[1].tolist() == [ids[1:].tolist()]
 
 
@@ -258,12 +297,13 @@ def test_llmc_header_is_skipped_and_checked(tmp_path):
             Loader(tmp_path, 'train', T)
 
 
-# data: nanoGPT's meta.pkl
+# nanoGPT's meta.pkl
 
 def test_nanogpts_pickle_is_read(tmp_path):
     """Data sets prepared with nanoGPT keep working."""
     itos = dict(enumerate('\n abc'))
-    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 5, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}))
+    table = {'vocab_size': 5, 'itos': itos, 'stoi': {c: i for i, c in itos.items()}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(table))
     meta = read_meta(tmp_path)
     assert meta['dtype'] == 'uint16' and meta['vocab_size'] == 5
     assert get_tokenizer(meta['tokenizer']).encode('a b\n') == [2, 1, 3, 0]
@@ -283,7 +323,7 @@ def test_a_malicious_pickle_does_not_execute(tmp_path):
     assert not Bomb.path.exists()
 
 
-# data: writing
+# writing
 
 def test_meta_json_says_what_was_written(tmp_path):
     """Checksums are what later damage is noticed by."""

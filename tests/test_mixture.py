@@ -18,15 +18,14 @@ from data.loader import Loader, Mixture, write_dataset
 T = 8  # block_size of the loader tests
 
 
-# data: several sets at once
-
 @pytest.fixture
 def three(tmp_path):
-    """Three data sets of windows of 9, 99 and 999, each token's value its position plus 1000, 2000 or 3000, and Loaders of them."""
+    """Three data sets of 9, 99 and 999 windows; a token is its position plus 1000, 2000 or 3000."""
     folders = []
     for n in range(3):
         folders.append(tmp_path / f'set{n}')
-        write_dataset(folders[-1], {split: np.arange(T * 9 * 11 ** n + T) % 1000 + 1000 * (n + 1) for split in ('train', 'val')}, {**BYTE, 'vocab_size': 4000})
+        ids = np.arange(T * 9 * 11 ** n + T) % 1000 + 1000 * (n + 1)
+        write_dataset(folders[-1], {'train': ids, 'val': ids}, {**BYTE, 'vocab_size': 4000})
     return folders
 
 
@@ -36,7 +35,8 @@ def test_a_mixture_keeps_its_shares_over_any_stretch(three):
     mixture = Mixture(loaders, shares)
     chosen, within = mixture.choose(np.arange(20000))
     for number, share in enumerate(shares):
-        assert within[chosen == number].tolist() == list(range((chosen == number).sum()))  # each set in order, none left out
+        in_order = list(range((chosen == number).sum()))
+        assert within[chosen == number].tolist() == in_order  # none left out
         assert np.abs((chosen == number).cumsum() - share * np.arange(1, 20001)).max() < 3
         for start in (0, 777, 15000):
             assert abs((chosen[start:start + 100] == number).sum() - 100 * share) <= 3
@@ -55,7 +55,9 @@ def test_evaluation_of_a_mixture_reads_no_window_twice(three):
     """An epoch that is as long as the largest set would read the smallest many times."""
     mixture = Mixture([Loader(folder, 'val', T, seed=0, shift=False) for folder in three], [0.5, 0.3, 0.2])
     chosen, within = mixture.choose(np.arange(mixture.n_windows))
-    assert len(set(zip(chosen, within))) == mixture.n_windows >= 15 and all(within[chosen == n].max() < loader.n_windows for n, loader in enumerate(mixture.loaders))
+    assert len(set(zip(chosen, within))) == mixture.n_windows >= 15
+    for n, loader in enumerate(mixture.loaders):
+        assert within[chosen == n].max() < loader.n_windows
 
 
 def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
@@ -68,8 +70,9 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
     assert train(mixed, tmp_path / 'parts', '--init_from=resume').returncode == 0
     assert_equal_states(checkpoint(tmp_path / 'whole'), checkpoint(tmp_path / 'parts'))
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts')
-    resumed = train(mixed, tmp_path / 'parts', '--init_from=resume', '--max_iters=21', '--batch_size=8', '--gradient_accumulation_steps=1')
-    assert resumed.returncode == 0 and 'NOTE: resumed' not in resumed.stdout  # the same windows in other micro-batches
+    other = '--batch_size=8', '--gradient_accumulation_steps=1'  # the same windows in other micro-batches
+    resumed = train(mixed, tmp_path / 'parts', '--init_from=resume', '--max_iters=21', *other)
+    assert resumed.returncode == 0 and 'NOTE: resumed' not in resumed.stdout
     swapped = mixed.replace('0.7', '0.4').replace('0.3', '0.6')
     resumed = train(swapped, tmp_path / 'parts', '--init_from=resume', '--max_iters=22', '--batch_size=6')
     [note] = [line for line in resumed.stdout.splitlines() if line.startswith('NOTE: resumed')]
@@ -79,7 +82,8 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
 
 def test_sets_that_do_not_mix_are_refused(text_set, tmp_path):
     """Ids of two tokenizers train without a sign of it."""
-    write_dataset(tmp_path / 'a', {'train': b'a' * 200, 'val': b'a' * 200}, {'vocab_size': 256, 'tokenizer': {'name': 'char', 'chars': 'a'}})
+    meta = {'vocab_size': 256, 'tokenizer': {'name': 'char', 'chars': 'a'}}
+    write_dataset(tmp_path / 'a', {'train': b'a' * 200, 'val': b'a' * 200}, meta)
     refused(train(f'{text_set}:0.5,{tmp_path / "a"}:0.5', tmp_path / 'out'), text_set, tmp_path / 'a', 'tokenizers')
     for shares, says in [(('0', '1'), 'share'), (('x', '1'), 'share'), (('-1', '2'), 'share')]:
         refused(train(f'{text_set}:{shares[0]},{text_set}:{shares[1]}', tmp_path / 'out'), says)

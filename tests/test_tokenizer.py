@@ -5,11 +5,8 @@ import pytest
 import torch
 
 from conftest import TEXTS, llama3_json, llama_json, one_line, tokenizer_named
-from data.prepare import cut_before
+from data.documents import cut_before
 from data.tokenizer import get_tokenizer, tokenizer_from_file
-
-# data: tokenizers
-
 
 KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
 
@@ -39,37 +36,48 @@ def test_gpt2_ids_are_tiktokens():
     tokenizer, tiktoken = tokenizer_named('gpt2'), pytest.importorskip('tiktoken')
     for text in TEXTS:
         assert tokenizer.encode(text) == tiktoken.get_encoding('gpt2').encode_ordinary(text)
-    assert tokenizer.encode('a<|endoftext|>') == [64, 50256] and tokenizer.eot == 50256 and tokenizer.vocab_size == 50257
+    assert tokenizer.encode('a<|endoftext|>') == [64, 50256]
+    assert tokenizer.eot == 50256 and tokenizer.vocab_size == 50257
 
 
 def test_any_encoding_of_tiktokens_is_read(monkeypatch):
     """cl100k_base has ids between its special tokens that stand for nothing, and more than one special token."""
     registry = pytest.importorskip('tiktoken.registry')
     ranks = {bytes([b]): b for b in range(256)} | {b'ab': 256}
-    monkeypatch.setitem(registry.ENCODING_CONSTRUCTORS or registry._find_constructors() or registry.ENCODING_CONSTRUCTORS, 'holes', lambda: dict(
-        name='holes', pat_str=r'\w+|\W+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 260, '<|fim|>': 262}))
+    if registry.ENCODING_CONSTRUCTORS is None:
+        registry._find_constructors()
+    encoding = dict(name='holes', pat_str=r'\w+|\W+', mergeable_ranks=ranks,
+                    special_tokens={'<|endoftext|>': 260, '<|fim|>': 262})
+    monkeypatch.setitem(registry.ENCODING_CONSTRUCTORS, 'holes', lambda: encoding)
     tokenizer = get_tokenizer({'name': 'holes'})
-    assert tokenizer.vocab_size == 263 and tokenizer.eot == 260 and tokenizer.table[256:] == [b'ab', b'', b'', b'', b'<|endoftext|>', b'', b'<|fim|>']
-    assert tokenizer.encode('ab<|fim|>') == [256, 262] and tokenizer.token_bytes()[255:].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
-    assert tokenizer.decode(tokenizer.encode_corpus('ab<|fim|>')) == 'ab<|fim|>' and 262 not in tokenizer.encode_corpus('ab<|fim|>')
+    assert tokenizer.vocab_size == 263 and tokenizer.eot == 260
+    assert tokenizer.table[256:] == [b'ab', b'', b'', b'', b'<|endoftext|>', b'', b'<|fim|>']
+    assert tokenizer.encode('ab<|fim|>') == [256, 262]
+    assert tokenizer.token_bytes()[255:].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
+    corpus = tokenizer.encode_corpus('ab<|fim|>')
+    assert tokenizer.decode(corpus) == 'ab<|fim|>' and 262 not in corpus
 
 
 @pytest.mark.parametrize('name', ['bpe', 'byte-level of llama 3', 'llama', 'llama metaspace'])
 def test_ids_of_a_tokenizer_json_are_the_librarys(name):
-    """The file says much that is easily left out: normalizers, the space before a text, bytes outside the vocabulary."""
+    """Easily left out: normalizers, the space before a text, bytes outside the vocabulary."""
     tokenizer, tokenizers = tokenizer_named(name), pytest.importorskip('tokenizers')
     reader = tokenizers.Tokenizer.from_str(tokenizer.spec['json'])
     eot = {'bpe': '<|endoftext|>', 'byte-level of llama 3': '<|end_of_text|>'}.get(name, '</s>')
-    assert tokenizer.spec['eot'] == eot and tokenizer.eot == reader.token_to_id(eot) and tokenizer.vocab_size == reader.get_vocab_size()
+    assert tokenizer.spec['eot'] == eot and tokenizer.eot == reader.token_to_id(eot)
+    assert tokenizer.vocab_size == reader.get_vocab_size()
     for text in TEXTS + [' the mat', '  the', "12345 I'LL\n\n  go.\n", f'the{eot} end']:
         ids = reader.encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == reader.decode(ids, skip_special_tokens=False)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == reader.decode(ids, skip_special_tokens=False)
     corpus = tokenizer.encode_corpus(f'the{eot} end').tolist()
-    assert tokenizer.eot not in corpus and tokenizer.decode(corpus) == f'the{eot} end' and tokenizer.encode(f'the{eot}')[-1] == tokenizer.eot
+    assert tokenizer.eot not in corpus and tokenizer.decode(corpus) == f'the{eot} end'
+    assert tokenizer.encode(f'the{eot}')[-1] == tokenizer.eot
     assert tokenizer.token_bytes()[tokenizer.eot] == 0
     reader.enable_truncation(3)
     reader.enable_padding(length=9)
-    assert get_tokenizer({'name': 'huggingface', 'json': reader.to_str()}).encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
+    again = get_tokenizer({'name': 'huggingface', 'json': reader.to_str()})
+    assert again.encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
 
 
 def test_a_byte_level_token_may_have_other_characters():
@@ -79,7 +87,8 @@ def test_a_byte_level_token_may_have_other_characters():
     config['model']['vocab'] |= {'a \u2581': 400, '\u4e2d': 401}
     tokenizer = get_tokenizer({'name': 'huggingface', 'json': json.dumps(config)})
     reader = tokenizers.Tokenizer.from_str(json.dumps(config))
-    assert [tokenizer.decode([i]) for i in (400, 401)] == [reader.decode([i]) for i in (400, 401)] == ['a \u2581', '\u4e2d']
+    for i, text in [(400, 'a \u2581'), (401, '\u4e2d')]:
+        assert tokenizer.decode([i]) == reader.decode([i]) == text
 
 
 def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
@@ -87,7 +96,8 @@ def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
     tokenizers = pytest.importorskip('tokenizers')
     lossy = tokenizers.Tokenizer(tokenizers.models.WordPiece({'[UNK]': 0}))
     lossy.decoder = tokenizers.decoders.WordPiece()
-    for text, says in [('{}', 'not a tokenizer.json'), ('no', 'not a tokenizer.json'), (lossy.to_str(), 'cannot give back the text')]:
+    broken = 'not a tokenizer.json'
+    for text, says in [('{}', broken), ('no', broken), (lossy.to_str(), 'cannot give back the text')]:
         (tmp_path / 'tokenizer.json').write_text(text)
         with pytest.raises(ValueError) as e:
             tokenizer_from_file(tmp_path)
@@ -99,9 +109,10 @@ def test_what_is_no_tokenizer_json_is_one_line(tmp_path):
 
 @pytest.mark.parametrize('name', KINDS)
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
-    """Cut between two letters, a word has other tokens; a space before each piece would be in the text it gives back."""
+    """A word cut in two has other tokens; a space before each piece would be in the decoded text."""
     tokenizer = tokenizer_named(name if name != 'char' else 'byte')
-    text = ('The cat sat on the mat.\nIn the end,\n\n    all is well: 漢字 naïve\n' * 40 + 'x' * 700 + '漢' * 300 + '  \n' * 90 + 'the end\r\nof it' * 99)
+    text = 'The cat sat on the mat.\nIn the end,\n\n    all is well: 漢字 naïve\n' * 40
+    text += 'x' * 700 + '漢' * 300 + '  \n' * 90 + 'the end\r\nof it' * 99
     rest, ids = text.encode(), []
     while rest:
         end = cut_before(rest, 500) if len(rest) > 500 else len(rest)

@@ -1,17 +1,17 @@
-"""Tiny Shakespeare in GPT-2's tokens: 1.1 MB of plays, 301,966 tokens to train and 36,059 to validate.
+"""Tiny Shakespeare in GPT-2's tokens: 1.1 MB of plays, 301,966 tokens of train and 36,059 of val.
 
     python data/shakespeare/prepare.py [--input=FILE] [--out_dir=DIR]
 
-Downloads 1.1 MB once, keeps it as input.txt, and writes 0.7 MB: train.bin, val.bin and meta.json. tiktoken
-downloads GPT-2's encoding, 1.5 MB, the first time.
+Downloads 1.1 MB once, keeps it as input.txt, and writes 0.7 MB: train.bin, val.bin and meta.json.
+The first time, tiktoken downloads GPT-2's encoding, 1.5 MB.
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
 from data.loader import write_dataset
-from data.source import run, tinyshakespeare
+from data.source import small_parser, tinyshakespeare
 from data.tokenizer import get_tokenizer
 
 download_mb = 1.1
@@ -29,4 +29,4 @@ def prepare(out_dir, input=None):
 
 
 if __name__ == '__main__':
-    run(prepare, __file__, __doc__)
+    prepare(**vars(small_parser(__file__, __doc__).parse_args()))

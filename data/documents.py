@@ -1,0 +1,260 @@
+"""
+Files of text to documents: which files there are, how each kind is read, and which documents are
+val. A long document comes in pieces, so that no file is ever in memory as a whole.
+"""
+import functools
+import json
+import math
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from data.loader import permute
+from engine.common import UserError, first_line, optional
+
+PIECE = 2**18  # bytes: a longer text is encoded in pieces of about this size
+
+
+class Source(NamedTuple):
+    """A file to read."""
+    name: str
+    path: Path | None       # None: fetch(folder) downloads it and returns its path
+    split: str | None       # 'train', 'val', or None to divide
+    size: int               # bytes
+    version: int | None     # the time of its last change, if it is a local file
+    fetch: Callable | None = None
+
+
+class Item(NamedTuple):
+    """A document, or a piece of a long one."""
+    content: bytes | str     # UTF-8 text, a str, or whatever parse() of its kind takes
+    place: int               # the byte, line or row where it begins, for error messages
+    read: int                # bytes of the file that were read so far
+    continued: bool = False  # it goes on where the item before it ended
+    ends: bool = True        # the document ends with it
+    split: str | None = None
+    name: str = ''           # of the file
+
+
+class Kind(NamedTuple):
+    """
+    How one kind of file is read. read(path, field) yields Items. parse(content, field, bad_bytes)
+    returns the text of one, as bytes or str; it runs in the processes that encode.
+    """
+    read: Callable
+    parse: Callable = lambda content, field, bad_bytes: content
+
+
+def find_sources(inputs, split, glob='*', out=None):
+    """
+    A Source for each file in `inputs`, files and folders; of folders, those that match `glob`, at
+    any depth, sorted. The folder `out`, to which the data set is written, is left out.
+    """
+    found = []
+    for path in map(Path, inputs):
+        paths = files_in(path, glob, out and Path(out).resolve()) if path.is_dir() else [path]
+        for p in paths:
+            kind, packed = kind_of(p.name)
+            if kind.read is read_rows and packed:
+                problem = f'{p} is parquet inside .{packed}, which is read from its end'
+                raise UserError(f'{problem}: unpack it first')
+            stat = p.stat()
+            found.append(Source(str(p), p.resolve(), split, stat.st_size, stat.st_mtime_ns))
+    return found
+
+
+def files_in(folder, glob, out):
+    paths = []
+    inside_out = out and out in folder.resolve().parents  # then everything would be left out
+    for path in sorted(folder.rglob(glob)):
+        hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
+        own = out and not inside_out and out in path.resolve().parents
+        if path.is_file() and not hidden and not own:
+            paths.append(path)
+    if not paths:
+        outside = f' outside {out}' if out else ''
+        raise UserError(f'{folder} holds no file that matches {glob}{outside}')
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------
+# one function per kind of file
+
+def read_text(path, field=None, cut=math.inf):
+    """
+    The pieces of a text file, which is one document. With `cut` it is two: train ends at the last
+    good place before byte `cut`, and the rest is val.
+    """
+    text, start, split = b'', 0, 'train'
+    for chunk, read in read_chunks(path):
+        text += chunk
+        while len(text) > PIECE:
+            end = cut_before(text, PIECE)
+            ends = split == 'train' and start + end >= cut
+            if ends:
+                end = cut_before(text, max(2, cut - start))
+            yield Item(text[:end], start, read, start > 0, ends, split)
+            text, start = text[end:], start + end
+            split = 'val' if ends else split
+    if split == 'train' and 2 <= cut - start < len(text):
+        end = cut_before(text, cut - start)
+        yield Item(text[:end], start, read, start > 0, True, split)
+        text, start, split = text[end:], start + end, 'val'
+    if text:
+        yield Item(text, start, read, start > 0, True, split)
+
+
+def read_lines(path, field):
+    """The lines of a file of JSON lines, still as JSON: parsing is left to the other processes."""
+    rest, number = b'', 0
+    for chunk, read in read_chunks(path):
+        *lines, rest = (rest + chunk).split(b'\n')
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield Item(line, number, read)
+    if rest.strip():
+        yield Item(rest, number + 1, read)
+
+
+def parse_json(line, field, bad_bytes):
+    text = line.decode('utf-8', bad_bytes)
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise UserError('is JSON nested too deeply to be read') from None
+    except ValueError as e:
+        raise UserError(f'is not JSON ({getattr(e, "msg", e)})') from None
+    if not isinstance(row, dict):
+        raise UserError(f'has no field {field!r}: --field names one')
+    if field not in row:
+        fields = ', '.join(map(repr, row))
+        raise UserError(f'has no field {field!r}, but {fields}: --field names one')
+    return row[field]
+
+
+def read_rows(path, field):
+    """The rows of a parquet file."""
+    parquet = optional('pyarrow.parquet', 'a .parquet file')
+    from pyarrow import ArrowException
+    size, number = path.stat().st_size, 0
+    try:
+        with closing(parquet.ParquetFile(path)) as f:
+            columns = f.schema_arrow.names
+            if field not in columns:
+                has = ', '.join(columns)
+                raise UserError(f'{path} has no column {field!r}, but {has}: --field names one')
+            for rows in f.iter_batches(batch_size=1000, columns=[field], use_threads=False):
+                for text in rows.column(0).to_pylist():
+                    number += 1
+                    yield Item(text, number, size * number // f.metadata.num_rows)
+    except ArrowException as e:
+        problem = f'{path} is not a whole parquet file ({first_line(e):.100})'
+        raise UserError(f'{problem}: fetch it again') from None
+
+
+# By the end of a file's name. Another kind is a function that yields Items, and a line here.
+TEXT = Kind(read_text)
+KINDS = {
+    'jsonl': Kind(read_lines, parse_json),
+    'ndjson': Kind(read_lines, parse_json),
+    'parquet': Kind(read_rows),
+}
+
+
+def kind_of(name):
+    """(Kind, packed) by the name of a file; packed is 'gz', 'zst' or ''."""
+    parts = name.lower().split('.')
+    packed = parts.pop() if parts[-1] in ('gz', 'zst') else ''
+    return KINDS.get(parts[-1], TEXT), packed
+
+
+def text_of(item, field, bad_bytes):
+    """The text of an item. UserError names the file and place where there is none, or no UTF-8."""
+    kind, _ = kind_of(item.name)
+    entry = f'{item.name}, entry {item.place},'
+    try:
+        content = kind.parse(item.content, field, bad_bytes)
+        if isinstance(content, bytes):
+            return content.decode('utf-8', bad_bytes)
+        if not isinstance(content, str):
+            raise UserError(f'has no text in field {field!r}')
+        return content.encode('utf-8', bad_bytes).decode('utf-8')  # JSON can hold half a surrogate
+    except UserError as e:
+        raise UserError(f'{entry} {e}') from None
+    except UnicodeError as e:
+        if kind is TEXT:
+            entry = f'{item.name}, byte {item.place + e.start},'
+        remedy = 'convert it, or --bad_bytes=replace puts U+FFFD there'
+        raise UserError(f'{entry} is not UTF-8 ({e.reason}): {remedy}') from None
+
+
+# ------------------------------------------------------------------------------------------------
+# reading and dividing
+
+def read_chunks(path):
+    """Yield (bytes, how far the file was read) of a file, unpacked."""
+    _, packed = kind_of(path.name)
+    with open(path, 'rb') as f:
+        if packed:
+            yield from unpack(f, path, packed)
+        else:
+            while chunk := f.read(2**20):
+                yield chunk, f.tell()
+
+
+def unpack(f, path, packed):
+    """The same for a .gz or .zst file. UserError if it is damaged or cut."""
+    problem, remedy = f'{path} is not a whole .{packed} file', 'fetch or pack it again'
+    unpacker, whole = make_unpacker(packed), True
+    while chunk := f.read(2**17):
+        while chunk:
+            try:
+                yield unpacker.decompress(chunk), f.tell()
+            except Exception as e:  # each library has its own
+                raise UserError(f'{problem} ({e}): {remedy}') from None
+            whole = unpacker.eof
+            chunk = unpacker.unused_data if whole else b''
+            if whole:  # another packed file may follow in the same file
+                unpacker = make_unpacker(packed)
+    if not whole:
+        raise UserError(f'{problem} (it ends too early): {remedy}')
+
+
+def make_unpacker(packed):
+    if packed == 'gz':
+        return zlib.decompressobj(31)
+    return optional('zstandard', 'a .zst file').ZstdDecompressor().decompressobj()
+
+
+def cut_before(text, end):
+    """
+    Where to divide the bytes of a text so that its parts have the tokens of the whole: the last
+    place before `end` that follows a line break or else precedes a single space between printing
+    characters, where common tokenizers divide it too. Without one, between any two characters.
+    """
+    for separator, keep in ((b'\n', 1), (b' ', 0)):
+        at = end - 1
+        while (at := text.rfind(separator, 0, at)) > 0:
+            if not text[at - 1:at].isspace() and text[at + 1] not in b' \t\r\n\v\f/':
+                return at + keep
+    end -= 1
+    while end > 1 and text[end] & 0xC0 == 0x80:  # inside a character
+        end -= 1
+    return end
+
+
+def is_val(document, period):
+    """
+    The rule that divides documents by their number: of every `period` documents, one is val. A
+    hash chooses which.
+    """
+    block, place = divmod(document, period)
+    return place == val_place(block, period)
+
+
+@functools.lru_cache(2)
+def val_place(block, period):
+    return permute([0], period, block)[0]

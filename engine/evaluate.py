@@ -1,0 +1,141 @@
+"""
+The loss of a model on fixed windows of text, with its standard error. The windows depend on nothing
+but block_size, so two runs are compared on the same text.
+"""
+import math
+
+import numpy as np
+import torch
+
+from data.loader import Mixture, fingerprint
+from engine.statistics import mean_and_error
+
+
+class Split:
+    """The first n windows of a split, in the order of a loader that does not shuffle by run."""
+    def __init__(self, loader, n, bytes_per_id=None):
+        self.loader, self.n, self.bytes_per_id = loader, n, bytes_per_id
+        self.facts = None  # {'bytes_per_token', 'crc'} after the first evaluation
+
+    @property
+    def total(self):
+        """Windows that there are; a mixture's end where one of its data sets would repeat."""
+        return sum(part.n_windows for part in getattr(self.loader, 'loaders', [self.loader]))
+
+
+def bytes_per_id(tokenizer, vocab_size):
+    """(at least vocab_size,) int64, the UTF-8 bytes that each id stands for; None if unknown."""
+    if tokenizer is None:
+        return None
+    out = torch.zeros(max(vocab_size, tokenizer.vocab_size), dtype=torch.long)
+    out[:tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
+    return out  # 0 for padding
+
+
+@torch.no_grad()
+def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progress):
+    """
+    {split: {'loss', 'standard_error', 'perplexity', 'bits_per_byte'}} of {split: Split}, on all
+    processes, which share the work. Loss is in nats per token; bits per byte of UTF-8 text do not
+    depend on the tokenizer and are there if it can tell. 'val' also has 'window_losses', in the
+    order of the text, and 'by_position', the loss from the first to the last position of each
+    stretch of the context. Means over windows are float64, so neither batches nor ranks show.
+
+    None if should_stop() says so between two batches; progress(text) is called after each.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        out = {}
+        for name, split in splits.items():
+            losses = window_losses(model, name, split, batch_size, parallel, autocast,
+                                   should_stop, progress)
+            if losses is None:
+                return None
+            out[name] = summary(split, losses, detailed=name == 'val')
+        return out
+    finally:
+        model.train(was_training)
+        parallel.release_gathered(model)
+
+
+def stretches(block_size):
+    """(first position, length) of the stretches 0, 1, 2-3, 4-7, ... of a context."""
+    starts = [0] + [2 ** i for i in range(block_size.bit_length()) if 2 ** i < block_size]
+    return list(zip(starts, np.diff([*starts, block_size]).tolist()))
+
+
+def window_losses(model, name, split, batch_size, parallel, autocast, should_stop, progress):
+    """
+    (n, stretches of the context) mean losses of a split's windows, float32 on the device; None if
+    should_stop() says so. Ranks take batches in turn. The last batch may reach beyond n, because
+    it keeps its shape for the compiler.
+    """
+    loader, n = split.loader, split.n
+    sizes = [length for _, length in stretches(loader.block_size)]
+    steps = math.ceil(n / (batch_size * parallel.world_size))
+    first = [(i * parallel.world_size + parallel.rank) * batch_size for i in range(steps)]
+    losses = torch.zeros(steps * parallel.world_size * batch_size, len(sizes), device=loader.device)
+    batches = loader.stream((at + np.arange(batch_size)) % loader.n_windows for at in first)
+    n_bytes = crc = 0
+    with autocast():  # outside the loop, so that weights are cast once
+        for i, (X, Y) in enumerate(batches):
+            if should_stop():
+                return None
+            parts = model(X, Y, reduction='none')[1].split(sizes, dim=1)
+            at = slice(first[i], first[i] + batch_size)
+            losses[at] = torch.stack([part.mean(1) for part in parts], dim=1)
+            if split.facts is None:
+                x, y = (t[:max(0, n - first[i])].cpu() for t in (X, Y))
+                if split.bytes_per_id is not None:
+                    n_bytes += split.bytes_per_id[y].sum().item()
+                crc += fingerprint(torch.cat((x, y[:, -1:]), dim=1))
+            progress(f'evaluating {name}: batch {i + 1}/{steps}')
+    if split.facts is None:  # the windows are fixed, so these facts are too
+        sums = torch.tensor([n_bytes, crc], device=loader.device)
+        n_bytes, crc = parallel.all_reduce(sums).tolist()
+        # JSON's readers have exact integers up to 2^53
+        split.facts = dict(bytes_per_token=n_bytes / (n * loader.block_size), crc=crc % 2 ** 53)
+    return parallel.all_reduce(losses)[:n]
+
+
+def summary(split, losses, detailed):
+    """The figures of one split, from window_losses(); see evaluate()."""
+    loader, sizes = split.loader, [length for _, length in stretches(split.loader.block_size)]
+    shard, offset = loader.locate(np.arange(split.n))
+    in_text = np.lexsort((offset, shard))
+    losses = losses.cpu().double().numpy()[in_text]
+    sets = loader.choose(in_text)[0] if isinstance(loader, Mixture) else None
+    means = losses @ sizes / loader.block_size
+    out = loss_and_error(means, sets)
+    out['perplexity'] = math.exp(min(out['loss'], 700))
+    if split.facts['bytes_per_token']:
+        out['bits_per_byte'] = out['loss'] / math.log(2) / split.facts['bytes_per_token']
+    if detailed:
+        out['by_position'] = [
+            dict(first=at, last=at + length - 1) | loss_and_error(column, sets)
+            for (at, length), column in zip(stretches(loader.block_size), losses.T)]
+        out['window_losses'] = means.round(5).tolist()
+    return out
+
+
+def loss_and_error(losses, sets):
+    """{'loss', 'standard_error'} of windows in the order of the text; None for too few to tell."""
+    loss, error, _ = mean_and_error(losses, sets)
+    return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
+
+
+def sample_text(model, tokenizer, n_tokens, seed, parallel, autocast):
+    """
+    A text of at most n_tokens from the model, after an end-of-text token or else id 0, the same
+    whenever the weights are. It draws from a generator of its own.
+    """
+    start = torch.full((1, 1), tokenizer.eot or 0, device=parallel.device)
+    slide = max(1, model.config.block_size // 2)
+    with autocast():
+        ids = model.generate(start, n_tokens, temperature=0.8, top_k=200, seed=seed,
+                             stop=tokenizer.eot, slide=slide)[0, 1:].tolist()
+    parallel.release_gathered(model)
+    if ids and ids[-1] == tokenizer.eot:
+        ids = ids[:-1]
+    return tokenizer.decode(ids)

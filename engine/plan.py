@@ -1,0 +1,89 @@
+"""
+bench.py --plan: what training costs on many ranks, on paper. The formulas are those of
+config/PARAMETER_FORMULAS.md, and the speed is that of one device here.
+"""
+import math
+from dataclasses import asdict, replace
+
+import torch
+
+from engine.cost import memory_estimate
+from engine.machine import free_memory
+from engine.side import Side
+from model import GPT
+
+
+def plan_ranks(config, s, model, device):
+    """
+    Print DDP, ZeRO-1 and FSDP on each number of ranks: memory per rank, bytes that a rank sends
+    per step, and step time. The time is a range: at best all sending is hidden behind computing,
+    at worst none of it.
+    """
+    rate, source = config['plan_tflops'] * 1e12, 'as given'
+    if not rate:
+        rate, source = measure_rate(s, model.config, device)
+    print(f'one device: {rate / 1e12:.3g} TFLOP/s ({source}); '
+          f"interconnect {config['interconnect_gbps']:g} Gbit/s per rank, each way")
+    print(f"{'ranks':>6} {'mode':>7} {'micro-batches':>14} {'tokens/step':>14} {'GB/rank':>10} "
+          f"{'GB sent':>9} {'s/step':>17} {'tokens/s':>23}")
+    bytes_per_sec = config['interconnect_gbps'] * 1e9 / 8
+    rows = []
+    for ranks in map(int, config['plan'].split(',')):
+        micro_batches = max(1, math.ceil(s['gradient_accumulation_steps'] / ranks))
+        tokens_per_rank = micro_batches * s['batch_size'] * model.config.block_size
+        computing = tokens_per_rank * model.flops_per_token() / rate
+        for mode, sent in bytes_sent(model, s['dtype'], micro_batches, ranks).items():
+            sizes = memory_estimate(model.config, s['batch_size'], s['dtype'], device,
+                                    micro_batches, mode, ranks, s['optimizer'])
+            sending = sent / bytes_per_sec
+            seconds = max(computing, sending), computing + sending
+            rows.append(dict(ranks=ranks, mode=mode, micro_batches=micro_batches,
+                             tokens=tokens_per_rank * ranks, memory=sizes['peak'], sent=sent,
+                             seconds=seconds))
+            print_plan_row(rows[-1])
+    return dict(plan=rows, device_flops=rate, source=source)
+
+
+def print_plan_row(row):
+    low, high = row['seconds']
+    seconds = f'{low:,.3f}-{high:,.3f}'
+    rates = f"{row['tokens'] / high:,.0f}-{row['tokens'] / low:,.0f}"
+    print(f"{row['ranks']:>6} {row['mode']:>7} {row['micro_batches']:>14} {row['tokens']:>14,} "
+          f"{row['memory'] / 1e9:>10.2f} {row['sent'] / 1e9:>9.2f} {seconds:>17} {rates:>23}")
+
+
+def bytes_sent(model, dtype, micro_batches, ranks):
+    """
+    {mode: bytes that a rank sends per step}. DDP reduces float32 gradients; ZeRO-1 also sends the
+    new weights. FSDP, per micro-batch, gathers the blocks in dtype for the forward and backward
+    passes and reduces float32 gradients, and gathers everything outside them once in float32.
+    """
+    n = model.get_num_params(False)
+    in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    size = getattr(torch, dtype).itemsize
+    share = (ranks - 1) / ranks  # of a ring
+    per_micro_batch = (2 * size + 4) * in_blocks + 8 * (n - in_blocks)
+    return {'ddp': 8 * n * share, 'zero1': 12 * n * share,
+            'fsdp': micro_batches * per_micro_batch * share}
+
+
+def measure_rate(s, model_config, device):
+    """(training FLOP/s of one device, source), with as many layers as fit here comfortably."""
+    def needed(layers):
+        config = replace(model_config, n_layer=layers)
+        return memory_estimate(config, s['batch_size'], s['dtype'], device)['peak']
+
+    layers = model_config.n_layer
+    while layers > 1 and needed(layers) > 0.6 * free_memory(device):
+        layers = max(1, layers // 2)
+    config = replace(model_config, n_layer=layers)
+    side = Side('one device', s | dict(what='train', model=asdict(config), accumulation=1))
+    side.step()
+    seconds = min(side.step()['whole'] for _ in range(3))
+    side.close()
+    with torch.device('meta'):
+        flops_per_token = GPT(config).flops_per_token()
+    source = 'measured here'
+    if layers < model_config.n_layer:
+        source += f', with {layers} of {model_config.n_layer} layers'
+    return flops_per_token * s['batch_size'] * config.block_size / seconds, source

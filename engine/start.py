@@ -1,0 +1,386 @@
+"""
+Where a run starts: settings that agree with each other, data that is prepared, and a model that is
+new, another run's, or this run's own to be resumed.
+"""
+import glob
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, fields
+
+from configurator import configure
+from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
+from data.tokenizer import get_tokenizer
+from engine.checkpoint import is_sharded, load_checkpoint, newest_checkpoint, read_facts
+from engine.common import UserError, first_line, optional
+from engine.huggingface import load_weights
+from model import GPT, PRESETS, GPTConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# -------------------------------------------------------------------------------------------------
+# settings
+
+def check_settings(config, given, parallel):
+    """UserError for settings that contradict each other; returns NOTEs on those that do nothing."""
+    for key in ('dataset', 'out_dir', 'init_from'):
+        if not config[key]:
+            raise UserError(f'{key} must not be empty')
+    if config['seed'] >= 2 ** 63:
+        raise UserError(f"seed must be below 2^63, not {config['seed']}")
+    if config['arch_preset'] not in PRESETS:
+        raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
+                        f"{', '.join(PRESETS)}")
+    if config['use_zero1'] and config['use_fsdp']:
+        raise UserError('use_zero1 and use_fsdp exclude each other: FSDP divides the moments too, '
+                        'and weights and gradients besides')
+    for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
+        if config[key] and not parallel.distributed:
+            raise UserError(f'{key} divides a model among processes, and this is only one: '
+                            f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
+    if config['tensorboard_log']:
+        optional('tensorboard', 'tensorboard_log=True')
+    return notes(config, given, parallel)
+
+
+def notes(config, given, parallel):
+    """Lines about flags that do nothing, because another setting would have to go with them."""
+    one_process = 'in one process'
+    no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
+    schedule, init_from = config['lr_schedule'], config['init_from']
+    useless = [
+        ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
+        ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
+        ('backend', not parallel.distributed, one_process),
+        ('muon_learning_rate', config['optimizer'] != 'muon', 'without --optimizer=muon'),
+        ('muon_momentum', config['optimizer'] != 'muon', 'without --optimizer=muon'),
+        ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
+        ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
+        ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
+        ('overwrite', config['overwrite'] and init_from in ('resume', 'auto'),
+         f'with --init_from={init_from}'),
+        ('wandb_artifacts', config['wandb_artifacts'] and not config['wandb_log'],
+         'without --wandb_log=True'),
+    ]
+    lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
+             if is_useless and given.get(key) == 'on the command line']
+    rate, min_lr = config['learning_rate'], config['min_lr']
+    if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
+        lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
+                     'learning rate rises to it')
+    return lines
+
+
+def settings_of_run(config, given):
+    """
+    For --eval_only: {key: value} of the settings that nobody gave and that come from the run's
+    checkpoint, since a run is evaluated on its own data. UserError if that data is not here.
+    """
+    keys = ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps')
+    keys = [key for key in keys if key not in given]
+    init_from, out_dir = config['init_from'], config['out_dir']
+    own_run = init_from in ('scratch', 'resume', 'auto')
+    path = out_dir if own_run else init_from
+    if not os.path.isfile(path) and not is_sharded(path):
+        path = newest_checkpoint(path)
+    if not path or init_from == 'scratch' or not keys:
+        return {}
+    try:
+        saved = read_facts(path).get('config') or {}
+    except ValueError:
+        previous = previous_of(out_dir, path)
+        if init_from not in ('resume', 'auto') or not os.path.exists(previous):
+            raise
+        saved = read_facts(previous).get('config') or {}  # starting_point says so
+    if 'dataset' in keys and 'dataset' in saved:
+        try:
+            find_trained_on(saved)
+        except ValueError as e:
+            raise UserError(f"{e}; --dataset=... names another ('{path}')") from None
+    return {key: saved[key] for key in keys if key in saved}
+
+
+def previous_of(out_dir, newest):
+    """The path of the checkpoint before the newest one."""
+    sharded = os.path.isdir(newest or '')
+    return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
+
+
+# -------------------------------------------------------------------------------------------------
+# data
+
+def prepare_data(name, folder, console, parallel):
+    """
+    Prepare a data set that has not been prepared, on the first process of each node: run its own
+    prepare.py, or data/prepare.py for a file of text. UserError for one that is not there, and for
+    a large download, with the command to type.
+    """
+    prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
+    if parallel.local_rank == 0 and not prepared:
+        if os.path.isfile(name):
+            prepare_file(name, folder, console)
+        else:
+            run_recipe(name, folder, console)
+    parallel.barrier()
+
+
+def prepare_file(name, folder, console):
+    # Bytes do for any text and leave a small model its parameters; a large text pays for GPT-2's.
+    tokenizer = 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
+    console.say(f"preparing '{name}' once, with tokenizer {tokenizer}; another choice: python "
+                f'data/prepare.py {shlex.quote(name)} --tokenizer=... --out=NAME, then '
+                '--dataset=NAME')
+    script = os.path.join(ROOT, 'data', 'prepare.py')
+    flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokenizer}']
+    if subprocess.run([sys.executable, script, *flags]).returncode:
+        raise SystemExit(2)  # prepare.py has said what is wrong
+
+
+def run_recipe(name, folder, console):
+    script = os.path.join(folder, 'prepare.py')
+    if not os.path.isdir(folder):
+        recipes = glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py'))
+        names = sorted(os.path.basename(os.path.dirname(path)) for path in recipes)
+        shares = ', or with shares, as in a:0.7,b:0.3,' if ',' in name else ''
+        raise UserError(f"no data set '{name}' in data/{shares} and no such file; there are "
+                        f"{', '.join(names)} (--dataset=pystdlib needs no download); nanoGPT's or "
+                        f"llm.c's train*.bin and val*.bin in a folder data/{name} are one, too")
+    if not os.path.exists(script):
+        source = shlex.quote(name if os.path.isdir(name) else folder)
+        raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "
+                        f'data/prepare.py --input={source} --out=NAME, then --dataset=NAME')
+    facts = prepare_facts(script)
+    megabytes, command = facts['download_mb'], f'python {os.path.relpath(script)}'
+    if megabytes > 100:
+        raise UserError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} "
+                        f'MB; to fetch it: {command}')
+    if facts['needs_flags']:
+        raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
+                        f"{facts['needs_flags']}")
+    size = f'a download of {megabytes} MB' if megabytes else 'no download'
+    console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
+    if subprocess.run([sys.executable, script]).returncode:
+        raise UserError(f"data set '{name}' could not be prepared, see above; to try again: "
+                        f'{command}')
+
+
+def read_metas(data_sets):
+    """The meta.json of the data sets, which must have their ids in common."""
+    metas = [read_meta(folder) for _, _, folder in data_sets]
+    for (name, _, _), meta in zip(data_sets, metas):
+        if any(meta.get(key) != metas[0].get(key) for key in ('tokenizer', 'vocab_size')):
+            raise UserError(f"data sets '{data_sets[0][0]}' and '{name}' have different "
+                            'tokenizers, so an id means two things: prepare one of them again')
+    return metas[0]
+
+
+def load_tokenizer(meta, console, parallel):
+    """
+    The tokenizer of a data set, or None, with a warning, if it is unknown or cannot be had by
+    every process. Without meta.json the ids are nanoGPT's, which are GPT-2's.
+    """
+    tokenizer = None
+    if 'tokenizer' in meta or not meta:
+        try:
+            tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2'))
+        except (ValueError, ImportError) as e:
+            if parallel.local_rank == 0:  # it may be missing on this node only
+                print('WARNING: training without its tokenizer, so without samples and bits per '
+                      f'byte: {first_line(e)}', flush=True)
+    missing = parallel.all_max(int(tokenizer is None))
+    if missing and tokenizer:  # processes evaluate and sample together
+        console.say('WARNING: a process is without the tokenizer of this data set, so there are no '
+                    'samples and bits per byte')
+    return None if missing else tokenizer
+
+
+def load_split(split, data_sets, model_config, device, **kwargs):
+    """The Loader of a split, or a Mixture of several in their shares."""
+    kwargs |= dict(vocab_size=model_config.vocab_size, device=device)
+    loaders = [Loader(folder, split, model_config.block_size, **kwargs)
+               for _, _, folder in data_sets]
+    if len(loaders) == 1:
+        return loaders[0]
+    return Mixture(loaders, [share for _, share, _ in data_sets])
+
+
+# -------------------------------------------------------------------------------------------------
+# the model
+
+# What a checkpoint's model may be given anew; anything else of it is what was trained.
+FREE = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
+
+
+def starting_point(config, given, folder, data_vocab, tokenizer, console):
+    """
+    (GPTConfig, model, checkpoint): the config of a new model with None and None; another run's
+    weights with None; or what to resume. UserError if out_dir, checkpoint and settings do not fit.
+    """
+    init_from, used = config['init_from'], folder.used()
+    resuming = init_from == 'resume' or init_from == 'auto' and bool(used)
+    if used and not resuming and not config['eval_only']:
+        check_overwrite(config, used, console)
+    if not resuming and init_from in ('scratch', 'auto'):
+        try:
+            return GPTConfig.from_settings(config, data_vocab), None, None
+        except ValueError as e:
+            raise UserError(str(e)) from e
+    if resuming:
+        ckpt = load_to_resume(folder, console)
+    else:
+        block_size = config['block_size'] if 'block_size' in given else None
+        ckpt = load_weights(init_from, block_size)
+    try:
+        model = fit_model(ckpt, config, given, resuming)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if (data_vocab or 0) > model.config.vocab_size:
+        raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, the checkpoint "
+                        f"'{ckpt['path']}' knows {model.config.vocab_size}")
+    if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
+        message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
+                   f"{ckpt['tokenizer']['name']}, not with that of data set "
+                   f"'{config['dataset']}', {tokenizer.name}")
+        if resuming:
+            raise UserError(message)
+        console.say(f'WARNING: {message}: its ids mean something else here')
+    model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
+    return model.config, model, ckpt if resuming else None
+
+
+def check_overwrite(config, used, console):
+    if not config['overwrite']:
+        raise UserError(f"out_dir '{config['out_dir']}' holds a run ({', '.join(used)}): "
+                        '--init_from=resume or --init_from=auto continues it, another --out_dir '
+                        'keeps it, --overwrite=True replaces it')
+    console.say('WARNING: overwrite=True: this run will replace the checkpoints in '
+                f"'{config['out_dir']}'")
+
+
+def load_to_resume(folder, console):
+    """The newest checkpoint in out_dir, or the one before it if that is damaged."""
+    previous = previous_of(folder.path, newest_checkpoint(folder.path))
+    try:
+        ckpt = load_checkpoint(folder.path, moments=False)
+    except UserError as e:
+        if not os.path.exists(previous):
+            raise
+        console.say(f'WARNING: {e}; going back to the one before it')
+        ckpt = load_checkpoint(previous, moments=False)
+    if not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
+        raise UserError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; "
+                        f"--init_from={ckpt['path']} and another --out_dir fine-tune it")
+    return ckpt
+
+
+def fit_model(ckpt, config, given, resuming):
+    """
+    The model in a checkpoint, in float32. Its architecture is the checkpoint's; a part that was
+    asked for by name must agree with it. ValueError where it does not.
+    """
+    model_keys = {f.name for f in fields(GPTConfig)}
+    asked = {key: value for key, value in config.items()
+             if key in model_keys and key in given and value is not None}
+    if 'arch_preset' in given:
+        asked = PRESETS[config['arch_preset']] | asked
+    ckpt['model_args'].update({key: asked[key] for key in FREE & asked.keys()})
+    ckpt['model_args']['dropout'] = config['dropout']  # as in nanoGPT, never the checkpoint's
+    model = GPT.from_dict(ckpt).float()
+    stored = asdict(model.config)
+    stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
+    stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
+    for key, value in asked.items():
+        free = key in FREE or key == 'block_size' and not resuming
+        if value != stored[key] and not free:
+            raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', "
+                             f'which has {key}={stored[key]}')
+    crop(model, config['block_size'], asked, pretrained='iter_num' not in ckpt)
+    return model
+
+
+def crop(model, block_size, asked, pretrained):
+    """As in nanoGPT, a pretrained model takes the shorter context that training asks for."""
+    shorter = pretrained and block_size < model.config.block_size
+    wanted = asked.get('block_size', model.config.block_size)
+    if shorter or wanted != model.config.block_size:
+        model.crop_block_size(block_size)
+
+
+def changed_data(ckpt, config):
+    """The settings that make a resumed run read other windows than it would have; '' if none."""
+    if 'tokenizer' not in ckpt:  # nanoGPT's, whose order is random anyway
+        return ''
+    changed = []
+    for name, value in data_settings(config).items():
+        before = data_settings(ckpt['config'])[name]
+        if value != before:
+            changed.append(f'{name} {value} instead of {before}')
+    return ', '.join(changed)
+
+
+def data_settings(config):
+    sequences = config['batch_size'] * config['gradient_accumulation_steps']
+    return {'dataset': config['dataset'], 'seed': config['seed'],
+            'sequences per iteration': sequences}
+
+
+# -------------------------------------------------------------------------------------------------
+# batch_size='auto'
+
+def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop):
+    """
+    (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's, or the
+    largest micro-batch that bench.py finds to fit, with as many sequences per iteration as the
+    settings say without 'auto'. Rank 0 looks, and all processes take its answer.
+    """
+    saved = (ckpt or {}).get('config') or {}
+    if 'gradient_accumulation_steps' in saved:
+        steps, n = saved['gradient_accumulation_steps'], parallel.world_size
+        if steps % n:
+            raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
+                            f'{steps}, which must be a multiple of the {n} processes that share '
+                            'it; give both keys for as many tokens per iteration: '
+                            f"{saved['batch_size'] * steps} sequences")
+        return saved['batch_size'], steps
+    flags = [arg for arg in sys.argv[1:] if arg != '--batch_size=auto']
+    batch_size = configure(script, argv=flags)[0]['batch_size']
+    if batch_size == 'auto':  # in a config file
+        batch_size = configure(script, argv=[])[0]['batch_size']
+    accumulation_steps = config['gradient_accumulation_steps']
+    found = 0
+    if parallel.master:
+        console.say("batch_size='auto': looking for the largest micro-batch that fits, for the "
+                    f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
+                    f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
+        settings = {key: value for key, value in asdict(model_config).items() if key in config}
+        settings |= {key: config[key] for key in ('dataset', 'device', 'dtype', 'optimizer')}
+        settings |= dict(batch_size=batch_size,
+                         gradient_accumulation_steps=accumulation_steps // parallel.world_size)
+        found = largest_that_fits(settings, stop)
+    found = parallel.all_max(found)
+    if stop.number:
+        raise SystemExit(128 + stop.number)
+    if not found:
+        raise UserError("batch_size='auto' found none, see above; give --batch_size a number")
+    return found, accumulation_steps * batch_size // found
+
+
+def largest_that_fits(settings, stop):
+    """The batch size that bench.py finds for these settings; 0 if none, or if a signal came."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'found.json')
+        flags = [f'--{key}={value}' for key, value in settings.items()]
+        search = subprocess.Popen([sys.executable, os.path.join(ROOT, 'bench.py'),
+                                   '--find_batch_size=True', f'--json={path}', *flags])
+        while search.poll() is None and not stop.number:
+            time.sleep(0.1)
+        search.terminate()
+        if not os.path.exists(path):
+            return 0
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)['batch_size']

@@ -1,0 +1,168 @@
+"""
+What a run will cost, and the report that says so before it begins.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from engine.common import duration, first_line
+from engine.compile import choose_compile
+from engine.cost import memory_estimate
+from engine.machine import device_name, memory, peak_flops, total_memory
+from engine.optim import describe
+from engine.parallel import MODES
+
+GIB = 2 ** 30
+ARCHITECTURE = ('normalization', 'activation', 'position_encoding', 'attention_backend',
+                'norm_position', 'ffn_type')
+
+
+@dataclass
+class Costs:
+    """What a run will cost; see measure_costs()."""
+    flops_per_token: float  # to train
+    tokens_per_iter: int
+    peak: float  # FLOP/s per device
+    peak_source: str
+    expected: float  # seconds that the run will take at half of the peak
+    compiled: bool
+    compile_reason: str
+    estimate: dict  # bytes
+    too_large: bool  # the estimate, for this machine
+    flex: bool  # whether doc_mask goes through flex attention
+
+    def as_numbers(self, model):
+        """The same for the run log."""
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return dict(total_params=model.get_num_params(False), trainable_params=trainable,
+                    non_embedding_params=model.get_num_params(),
+                    tokens_per_iter=self.tokens_per_iter, flops_per_token=self.flops_per_token,
+                    hardware_peak_tflops=self.peak / 1e12, peak_source=self.peak_source,
+                    memory_estimate=self.estimate, torch_version=str(torch.__version__))
+
+
+def measure_costs(settings, given, model, loss, opt, state_tensors, batches, splits, iter_num,
+                  compile, parallel, console):
+    """The Costs of the rest of a run, on all processes alike; measures the peak if need be."""
+    device, dtype = parallel.device, settings['dtype']
+    peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
+    if not peak:
+        peak, peak_source = peak_flops(device, dtype)
+    peak = parallel.mean(peak)  # processes must come to the same conclusions
+    block_size, flops_per_token = model.config.block_size, model.flops_per_token()
+    tokens_per_iter = batches.accumulation_steps * batches.batch_size * block_size
+    iters_left = 0 if settings['eval_only'] else settings['max_iters'] - iter_num
+    evaluations = iters_left // settings['eval_interval'] + 1
+    eval_tokens = sum(split.n for split in splits.values()) * block_size
+    # an evaluation is forward only, a third of training
+    tokens = iters_left * tokens_per_iter + evaluations * eval_tokens / 3
+    expected = tokens * flops_per_token / (0.5 * peak * parallel.world_size)
+    compiled, why = choose_compile(compile, given, device, expected, settings['eval_only'])
+    estimate = estimate_memory(model.config, loss, batches, settings['optimizer'], opt,
+                               state_tensors, dtype, parallel, console)
+    ranks_here = parallel.world_size if device.type == 'cpu' else 1
+    too_large = estimate['peak'] * ranks_here > total_memory(device)
+    # FSDP compiles block by block, and the mask is made outside the blocks
+    flex = compiled and parallel.mode != 'fsdp' and model.takes_flex(device.type)
+    return Costs(flops_per_token, tokens_per_iter, peak, peak_source, expected, compiled, why,
+                 estimate, too_large, flex)
+
+
+def startup_report(settings, costs, model, opt, batches, splits, data_sets, train_loader,
+                   tokenizer, iter_num, parallel):
+    """{title: text} of what is trained, on what, how fast it could be and what it takes."""
+    c, max_iters = model.config, settings['max_iters']
+    sequences = batches.batch_size * batches.accumulation_steps
+    tokens = sequences * c.block_size
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
+    at_half_peak = 0.5 * costs.peak * parallel.world_size / costs.flops_per_token
+    device = parallel.device
+    return {
+        'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
+        'data': data_line(settings['dataset'], data_sets, train_loader, splits['val'].loader,
+                          tokenizer, max_iters * tokens),
+        'architecture': architecture_line(c, costs.flex),
+        'parameters': f'{model.get_num_params(False):,} total, {n_trainable:,} trainable, '
+                      f'{model.get_num_params():,} non-embedding',
+        'shape': f'{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, '
+                 f'{c.n_kv_head or c.n_head} kv heads, sequence {c.block_size}, '
+                 f'vocabulary {c.vocab_size}',
+        'batch': f'{batches.batch_size} sequences x {batches.per_rank} accumulation x '
+                 f'{parallel.world_size} processes = {sequences} sequences, {tokens:,} tokens per '
+                 f'iteration, {max_iters * tokens / train_loader.n_tokens:.2f} epochs in all',
+        'optimizer': f"{describe(opt)}, {schedule}, weight decay {settings['weight_decay']:g}",
+        'device': f'{device} ({device_name(device)}) x {parallel.world_size}, '
+                  f"{total_memory(device) / GIB:.0f} GiB, {settings['dtype']}, "
+                  f'{MODES[parallel.mode]}, compile {costs.compiled} '
+                  f'({costs.compile_reason})',
+        'peak': f'{costs.peak / 1e12:.2f} TFLOP/s per device ({costs.peak_source})',
+        'FLOPs per token': flops_line(model),
+        'memory': memory_line(costs.estimate, costs.compiled),
+        'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(costs.expected)} for '
+                    'the '
+                    'run with its evaluations',
+    }
+
+
+def data_line(dataset, data_sets, train_loader, val_loader, tokenizer, total_tokens):
+    line = (f'{dataset}: {train_loader.n_tokens:,} train tokens, {val_loader.n_tokens:,} val '
+            f"tokens, tokenizer {tokenizer.name if tokenizer else 'unknown'}")
+    for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', [])):
+        epochs = total_tokens * share / loader.n_tokens
+        line += f'; {share:.3g} from {name}, {epochs:.2f} epochs of its {loader.n_tokens:,} tokens'
+    return line
+
+
+def architecture_line(c, flex):
+    parts = [str(getattr(c, kind)) for kind in ARCHITECTURE]
+    parts += ['biases' if c.bias else 'no biases', 'tied' if c.weight_tying else 'untied']
+    parts += [key for key in ('qk_norm', 'zero_init_residual') if getattr(c, key)]
+    if c.logit_softcap:
+        parts.append(f'logit_softcap {c.logit_softcap:g}')
+    if c.doc_mask_token is not None:
+        parts.append(f"doc_mask by {'flex attention' if flex else 'a dense mask'}")
+    return ', '.join(parts)
+
+
+def flops_line(model):
+    parts = model.flops_by_part()
+    each = ', '.join(f'{part} {3 * n / 1e9:.4g}' for part, n in parts.items())
+    ratio = (parts['attention projections'] + parts['attention scores']) / parts['ffn']
+    return (f'{model.flops_per_token() / 1e9:.4g} GFLOP to train, attention in full ({each}); '
+            f'{model.flops_per_token(causal=True) / 1e9:.4g} causal (half of the scores); '
+            f'attention/FFN ratio {ratio:.2f}')
+
+
+def memory_line(estimate, compiled):
+    parts = ', '.join(f'{key} {size / GIB:.2f}' for key, size in estimate.items()
+                      if size and key != 'peak')
+    note = ' (the step without torch.compile)' if compiled else ''
+    return f"about {estimate['peak'] / GIB:.2f} GiB per device estimated: {parts}{note}"
+
+
+def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype, parallel,
+                    console):
+    """
+    engine.cost.memory_estimate of a step, with state_tensors, and with what the rest of the process
+    takes on a CPU, where memory() counts all of it. Zeros, with a NOTE, for a part that the
+    estimate cannot run.
+    """
+    device, present = parallel.device, memory(parallel.device)
+    try:
+        estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
+                                   batches.per_rank, parallel.mode, parallel.world_size, name,
+                                   loss)
+    except Exception as e:  # tensors without data do not go through everything
+        console.say(f'NOTE: no estimate of the memory that a step takes: {first_line(e)}')
+        estimate = dict(weights=0, moments=0, peak=0)
+    for kind, tensors in state_tensors.items():
+        estimate[kind] = sum(parallel.local(t).nbytes for t in tensors.values())
+        estimate['peak'] += estimate[kind]
+    if device.type == 'cpu':
+        estimate['holes'] = round(0.2 * estimate['peak'])  # malloc's: see PARAMETER_FORMULAS.md
+        there = estimate['weights'] + sum(estimate[kind] for kind in state_tensors)
+        there += bool(opt.state) * estimate['moments']
+        estimate['process'] = present.get('resident', present['peak']) - there
+        estimate['peak'] += estimate['holes'] + estimate['process']
+    return estimate

@@ -1,0 +1,311 @@
+"""
+A study is many runs of train.py, each in its own folder. This file reads what their logs say,
+and runs those that are not finished, several at a time, resuming what a kill left behind.
+"""
+import ctypes
+import glob
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.common import Locked, UserError, duration, replacing, try_lock
+
+CLEAR = '\r\033[K' if sys.stdout.isatty() else ''  # erases the progress line of a terminal
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
+
+
+class Evaluation(NamedTuple):
+    iter: int
+    tokens: int
+    flops: float
+    train_seconds: float
+    loss: float
+    losses: np.ndarray  # of each window of val, in the order of the text
+
+
+class Result(NamedTuple):
+    """What the logs of a run say."""
+    folder: str
+    config: dict
+    startup_info: dict
+    windows: dict  # n, tokens_each and crc of the windows of val
+    evals: list[Evaluation]
+    iterations: list[dict]
+    outcome: str
+    iter_num: int
+
+
+def files_of(folder, pattern):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+
+
+def read_run(folder):
+    """
+    The Result of the run in a folder, or None without a log. A resumed run has a log per start;
+    where two logs have the same iteration, the later one counts.
+    """
+    logs = []
+    for log in map(read_log, files_of(folder, 'run_*.json')):
+        if log['config']['eval_only'] or not log['training_iterations'] + log['eval_steps']:
+            continue
+        if first_iter(log) == 0:
+            logs = []  # the run began anew
+        logs.append(log)
+    if not logs:
+        return None
+    last, evals, iterations = logs[-1], {}, {}
+    ends = [first_iter(log) for log in logs[1:]] + [math.inf]
+    for log, end in zip(logs, ends):
+        evals |= {e['iter']: e for e in log['eval_steps'] if e['iter'] <= end}
+        iterations |= {e['iter']: e for e in log['training_iterations'] if e['iter'] < end}
+    flops_per_token = last['startup_info']['flops_per_token']
+    return Result(
+        folder=folder,
+        config=last['config'],
+        startup_info=last['startup_info'],
+        windows=last.get('eval_windows'),
+        evals=[evaluation(evals[i], flops_per_token) for i in sorted(evals)],
+        iterations=[iterations[i] for i in sorted(iterations)],
+        outcome=last['summary']['outcome'],
+        iter_num=last['summary']['iter_num'])
+
+
+def read_log(path):
+    """A run log as a dict. Its evaluations without window losses, from older logs, are left out."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            log = json.load(f)
+        first_iter(log), log['summary']['outcome'], log['startup_info']['flops_per_token']
+        log['config']['eval_only'], log['training_iterations']
+        log['eval_steps'] = [e for e in log['eval_steps'] if 'window_losses' in e['val']]
+        return log
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"'{path}' is not a run log of train.py, or only half of one: remove it "
+                        f'({e!r})') from None
+
+
+def first_iter(log):
+    return log['summary']['iter_num'] - log['summary']['iterations']
+
+
+def evaluation(e, flops_per_token):
+    losses = np.array(e['val']['window_losses'])
+    flops = e['tokens'] * flops_per_token
+    return Evaluation(e['iter'], e['tokens'], flops, e['train_seconds'], e['val']['loss'], losses)
+
+
+@dataclass(eq=False)
+class Run:
+    """A choice (its cell) to be trained with one seed."""
+    cell: str
+    seed: int
+    folder: str
+    settings: dict  # the flags of train.py that were set
+    max_iters: int
+    cost: float = 1.0  # relative to the other runs, for the estimate of the time left
+
+    def __str__(self):
+        return f'{self.cell}, seed {self.seed}'
+
+
+class Launcher(NamedTuple):
+    """How to start a run."""
+    script: str  # train.py
+    defaults: dict  # of its settings
+    jobs: int  # runs at a time
+    gpus: list[str]  # which they take in turn
+
+    def environment(self, slot):
+        """Variables for the run in a slot: its GPU, or its share of the CPU cores."""
+        env = dict(os.environ)
+        if self.gpus:
+            env['CUDA_VISIBLE_DEVICES'] = self.gpus[slot % len(self.gpus)]
+        elif self.jobs > 1:
+            env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // self.jobs)))
+        return env
+
+
+class Job:
+    """A run on its way to iteration `until`."""
+    def __init__(self, run, until):
+        self.run, self.until = run, until
+        before = read_run(run.folder)
+        self.first = before.iter_num if before else 0
+        self.cost = run.cost * max(0, until - self.first) / run.max_iters
+        self.console = os.path.join(run.folder, 'console.txt')
+        self.process = None
+
+    def result(self):
+        """The Result of the run, or None unless it came to `until` or stopped early."""
+        result = read_run(self.run.folder)
+        if result is None or not result.evals:
+            return None
+        reached = result.evals[-1].iter >= self.until
+        return result if reached or result.outcome == 'stopped early' else None
+
+    def start(self, launcher, slot):
+        """Start train.py, which saves a checkpoint and ends when this process dies."""
+        folder, settings = self.run.folder, self.run.settings
+        os.makedirs(folder, exist_ok=True)
+        wait_for_lock(folder)
+        with replacing(os.path.join(folder, 'settings.json'), 'w', encoding='utf-8') as f:
+            json.dump(settings, f, indent=1)
+        init_from = settings.get('init_from', 'scratch')  # a fine-tuning run names weights
+        if files_of(folder, 'ckpt*') or init_from == 'scratch':
+            init_from = 'auto'
+        flags = settings | dict(out_dir=folder, max_iters=self.until, init_from=init_from)
+        command = [sys.executable, launcher.script]
+        command += [f'--{key}={value}' for key, value in flags.items()]
+        with open(self.console, 'ab') as console:
+            self.offset = console.tell()
+            self.process = subprocess.Popen(
+                command, env=launcher.environment(slot), stdin=subprocess.DEVNULL, stdout=console,
+                stderr=subprocess.STDOUT, preexec_fn=die_with_parent if LIBC else None)
+        self.started = time.time()
+
+    def tail(self):
+        """The last lines of its output."""
+        with open(self.console, 'rb') as f:
+            f.seek(max(self.offset, os.fstat(f.fileno()).st_size - 4000))
+            return f.read().decode('utf-8', 'replace').strip().splitlines() or ['']
+
+    def progress(self):
+        """The fraction of its iterations that are done."""
+        if self.process is None:
+            return 0.0
+        if self.process.returncode is not None:
+            return 1.0
+        reached = re.findall(r'^iter (\d+) ', '\n'.join(self.tail()), re.M)
+        done = int(reached[-1]) + 1 - self.first if reached else 0
+        return done / max(1, self.until - self.first)
+
+
+def die_with_parent():
+    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def wait_for_lock(folder):
+    """Wait until no other train.py works in a folder, such as one that saves after a kill."""
+    told = False
+    while True:
+        try:
+            return try_lock(os.path.join(folder, 'lock'), 'compare.py').close()
+        except Locked as e:
+            if not told:
+                print(f"waiting for {e.holder}, which works in '{folder}' and may be saving after "
+                      'a kill', flush=True)
+            told = True
+            time.sleep(0.1)
+
+
+def check_settings(run, defaults):
+    """UserError if the run in this folder was started with other settings."""
+    if read_run(run.folder) is None:
+        return
+    path, remedy = os.path.join(run.folder, 'settings.json'), 'another --out_dir, or remove it'
+    if not os.path.exists(path):
+        raise UserError(f"'{run.folder}' holds a run that compare.py did not start: choose "
+                        f'{remedy}')
+    with open(path, encoding='utf-8') as f:
+        before = json.load(f)
+    for key, default in defaults.items():
+        had, asked = before.get(key, default), run.settings.get(key, default)
+        longer = key == 'max_iters' and had < run.max_iters
+        if had != asked and key != 'device' and not longer:
+            raise UserError(f"'{run.folder}' was run with {key}={had}, but now {key}={asked}: "
+                            f'choose {remedy}')
+
+
+def run_all(runs, launcher, target=math.inf):
+    """
+    Run those that are not finished, each to its end or to iteration `target`. Returns the runs
+    that failed.
+    """
+    for run in runs:
+        check_settings(run, launcher.defaults)
+    todo = [Job(run, min(target, run.max_iters)) for run in runs]
+    todo = [job for job in todo if not job.result()]
+    waiting, active, failed = list(todo), {}, []
+    at_a_time = f'; {launcher.jobs} at a time' if launcher.jobs > 1 else ''
+    print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished{at_a_time}', flush=True)
+    began, shown = time.time(), 0.0
+    try:
+        while waiting or active:
+            for slot in range(launcher.jobs):
+                if waiting and slot not in active:
+                    job = waiting.pop(0)
+                    job.start(launcher, slot)
+                    active[slot] = job
+            time.sleep(0.1)
+            for slot, job in list(active.items()):
+                if job.process.poll() is not None:
+                    del active[slot]
+                    ended = len(runs) - len(waiting) - len(active)
+                    if not report_end(job, f'[{ended}/{len(runs)}]'):
+                        failed.append(job.run)
+            if active and time.time() - shown > (1 if CLEAR else 60):
+                shown = time.time()
+                show_progress(todo, next(iter(active.values())), shown - began)
+    finally:  # also after a signal: the runs save, and the same command resumes them
+        for job in active.values():
+            job.process.terminate()
+        for job in active.values():
+            job.process.wait()
+    return failed
+
+
+def report_end(job, count):
+    """Print how a job ended. Returns whether it succeeded."""
+    status, title = job.process.returncode, f'{CLEAR}{count} {job.run}:'
+    result = job.result() if status == 0 else None
+    if result:
+        seconds = time.time() - job.started
+        print(f'{title} val loss {result.evals[-1].loss:.4f}, {duration(seconds)}', flush=True)
+        return True
+    lines = job.tail()
+    reasons = [line for line in lines if line.startswith('train.py:') or 'not finite' in line]
+    reason = (reasons or lines[-1:])[0]
+    print(f'{title} FAILED with status {status}: {reason} ({job.console})', flush=True)
+    return False
+
+
+def show_progress(jobs, active, seconds):
+    """Print how much of all jobs is done, the time left, and the last line of an active one."""
+    done = sum(job.cost * job.progress() for job in jobs)
+    total = sum(job.cost for job in jobs) or 1
+    left = f', about {duration(seconds * (total - done) / done)} left' if done > 0 else ''
+    line = f'{100 * done / total:.0f}%{left}; {active.run}: {active.tail()[-1]}'
+    width = os.get_terminal_size().columns - 1 if CLEAR else 150
+    print(CLEAR + line[:width], end='' if CLEAR else '\n', flush=True)
+
+
+def halving(runs, launcher):
+    """
+    Successive halving (https://arxiv.org/abs/1502.07943): all cells to 1/16 of max_iters (1/8 for
+    fewer than 16 cells, and so on), the better half of them to twice as many, until a round
+    reaches max_iters. Each round has the learning rate schedule of the whole run. Returns the
+    runs that failed.
+    """
+    failed, alive = [], list(dict.fromkeys(run.cell for run in runs))
+    for k in range(min(4, int(math.log2(len(alive)))), -1, -1):
+        target = max(1, runs[0].max_iters // 2 ** k)
+        print(f'{len(alive)} cells up to iteration {target}')
+        at_work = [run for run in runs if run.cell in alive and run not in failed]
+        failed += run_all(at_work, launcher, target)
+        losses = {}
+        for run in at_work:
+            if run not in failed:
+                evals = [e.loss for e in read_run(run.folder).evals if e.iter <= target]
+                losses.setdefault(run.cell, []).append(evals[-1])
+        alive = sorted(losses, key=lambda cell: np.mean(losses[cell]))
+        alive = alive[:math.ceil(len(alive) / 2)]
+    return failed

@@ -1,0 +1,217 @@
+"""Memory estimates, descriptions and gradient statistics: python -m pytest tests/test_cost.py"""
+import math
+import re
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conftest import command
+from engine.common import UserError
+from engine.cost import describe, memory_estimate, meta_model
+from engine.machine import pick_device
+from engine.parallel import Parallel
+from engine.report import gradient_statistics
+from model import GPTConfig
+from test_model import TINY, B, T, every_combination, gradients, ids, on_meta, shaken
+
+CPU = torch.device('cpu')
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory to train
+
+MEASURED_STEPS = """
+import sys
+import torch
+from engine.cost import memory_estimate
+from engine.machine import memory
+from model import GPT, GPTConfig
+
+preset, dtype, checkpointing = sys.argv[1:]
+torch.set_num_threads(1)
+cpu = torch.device('cpu')
+
+
+def steps(batch_size, n_layer, block_size):
+    config = GPTConfig.from_settings(dict(
+        arch_preset=preset, n_head=4, n_embd=256, vocab_size=4096, n_layer=n_layer, block_size=block_size,
+        activation_checkpointing=checkpointing == 'True'))
+    estimate, before = memory_estimate(config, batch_size, dtype, cpu), memory(cpu)['resident']
+    model = GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu')
+    idx = torch.randint(4096, (batch_size, config.block_size))
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return estimate['peak'], memory(cpu)['peak'] - before
+
+
+steps(1, 1, 16)  # loads the kernels and modules of a first step, which are no tensors
+print(*steps(8, 4, 256))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="needs glibc's malloc and /proc")
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('preset', ['gpt2', 'llama'])
+def test_memory_estimate_is_what_a_step_takes(preset, dtype, checkpointing):
+    """
+    An estimate more than 15 % away from what two real steps add to the resident memory of a process. malloc maps each
+    tensor by itself here, because what it loses between tensors is not theirs.
+    """
+    if dtype == 'bfloat16' and pick_device('cpu')[1] != 'bfloat16':
+        pytest.skip('this CPU has no bfloat16 units')
+    done = command('-c', MEASURED_STEPS, preset, dtype, checkpointing, env={'MALLOC_MMAP_THRESHOLD_': '65536'})
+    assert done.returncode == 0, done.stderr
+    estimated, measured = map(int, done.stdout.split())
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize('mode, bytes_per_parameter', [
+    ('none', 16),
+    ('ddp', 16),
+    ('zero1', 8 + 8 / 4),
+    ('fsdp', 16 / 4),
+])
+def test_memory_estimate_divides_states_by_mode(mode, bytes_per_parameter):
+    """The table in PARAMETER_FORMULAS.md: 16 bytes per parameter, ZeRO-1 8 + 8/n, FSDP 16/n."""
+    n = on_meta(**TINY).get_num_params(False)
+    sizes = memory_estimate(GPTConfig(**TINY), B, 'float32', CPU, 1, mode, 4)
+    assert sizes['weights'] + sizes['gradients'] + sizes['moments'] == bytes_per_parameter * n
+    assert sizes['peak'] == sum(size for part, size in sizes.items() if part != 'peak')
+    assert (sizes['gathered'] > 0) == (mode == 'fsdp')
+
+
+@pytest.mark.parametrize('mode, share', [('none', 1), ('zero1', 1 / 4), ('fsdp', 1 / 4)])
+def test_memory_estimate_knows_the_moments_of_muon(mode, share):
+    """Muon keeps one moment per matrix of the blocks, AdamW two per parameter."""
+    n = on_meta(**TINY).get_num_params(False)
+    hidden = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)  # 2 blocks of width 32
+    sizes = memory_estimate(GPTConfig(**TINY), B, 'float32', CPU, 1, mode, 4, 'muon')
+    assert sizes['moments'] == (8 * n - 4 * hidden) * share
+
+
+def test_memory_estimate_counts_gradients_that_accumulate():
+    """From the second micro-batch on, gradients are alive during the forward pass."""
+    once, twice, thrice = (
+        memory_estimate(GPTConfig(**TINY), 32, 'float32', CPU, accumulation)['activations']
+        for accumulation in (1, 2, 3))
+    assert once < twice == thrice
+
+
+@every_combination
+def test_memory_estimate_takes_any_part_and_leaves_nothing(parts):
+    """A part that needs values from its tensors, or an estimate that draws from the run's random numbers."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    config = GPTConfig(**TINY | parts, dropout=0.1)
+    small, large = (memory_estimate(config, n, 'float32', CPU)['activations'] for n in (32, 64))
+    assert 1.5 * small < large < 2.5 * small
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'modern'])
+def test_tensors_without_data_give_the_same_estimate(monkeypatch, preset):
+    """A large step runs on fake tensors, a small one on real ones: the two must count alike."""
+    config = GPTConfig.from_settings(TINY | dict(arch_preset=preset))
+    real = memory_estimate(config, 8, 'float32', CPU)
+    monkeypatch.setattr('engine.cost.fake_tensors', lambda *_: FakeTensorMode())
+    assert memory_estimate(config, 8, 'float32', CPU) == pytest.approx(real, rel=0.01)
+
+
+WITHOUT_DYNAMO = """
+import sys
+import torch
+from engine.cost import memory_estimate
+from engine.machine import skip_dynamo_imports
+from model import GPT, GPTConfig
+
+skip_dynamo_imports()
+skip_dynamo_imports()  # a second call does no harm
+config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=8, block_size=4)
+memory_estimate(config, 1, 'float32', torch.device('cpu'))
+model, idx = GPT(config), torch.zeros(1, 4, dtype=torch.long)
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+for _ in range(2):
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+print('torch._dynamo' in sys.modules)
+"""
+
+
+def test_a_run_without_compile_does_not_import_the_compiler():
+    """A second of every start for torch._dynamo, which an eager optimizer imports to learn that it is not compiled."""
+    done = command('-c', WITHOUT_DYNAMO)
+    assert (done.returncode, done.stdout) == (0, 'False\n'), done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python model.py
+
+SETTINGS = dict(dataset='pystdlib', vocab_size=None, arch_preset='gpt2', n_layer=2, n_head=4, n_embd=64, block_size=32)
+
+
+def described(**settings):
+    """({label of a line: its first number}, text) of a description."""
+    settings = SETTINGS | settings
+    text = describe(meta_model(settings), settings, CPU, 'float32')
+    found = re.findall(r'^  (\S.*?) {2,}([\d.,]+)(?: |$)', text, re.MULTILINE)
+    return {label: float(number.replace(',', '')) for label, number in found}, text
+
+
+def test_a_description_adds_up():
+    """A part that is missing from the table, or a total of something else."""
+    rows, text = described()
+    model = meta_model(SETTINGS)
+    assert rows['non-embedding'] == model.get_num_params()
+    assert rows['trainable'] == model.get_num_params(False) == sum(rows[part] for part in model.params_by_part())
+    assert rows['training, 3 x forward'] == 3 * rows['forward'] == model.flops_per_token()
+    assert rows['KV cache, 32 tokens'] == pytest.approx(2 * 2 * 2 * 64 * 32 / 1e9, abs=1e-3)
+    assert 'memory to train, adamw, float32 on cpu, batch_size 1, one process, estimated' in text
+
+
+@pytest.mark.parametrize('settings, vocab_size', [
+    (dict(), 256),  # pystdlib has bytes
+    (dict(dataset='nothing here'), 50304),
+    (dict(vocab_size=100), 100),
+])
+def test_a_described_vocabulary_is_that_of_the_data_set(settings, vocab_size):
+    assert meta_model(SETTINGS | settings).config.vocab_size == vocab_size
+
+
+def test_what_cannot_be_described_is_a_user_error():
+    """A traceback for n_head=5."""
+    with pytest.raises(UserError, match='n_head'):
+        meta_model(SETTINGS | dict(n_head=5))
+    with pytest.raises(UserError, match='batch_size'):
+        described(batch_size=0)
+    assert 'batch_size 1,' in described(batch_size='auto')[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gradient statistics
+
+@every_combination
+def test_gradient_statistics_are_those_of_the_gradients(parts):
+    """A layer left out or counted twice, or a norm that clips differently from clip_grad_norm_'s."""
+    model = shaken(**parts)
+    grads = gradients(model, ids(B, T), ids(B, T, seed=1))[1]
+    flat, stats = torch.cat([g.flatten() for g in grads.values()]).double(), gradient_statistics(model, Parallel())
+    assert torch.tensor(stats['norm']) == torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    for key, value in (('norm', flat.norm()), ('mean', flat.mean()), ('std', flat.std(correction=0))):
+        assert stats[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
+    squares = Counter()
+    for name, g in grads.items():  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
+        layer = re.search(r'\.h\.(\d+)\.|(\w+)\.weight$|(\w+)\.bias$', name)
+        squares[next(filter(None, layer.groups()))] += g.double().square().sum().item()
+    assert stats['layers'] == {layer: pytest.approx(math.sqrt(s), rel=1e-5) for layer, s in squares.items()}
+    assert math.hypot(*stats['layers'].values()) == pytest.approx(stats['norm'], rel=1e-5)
