@@ -103,7 +103,11 @@ def statements_before_configure(source, script):
 def evaluate(expression):
     """The value of an expression in a settings block; it may use Literal and names of RANGES."""
     names = {'Literal': Literal} | {name: globals()[name] for name in RANGES}
-    return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
+    try:
+        return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
+    except NameError as e:
+        raise UserError(f"line {expression.lineno}, '{ast.unparse(expression)}': what stands before "
+                        f'configure() is a setting, a plain value ({e}); move it below') from e
 
 
 def coerce(value, default, kind):

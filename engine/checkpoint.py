@@ -380,6 +380,8 @@ class RunFolder:
 
         def write():
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
+            if not os.path.isdir(path):  # rank 0 has made it, perhaps on another node
+                raise OSError('out_dir must be a folder that all nodes share')
             save_checked(pieces, os.path.join(path, f'rank_{self.parallel.rank:04d}.pt'))
 
         def check_next():  # a file of another process, which may be on another node
