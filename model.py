@@ -881,7 +881,7 @@ class GPT(nn.Module):
             raise ValueError(f'checkpoint{path} cannot be loaded as a model: {reason}') from e
         if model.config.weight_tying:  # assign=True has untied them
             model.transformer.wte.weight = model.lm_head.weight
-        return model.requires_grad_(True).eval()
+        return model.eval()
 
     @classmethod
     def from_checkpoint(cls, path):
