@@ -41,7 +41,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from configurator import coerce, configure, read_block
+from configurator import ON_COMMAND_LINE, coerce, configure, read_block
 from data.loader import find_datasets, prepare_facts, read_meta
 from engine.common import Locked, UserError, optional, replacing, try_lock
 from engine.statistics import estimate, fit_power_law, seed_variance, variances_differ
@@ -188,7 +188,7 @@ def check_named_cells(named, axes, given):
         for key, value in own.items():
             if key not in block or key in ('out_dir', 'seed'):
                 raise UserError(f"cell '{name}': '{key}' is not a key that a cell can set")
-            if key in axes or given.get(key) == 'on the command line':
+            if key in axes or given.get(key) == ON_COMMAND_LINE:
                 raise UserError(f"cell '{name}' sets {key} itself, so --{key} has no effect there")
             try:
                 own[key] = coerce(value, *block[key][:2])
@@ -293,7 +293,7 @@ def ladder_widths(config, given, n_head, head_dim):
         raise UserError('scaling varies n_embd, and no other key but seed may have several '
                         f'values: not {wrong[0]}')
     if not isinstance(widths, list):
-        if given.get('n_embd') == 'on the command line':
+        if given.get('n_embd') == ON_COMMAND_LINE:
             raise UserError(f'scaling needs several widths, as in --n_embd=64,96,128, not {widths}')
         heads = {max(1, round(factor * n_head)) for factor in (0.5, 0.75, 1, 1.5, 2)}
         widths = [head_dim * n for n in sorted(heads)]

@@ -39,6 +39,8 @@ from engine.common import UserError, show_error
 PositiveInt = NonNegativeInt = int
 PositiveFloat = NonNegativeFloat = Fraction = float
 
+ON_COMMAND_LINE = 'on the command line'  # where a flag was set, in `given`
+
 RANGES = {
     'PositiveInt': ('positive', lambda x: x > 0),
     'PositiveFloat': ('positive', lambda x: x > 0),
@@ -101,7 +103,11 @@ def statements_before_configure(source, script):
 def evaluate(expression):
     """The value of an expression in a settings block; it may use Literal and names of RANGES."""
     names = {'Literal': Literal} | {name: globals()[name] for name in RANGES}
-    return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
+    try:
+        return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
+    except NameError as e:
+        raise UserError(f"line {expression.lineno}, '{ast.unparse(expression)}': what stands before "
+                        f'configure() is a setting, a plain value ({e}); move it below') from e
 
 
 def coerce(value, default, kind):
@@ -213,7 +219,7 @@ def configure(script, *also, argv=None, convert=None):
             put(name, value, f"in '{path}'")
     for name, text in flags:
         kind = settings[name].kind if name in settings else None
-        put(name, parse(text, kind), 'on the command line')
+        put(name, parse(text, kind), ON_COMMAND_LINE)
     return config, given
 
 

@@ -61,10 +61,12 @@ def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher
     """
     argv, added = [str(script), *map(str, flags)], env or {}
     env = os.environ | {'OMP_NUM_THREADS': '1'} | added
-    if launcher is None and (argv[0] not in IMPORT_TORCH or any(name.startswith(READ_AT_START) for name in added)):
+    is_warm = os.path.basename(script) in IMPORT_TORCH and not any(name.startswith(READ_AT_START) for name in added)
+    if launcher is None and not is_warm:
         launcher = PYTHON
     if launcher is None:
         return warm.run(argv, cwd, env, processes, before, text)
+    assert processes == 1 and not before, 'only tests/warm.py knows these'
     return subprocess.run([*launcher, *argv], cwd=cwd, env=env, capture_output=True, text=text, timeout=300)
 
 

@@ -1,16 +1,17 @@
 """
-The whole GPT in one file: its parts, the model, its loss, and text out of it.
+The whole GPT in one file: the parts, the model, the loss, and text generation.
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # parameters, FLOPs and memory
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
-    python model.py --ckpt=out --export=hf_dir                  # for transformers, or model.onnx
+    python model.py --ckpt=out --export=hf_dir                  # to a folder for transformers
+    python model.py --ckpt=out --export=model.onnx              # to ONNX
     python model.py --list=True                                 # every config with its counts
 
 Shapes: B batch, T queries, S keys, C n_embd, H heads, K key/value heads, D = C / H, V vocabulary.
 
-Names and state dict are those of nanoGPT, https://github.com/karpathy/nanoGPT, and so of GPT-2,
-https://github.com/openai/gpt-2. LLaMA: https://arxiv.org/abs/2302.13971
+Module names and state dict keys follow nanoGPT (https://github.com/karpathy/nanoGPT), which follows
+GPT-2 (https://github.com/openai/gpt-2). LLaMA: https://arxiv.org/abs/2302.13971
 """
 import contextlib
 import math
@@ -21,26 +22,29 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# The registry: one dict per kind of part. To add a part, write it below with its decorator and
-# choose it by flag. Everything else follows from its structure: matrices and embeddings start at
-# N(0, 0.02) and decay, vectors do not decay; a Linear named c_proj writes to the residual stream
-# and starts smaller; every Linear counts its FLOPs, and inside a block Muon may train it.
+# One dict per kind of part. To add a part, define it below with @register and select it with its
+# flag. The rest follows from its modules:
+# - Weights of Linear and Embedding are initialized from N(0, 0.02). A Linear named c_proj writes to
+#   the residual stream and starts smaller.
+# - Parameters with 2 or more dimensions are decayed; vectors are not.
+# - Every Linear counts towards FLOPs, and Muon may train those inside a block. Any other module
+#   may define extra_flops(T, causal): its forward FLOPs per token beyond its Linears.
 
 # Module(dim, config); forward: (..., dim) -> same shape
 NORMALIZATION = {}
 # elementwise function
 ACTIVATION = {}
 # Module(config); forward: x (B, T, C), pos (T,) -> x, rotate
-# rotate is None or a function that turns q and k, (B, H or K, T, D) -> same shape
+# rotate is None or a function that rotates q or k, (B, H or K, T, D) -> same shape
 POSITION_ENCODING = {}
 # function(q, k, v, dropout, config, mask=None) -> (B, H, T, D), for q (B, H, T, D) and
-# k, v (B, K, S, D); queries are the last T of the S positions. mask: see attention_mask
+# k, v (B, K, S, D); queries are the last T of the S positions. mask: see attention_mask.
+# Only sdpa ever gets a BlockMask; every other backend gets None or a bool tensor.
 ATTENTION_BACKEND = {}
-# function(x, norm, sublayer) -> x
-# its attribute final_norm says whether the output of the last block still needs a norm
+# function(x, norm, sublayer) -> x. Set its attribute final_norm to True if the last block's output
+# still has to be normalized, otherwise to False.
 NORM_POSITION = {}
-# Module(config); forward: (B, T, C) -> same shape. extra_flops(T, causal) counts its FLOPs per
-# token beyond those of its Linears, if there are any
+# Module(config); forward: (B, T, C) -> same shape
 FFN_TYPE = {}
 
 REGISTRY = dict(
@@ -56,7 +60,8 @@ def register(kind, name):
     return add
 
 
-# The values that a preset gives to keys that nobody set. 'custom' is nanoGPT's own mix.
+# Values of the keys that neither a config file nor a flag sets. 'custom' is what nanoGPT's train.py
+# builds (bias=False; the class default below is True, as in nanoGPT's GPTConfig).
 PRESETS = {'custom': dict(
     normalization='layernorm', activation='gelu', position_encoding='learned_absolute',
     attention_backend='sdpa', norm_position='pre', ffn_type='standard',
@@ -66,8 +71,8 @@ PRESETS['llama'] = PRESETS['custom'] | dict(
     normalization='rmsnorm', activation='silu', position_encoding='rope', ffn_type='swiglu',
     weight_tying=False)
 PRESETS['hybrid'] = PRESETS['custom'] | dict(position_encoding='rope')
-PRESETS['team'] = PRESETS['llama']
-# The parts that the records of https://github.com/KellerJordan/modded-nanogpt have in common
+PRESETS['team'] = PRESETS['llama']  # another name for llama
+# Parts shared by the record runs of https://github.com/KellerJordan/modded-nanogpt
 PRESETS['modern'] = PRESETS['llama'] | dict(
     activation='relu_squared', ffn_type='standard',
     qk_norm=True, zero_init_residual=True, logit_softcap=15.0)
@@ -80,14 +85,17 @@ SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head',
          'attention_chunk_size')
 
 
-def check_range(name, value, in_range):
+def require_range(name, value, in_range):
     if not in_range:
         raise ValueError(f'{name}={value!r} is out of range')
 
 
 @dataclass
 class GPTConfig:
-    """Everything that defines a model. Defaults are nanoGPT's, so its checkpoints load as meant."""
+    """
+    Everything that defines a model. Defaults are nanoGPT's, so its checkpoints, which omit newer
+    keys, load with the right architecture.
+    """
     block_size: int = 1024
     vocab_size: int = 50304
     n_layer: int = 12
@@ -102,19 +110,19 @@ class GPTConfig:
     norm_position: str = 'pre'
     ffn_type: str = 'standard'
     weight_tying: bool = True
-    n_kv_head: int = None  # None: n_head
-    d_ff: int = None  # None: 4 C; swiglu: 8/3 C, rounded up to a multiple of 256
+    n_kv_head: int | None = None  # None: n_head
+    d_ff: int | None = None  # None: 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
     qk_norm: bool = False  # normalize q and k per head: https://arxiv.org/abs/2010.04245
     zero_init_residual: bool = False  # blocks start as the identity: arxiv.org/abs/1901.09321
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    logit_softcap: float = 0.0  # 0: none. https://arxiv.org/abs/2408.00118
-    attention_chunk_size: int = 256  # queries at a time with attention_backend='chunked'
+    logit_softcap: float = 0.0  # see cap_logits; 0: none
+    attention_chunk_size: int = 256  # queries per chunk with attention_backend='chunked'
     activation_checkpointing: bool = False
     qkv_bias: bool = False  # biases of q, k and v even where bias is False, as in Qwen2
-    rope_scaling: dict = None  # LLaMA 3's stretched RoPE, with the keys of ROPE_SCALING
-    unpadded_vocab_size: int = None  # ids below it are the tokenizer's; others are never sampled
-    doc_mask_token: int = None  # end-of-text id; attention never crosses it. None: no mask
+    rope_scaling: dict | None = None  # LLaMA 3.1's RoPE scaling, with the keys of ROPE_SCALING
+    unpadded_vocab_size: int | None = None  # ids from here on are padding and are never sampled
+    doc_mask_token: int | None = None  # end-of-text id; attention never crosses it. None: no mask
 
     def __post_init__(self):
         for kind, parts in REGISTRY.items():
@@ -126,26 +134,38 @@ class GPTConfig:
             if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f'{key} must be a positive int, not {value!r}')
         n_ids, scaling = self.unpadded_vocab_size, self.rope_scaling
-        check_range('dropout', self.dropout, 0 <= self.dropout < 1)
-        check_range('norm_eps', self.norm_eps, self.norm_eps > 0)
-        check_range('rope_theta', self.rope_theta, self.rope_theta > 0)
-        check_range('logit_softcap', self.logit_softcap, self.logit_softcap >= 0)
-        check_range('rope_scaling', scaling, scaling is None or set(scaling) == set(ROPE_SCALING))
-        check_range('unpadded_vocab_size', n_ids, n_ids is None or 0 < n_ids <= self.vocab_size)
-        C, H, K = self.n_embd, self.n_head, self.n_kv_head or self.n_head
+        if scaling is not None and set(scaling) != set(ROPE_SCALING):
+            raise ValueError(f"rope_scaling needs exactly the keys {', '.join(ROPE_SCALING)}, "
+                             f'not {scaling!r}')
+        require_range('dropout', self.dropout, 0 <= self.dropout < 1)
+        require_range('norm_eps', self.norm_eps, self.norm_eps > 0)
+        require_range('rope_theta', self.rope_theta, self.rope_theta > 0)
+        require_range('logit_softcap', self.logit_softcap, self.logit_softcap >= 0)
+        require_range('unpadded_vocab_size', n_ids, n_ids is None or 0 < n_ids <= self.vocab_size)
+        C, H, K = self.n_embd, self.n_head, self.kv_heads
         if C % H:
             raise ValueError(f'n_embd ({C}) must be a multiple of n_head ({H})')
         if H % K:
             raise ValueError(f'n_head ({H}) must be a multiple of n_kv_head ({K})')
-        if self.position_encoding == 'rope' and C // H % 2:
-            raise ValueError(f'rope needs an even head size, not n_embd / n_head = {C // H}')
+        if self.position_encoding == 'rope' and self.head_dim % 2:
+            raise ValueError(f'rope needs an even head size, not n_embd / n_head = {self.head_dim}')
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
 
     @classmethod
     def from_settings(cls, settings, data_vocab=None):
         """
-        The model that a dict of settings describes. Keys that are None or missing come from
-        arch_preset, then from the defaults above. data_vocab, the number of ids in the data set,
-        becomes vocab_size if that is unset; above 1024 it is padded to a multiple of 64 for speed.
+        Build the config from a dict of settings. Keys that are None or missing come from
+        arch_preset, then from the defaults above.
+
+        data_vocab is the number of ids in the data set. It becomes vocab_size if that is unset,
+        padded to a multiple of 64 above 1024, for speed.
         """
         name = settings.get('arch_preset', 'custom')
         if name not in PRESETS:
@@ -168,6 +188,7 @@ class GPTConfig:
 
 @register(NORMALIZATION, 'layernorm')
 class LayerNorm(nn.Module):
+    """https://arxiv.org/abs/1607.06450, with or without a bias."""
     def __init__(self, dim, config, bias=None):
         super().__init__()
         has_bias = config.bias if bias is None else bias
@@ -176,7 +197,7 @@ class LayerNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x):
-        # FSDP gathers weights in 16 bits while x may be float32
+        # under FSDP the weights may be 16-bit while x is float32
         dtype = torch.promote_types(self.weight.dtype, x.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(dtype), bias, self.eps)
@@ -233,11 +254,11 @@ class LearnedAbsolute(nn.Embedding):
 class RoPE(nn.Module):
     """
     https://arxiv.org/abs/2104.09864 in the layout of Hugging Face's LLaMA: dimensions i and
-    i + D/2 form a pair, which turns by an angle proportional to the position.
+    i + D/2 form a pair, which is rotated by an angle proportional to the position.
     """
     def __init__(self, config):
         super().__init__()
-        self.dim = config.n_embd // config.n_head
+        self.dim = config.head_dim
         self.theta = config.rope_theta
         self.scaling = config.rope_scaling
 
@@ -247,15 +268,16 @@ class RoPE(nn.Module):
         freq = self.theta ** (i / -self.dim)
         if not self.scaling:
             return freq
-        # LLaMA 3.1: pairs that turn fewer than low_freq_factor times in the original context
-        # slow down by `factor`, those above high_freq_factor turns stay, others lie in between
+        # LLaMA 3.1: frequencies with fewer than low_freq_factor turns in the original context are
+        # divided by `factor`; those with more than high_freq_factor turns are kept; the others are
+        # interpolated
         factor, low, high, original = (self.scaling[key] for key in ROPE_SCALING)
         turns = original * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return freq * (keep + (1 - keep) / factor)
 
     def forward(self, x, pos):
-        # float32, because bfloat16 cannot tell position 256 from 257
+        # float32, because bfloat16 cannot represent 257
         angle = pos.float()[:, None] * self.frequencies(x.device)  # (T, D/2)
         cos, sin = angle.cos(), angle.sin()
 
@@ -278,18 +300,20 @@ class NoPosition(nn.Module):
 # attention
 
 def causal_mask(T, S, device):
-    """(T, S) bool, True where a query may look. Query i is at position S - T + i."""
+    """(T, S) bool, True where a query may attend. Query i is at position S - T + i."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def attention_mask(T, S, device, doc=None, window=None, flex=False):
     """
-    Which of S positions the last T may look at: a bool tensor that broadcasts to (B, H, T, S).
-    None means plain causal attention, for which every backend has a cheaper way of its own.
+    Return a bool mask, broadcastable to (B, H, T, S), of the positions that the last T of S queries
+    may attend to. Return None for plain causal attention, which every backend handles more cheaply
+    itself.
 
-    doc (B, S) numbers the documents: no query sees another document. window: a query sees itself
-    and the window - 1 positions before it. flex: return a BlockMask instead, for T == S, with
-    which flex attention skips empty blocks of 128 x 128: https://arxiv.org/abs/2412.05496.
+    doc (B, S) holds document numbers; a query sees only its own document. window limits a query to
+    itself and the window - 1 positions before it. With flex=True (T == S only) the result is a
+    BlockMask, with which flex attention skips empty 128 x 128 blocks:
+    https://arxiv.org/abs/2412.05496.
     """
     if doc is None and window is None:
         return None
@@ -303,7 +327,8 @@ def attention_mask(T, S, device, doc=None, window=None, flex=False):
         return seen
 
     B = 1 if doc is None else doc.size(0)
-    if flex:  # whose import brings in torch.compile's front end
+    if flex:
+        # imported late: it loads torch.compile's front end
         from torch.nn.attention.flex_attention import create_block_mask
         return create_block_mask(visible, B, None, T, S, device=device)
     b = torch.arange(B, device=device).view(B, 1, 1)
@@ -314,18 +339,22 @@ def attention_mask(T, S, device, doc=None, window=None, flex=False):
 
 @register(ATTENTION_BACKEND, 'sdpa')
 def sdpa_attention(q, k, v, dropout, config, mask=None):
-    """torch's fused kernels, except for short bfloat16 training on a CPU."""
+    """
+    torch's fused kernels; flex attention for a BlockMask; bfloat16_cpu_attention for training on
+    a CPU with T <= 512, where it is faster.
+    """
     T, S = q.size(2), k.size(2)
     grouped = q.size(1) != k.size(1)
     if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
         from torch.nn.attention.flex_attention import flex_attention
-        # under autocast qk_norm returns float32; torch 2.13 gave wrong results for mixed strides
+        # under autocast qk_norm returns float32
+        # torch 2.13 gives wrong results for mixed strides
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     bfloat16_on_cpu = q.device.type == 'cpu' and v.dtype == torch.bfloat16
     if bfloat16_on_cpu and v.requires_grad and T <= 512:
         return bfloat16_cpu_attention(q, k, v, dropout, mask)
-    causal = mask is None and 1 < T == S  # the kernels' own case; a single query sees every key
+    causal = mask is None and 1 < T == S  # is_causal assumes T == S; one query needs no mask
     if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(
@@ -334,8 +363,8 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
 
 def bfloat16_cpu_attention(q, k, v, dropout, mask):
     """
-    The definition in bfloat16, with fewer passes than `manual`: half the time of torch's kernel
-    for T <= 512, at the price of keeping 2 B H T S bytes of weights for backward.
+    Attention by definition in bfloat16, with fewer passes than `manual`. For T <= 512 it takes half
+    the time of torch's kernel, but keeps 2 B H T S bytes of weights for backward.
     """
     B, H, T, _ = q.shape
     k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
@@ -352,7 +381,7 @@ def bfloat16_cpu_attention(q, k, v, dropout, mask):
 
 @register(ATTENTION_BACKEND, 'manual')
 def manual_attention(q, k, v, dropout, config, mask=None):
-    """The definition, for reading and for checking the others: holds all (B, H, T, S) weights."""
+    """Attention by definition, to read and to check others. It holds all (B, H, T, S) weights."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     if mask is None:
         mask = causal_mask(q.size(2), k.size(2), q.device)
@@ -365,8 +394,8 @@ def manual_attention(q, k, v, dropout, config, mask=None):
 @register(ATTENTION_BACKEND, 'chunked')
 def chunked_attention(q, k, v, dropout, config, mask=None):
     """
-    One chunk of queries at a time against the keys up to the chunk's end, recomputed in backward,
-    so that a head holds (chunk, S) weights instead of (T, S).
+    Process one chunk of queries at a time against the keys up to its end, and recompute it in
+    backward, so that a head holds (chunk, S) weights instead of (T, S).
     """
     recompute = torch.is_grad_enabled() and q.requires_grad
     T, S = q.size(2), k.size(2)
@@ -396,14 +425,17 @@ class KVCache:
         self.doc = None
 
     def append(self, k, v):
-        """Write k, v (B, K, T, D) after the rest; returns views of all, (B, K, length, D)."""
+        """Append k, v (B, K, T, D) and return views of all keys and values, (B, K, length, D)."""
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start:self.length] = k
         self.v[:, :, start:self.length] = v
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def continue_documents(self, doc):
-        """Number the documents of new positions (B, T) on from the cached ones: (B, length + T)."""
+        """
+        Continue the cached document numbers with those of new positions, doc (B, T), which start
+        again from 0. Return all, (B, length + T).
+        """
         if self.length:
             doc = torch.cat((self.doc, self.doc[:, -1:] + doc), dim=1)
         self.doc = doc
@@ -411,7 +443,7 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a faster way for a single token on a CPU: a matrix-vector product."""
+    """nn.Linear that uses a matrix-vector product for a single token on a CPU: it is faster."""
     def forward(self, x):
         if x.numel() == self.in_features and x.device.type == 'cpu':
             if not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
@@ -422,12 +454,16 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
+    """
+    (B, T, C) -> same shape, with n_head heads of queries. With fewer heads of keys and values,
+    neighbouring query heads share one (GQA, https://arxiv.org/abs/2305.13245).
+    """
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_dim = config.n_embd // config.n_head
+        self.n_kv_head = config.kv_heads
+        self.head_dim = config.head_dim
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.c_attn = Linear(config.n_embd, width, bias=config.bias or config.qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -455,7 +491,10 @@ class CausalSelfAttention(nn.Module):
         return self.dropout(self.c_proj(y))
 
     def extra_flops(self, T, causal):
-        """Forward FLOPs per token of scores and values against T keys; causal: against half."""
+        """
+        Return the forward FLOPs per token of the two attention matmuls against T keys, or half as
+        many if causal.
+        """
         return 4 * T * self.n_head * self.head_dim * (0.5 if causal else 1.0)
 
 
@@ -463,6 +502,7 @@ class CausalSelfAttention(nn.Module):
 
 @register(FFN_TYPE, 'standard')
 class MLP(nn.Module):
+    """(B, T, C) -> same shape, through d_ff activations per token."""
     def __init__(self, config):
         super().__init__()
         d_ff = config.d_ff or 4 * config.n_embd
@@ -477,10 +517,12 @@ class MLP(nn.Module):
 
 @register(FFN_TYPE, 'swiglu')
 class SwiGLU(nn.Module):
-    """https://arxiv.org/abs/2002.05202; with --activation=gelu it is that paper's GEGLU."""
+    """
+    Gated FFN (https://arxiv.org/abs/2002.05202). With --activation=gelu it is the paper's GEGLU.
+    """
     def __init__(self, config):
         super().__init__()
-        # at 8/3 C three matrices cost as much as the two of a standard FFN at 4 C
+        # with 8/3 C, three matrices have as many parameters as a standard FFN's two with 4 C
         d_ff = config.d_ff or 256 * math.ceil(8 * config.n_embd / 3 / 256)
         self.c_fc = Linear(config.n_embd, 2 * d_ff, bias=config.bias)  # gate and up, in one matmul
         self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
@@ -499,16 +541,19 @@ def pre_norm(x, norm, sublayer):
     return x + sublayer(norm(x))
 
 
+pre_norm.final_norm = True
+
+
 @register(NORM_POSITION, 'post')
 def post_norm(x, norm, sublayer):
     return norm(x + sublayer(x))  # as in GPT-1 and the Transformer of 2017
 
 
-pre_norm.final_norm = True
 post_norm.final_norm = False
 
 
 class Block(nn.Module):
+    """Attention, then the FFN, each added to the residual stream x (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         norm = NORMALIZATION[config.normalization]
@@ -525,13 +570,19 @@ class Block(nn.Module):
 
 # the loss
 
+def cap_logits(logits, softcap):
+    """Squash logits smoothly into (-softcap, softcap): https://arxiv.org/abs/2408.00118."""
+    return softcap * torch.tanh(logits / softcap)
+
+
 def softmax_losses(logits, targets, softcap, need_grad):
     """
-    Cross-entropy per row, (n, 1) float32, for logits (n, V) and targets (n, 1); 0 where the
-    target is -1. With need_grad the logits are overwritten by their gradient.
+    Return the cross-entropy of each row, (n, 1) float32, for logits (n, V) and targets (n, 1); 0
+    where the target is negative. With need_grad, overwrite the logits with their gradient, which is
+    not yet zero in those rows.
     """
     seen, targets = targets >= 0, targets.clamp(min=0)
-    capped = softcap * torch.tanh(logits.float() / softcap) if softcap else logits
+    capped = cap_logits(logits.float(), softcap) if softcap else logits
     log_probs = F.log_softmax(capped, dim=-1, dtype=torch.float32)
     losses = -log_probs.gather(1, targets) * seen
     if need_grad:
@@ -545,17 +596,17 @@ def softmax_losses(logits, targets, softcap, need_grad):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    Mean cross-entropy of x @ weight.T against targets, where -1 is ignored, without ever holding
-    the logits of more than `chunk` rows: each chunk computes its logits, loss and gradients at
-    once, in forward (Liger Kernel, https://arxiv.org/abs/2410.10989). The plain way's three
-    matmuls, none repeated. The softmax is in float32 and takes `part` rows of a chunk at a time.
+    Mean cross-entropy of x @ weight.T against targets (-1 is ignored) that never holds logits of
+    more than `chunk` rows. Forward computes each chunk's logits, loss and gradients together (Liger
+    Kernel, https://arxiv.org/abs/2410.10989), with the usual three matmuls and no recomputation.
+    The softmax is in float32, on `part` rows at a time.
 
-    x (N, C), weight (V, C), targets (N,) -> scalar float32; with reduction='none' the (N,)
-    losses, 0 where ignored, without gradients.
+    x (N, C), weight (V, C), targets (N,) -> scalar float32. reduction='none' returns the (N,)
+    losses, 0 where ignored, and has no gradients.
 
-    Why not F.linear_cross_entropy of newer torch: its chunked path ignores autocast, breaks
-    torch.compile's graph, is invisible to FlopCounterMode, and was several times slower than plain
-    cross-entropy on a CPU.
+    F.linear_cross_entropy of newer torch is not used, because its chunked path ignores autocast,
+    breaks torch.compile's graph, is invisible to FlopCounterMode, and was several times slower than
+    plain cross-entropy on a CPU.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction='mean'):
@@ -571,9 +622,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if reduction == 'none':
                     losses.append(part_losses[:, 0])
             if need_grad:
-                # logits hold their gradient here, not yet divided by the number of targets:
-                # in float16 that would underflow, as the loss scale only arrives in backward
-                seen = t >= 0
+                # `logits` now holds its gradient. It is divided by the number of targets only in
+                # backward, because float16 would underflow before the loss scale is applied.
+                seen = t >= 0  # the gradient of ignored rows is not yet zero
                 dx[i:i + chunk] = (logits @ w) * seen
                 dw_chunk = logits.T @ (rows * seen)
                 dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # sum in float32
@@ -587,41 +638,44 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
-        grad = (grad / count).view(1, 1)  # not a scalar, so that its float32 wins over dw's dtype
+        # a (1, 1) tensor, because a 0-dim float32 would not promote dw's dtype
+        grad = (grad / count).view(1, 1)
         return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), *[None] * 7
 
 
 def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
     """
-    LinearCrossEntropy of x (N, C), weight (V, C), targets (N,) in autocast's dtype: a scalar in
-    nats per token, or (N,) losses with reduction='none', which needs torch.no_grad().
+    Apply LinearCrossEntropy to x (N, C), weight (V, C), targets (N,) in autocast's dtype. Return a
+    scalar in nats per token or, with reduction='none' inside torch.no_grad(), (N,) losses.
     """
     device, V = x.device.type, weight.size(0)
     dtype, no_autocast = x.dtype, contextlib.nullcontext()
-    if device != 'meta':  # which has no autocast
+    if device != 'meta':  # meta tensors have no autocast
         no_autocast = torch.autocast(device, enabled=False)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-    max_logits = 2 ** 27 if device == 'cuda' else 2 ** 26
+    max_logits = 2 ** 27 if device == 'cuda' else 2 ** 26  # held at a time
     n_chunks = math.ceil(x.size(0) * V / max_logits)
     chunk = max(1, math.ceil(x.size(0) / n_chunks))
     part = max(1, 2 ** 22 // V) if device == 'cpu' else chunk  # softmax within a CPU's cache
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if reduction not in ('mean', 'none') or reduction == 'none' and need_grad:
-        raise ValueError(f"reduction={reduction!r}: 'mean', or inside torch.no_grad() 'none'")
+        raise ValueError(
+            f"reduction={reduction!r}, but it must be 'mean', or 'none' inside torch.no_grad()")
     with no_autocast:
         return LinearCrossEntropy.apply(
             x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
 
 
-# the whole
+# the model
 
-# a module's name in the path of a parameter -> its row in params_by_part(); the rest are norms
+# which row of params_by_part() a parameter counts in, by a word of its name; all others are norms
 PARTS = dict(wte='token embeddings', wpe='position embeddings', attn='attention', mlp='ffn',
              lm_head='head')
 
 
 class GPT(nn.Module):
+    """Embeddings, n_layer blocks, a final norm if norm_position asks for one, and the head."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -630,7 +684,7 @@ class GPT(nn.Module):
             final_norm = NORMALIZATION[config.normalization](config.n_embd, config)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=POSITION_ENCODING[config.position_encoding](config),
+            wpe=POSITION_ENCODING[config.position_encoding](config),  # any kind; nanoGPT's name
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=final_norm,
@@ -642,8 +696,9 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """
-        GPT-2's initialization: N(0, 0.02) and biases 0. Layers that write to the residual stream
-        start smaller by sqrt(2 n_layer), so that the stream does not grow with depth, or at 0.
+        Initialize as GPT-2 does: weights N(0, 0.02), biases 0. Divide the std of layers that write
+        to the residual stream by sqrt(2 n_layer), so that the stream does not grow with depth.
+        zero_init_residual sets them to 0.
         """
         zero = self.config.zero_init_residual
         residual_std = 0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer)
@@ -656,13 +711,17 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean'):
         """
-        idx (B, T) int64 -> (logits, loss). ValueError if it is longer than block_size.
+        idx (B, T) int64 -> (logits, loss). Raise ValueError if idx and the cache together are
+        longer than block_size.
 
         Without targets, loss is None and logits are those of the last position, (B, 1, V). With
         targets (B, T), where -1 is ignored, loss is the mean cross-entropy in nats and logits are
-        None, because (B, T, V) floats would take the most memory of all. all_logits=True returns
-        (B, T, V) in either case. reduction='none', only inside torch.no_grad(): loss per token,
-        (B, T), 0 where ignored. cache: a list from new_cache(), whose positions precede idx.
+        None, because (B, T, V) floats would take more memory than anything else.
+
+        all_logits=True returns logits (B, T, V) in either case; beside a loss they cost another
+        matmul with the head. All logits are after the softcap. reduction='none', only inside
+        torch.no_grad(): the loss is per token, (B, T), 0 where ignored. cache is a list from
+        new_cache(); idx continues it.
         """
         B, T = idx.size()
         start = cache[0].length if cache else 0
@@ -672,7 +731,7 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
         x = self.transformer.drop(x)
-        mask = self.mask(idx, cache)
+        mask = self.make_mask(idx, cache)
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 # keep only the block's input and recompute the rest in backward
@@ -689,13 +748,15 @@ class GPT(nn.Module):
             loss = loss.view(B, T) if reduction == 'none' else loss
         if targets is None or all_logits:
             logits = self.lm_head(x if all_logits else x[:, [-1], :])
-            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+            logits = cap_logits(logits, softcap) if softcap else logits
         return logits, loss
 
-    def mask(self, idx, cache):
+    def make_mask(self, idx, cache):
         """
-        The attention mask of a forward: by documents where doc_mask_token is set. Positions do not
-        restart with a document, which only learned position embeddings could notice.
+        Return the attention mask of a forward pass: by documents if doc_mask_token is set,
+        otherwise None. An end-of-text token belongs to the document that it opens. With a cache,
+        this also appends to the cached document numbers. Positions do not restart with a document;
+        only learned positions depend on that.
         """
         if self.config.doc_mask_token is None:
             return None
@@ -707,17 +768,20 @@ class GPT(nn.Module):
         return attention_mask(idx.size(1), doc.size(1), idx.device, doc, flex=flex)
 
     def takes_flex(self, device_type):
-        """Whether a compiled forward masks documents by flex attention, which has no dropout."""
+        """
+        Return whether a compiled forward masks documents with flex attention. Flex attention has no
+        dropout.
+        """
         c = self.config
-        large = c.block_size >= 128 and c.n_embd // c.n_head >= 16  # the least its kernels take
+        large = c.block_size >= 128 and c.head_dim >= 16  # the smallest sizes its kernels support
         return device_type == 'cuda' and c.attention_backend == 'sdpa' and not c.dropout and large
 
     # counts
 
     def get_num_params(self, non_embedding=True):
         """
-        Number of parameters. Non-embedding, as nanoGPT counts, leaves out position embeddings, and
-        token embeddings unless they are tied, because then they are also the head's matrix.
+        Return the number of parameters. With non_embedding, as in nanoGPT, position embeddings are
+        left out, and so are token embeddings unless they are tied to the head.
         """
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
@@ -727,7 +791,7 @@ class GPT(nn.Module):
         return n
 
     def params_by_part(self):
-        """{part: number of parameters}; a tied matrix counts once, as token embeddings."""
+        """Return {part: number of parameters}. A tied matrix counts once, as token embeddings."""
         counts = {}
         for name, p in self.named_parameters():  # lists a shared tensor once, under wte
             part = next((PARTS[word] for word in name.split('.') if word in PARTS), 'norms')
@@ -736,9 +800,10 @@ class GPT(nn.Module):
 
     def flops_by_part(self, seq_len=None, causal=False):
         """
-        {part: forward FLOPs per token} at seq_len (default block_size), of matmuls only: 2 per
-        weight of every Linear, plus each module's own extra_flops(T, causal). Attention counts in
-        full, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B), or with causal by half.
+        Return {part: forward FLOPs per token} at seq_len (default block_size). Only matmuls count:
+        2 per weight of every Linear, plus each module's extra_flops(T, causal). Attention scores
+        count in full, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B), or half with
+        causal=True.
         """
         T = seq_len or self.config.block_size
         flops = {'attention projections': 0, 'attention scores': 0, 'ffn': 0, 'head': 0}
@@ -753,13 +818,19 @@ class GPT(nn.Module):
         return flops
 
     def flops_per_token(self, seq_len=None, causal=False):
-        """Training FLOPs per token: 3 x forward, without activation checkpointing's recomputing."""
+        """
+        Return training FLOPs per token: 3 x forward. Recomputation by activation checkpointing is
+        not counted.
+        """
         return 3 * sum(self.flops_by_part(seq_len, causal).values())
 
     # optimizer
 
     def parameter_groups(self, weight_decay):
-        """Matrices and embeddings, which decay, and biases and norms, which do not."""
+        """
+        Return two groups: matrices and embeddings, which are decayed, and biases and norms, which
+        are not. Checkpoints number the parameters in this order.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
         decayed = [p for p in params if p.dim() >= 2]
         others = [p for p in params if p.dim() < 2]
@@ -768,9 +839,8 @@ class GPT(nn.Module):
 
     def hidden_matrices(self):
         """
-        The matrices from hidden states to hidden states, which Muon may train: the weights of
-        Linear layers in the blocks. A module in a block can decide otherwise for its own 2-D
-        parameters with an attribute, hidden_matrix = True or False.
+        Return the matrices that Muon may train: the weights of Linears in the blocks. A module may
+        override this for its own 2-D parameters with hidden_matrix = True or False.
         """
         found = {}
         for module in self.transformer.h.modules():
@@ -781,7 +851,7 @@ class GPT(nn.Module):
         return list(found.values())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where torch has it. engine/optim.py builds the other optimizers."""
+        """Build AdamW, for code written for nanoGPT. train.py uses engine/optim.py."""
         fused = device_type in ('cuda', 'cpu', 'mps')
         return torch.optim.AdamW(
             self.parameter_groups(weight_decay), lr=learning_rate, betas=betas, fused=fused)
@@ -791,8 +861,8 @@ class GPT(nn.Module):
     @classmethod
     def from_dict(cls, ckpt):
         """
-        The model of a checkpoint dict, ours or nanoGPT's, in eval mode; it shares the tensors.
-        ValueError if they do not fit.
+        Build the model of a checkpoint dict, ours or nanoGPT's, in eval mode. The model shares the
+        dict's tensors. Raise ValueError if they do not fit.
         """
         try:
             known = {field.name for field in fields(GPTConfig)}
@@ -808,22 +878,23 @@ class GPT(nn.Module):
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
             path = f" '{ckpt['path']}'" if 'path' in ckpt else ''
             reason = ' '.join(str(e).split())[:300]
-            raise ValueError(f'checkpoint{path} is not a model we can hold: {reason}') from e
-        if model.config.weight_tying:
+            raise ValueError(f'checkpoint{path} cannot be loaded as a model: {reason}') from e
+        if model.config.weight_tying:  # assign=True has untied them
             model.transformer.wte.weight = model.lm_head.weight
-        return model.requires_grad_(True).eval()
+        return model.eval()
 
     @classmethod
     def from_checkpoint(cls, path):
-        """The model of a checkpoint file, or of a run's folder, on the CPU, in eval mode."""
+        """Load a checkpoint file, or the checkpoint in a run's folder, on the CPU, in eval mode."""
         from engine.checkpoint import load_checkpoint
         return cls.from_dict(load_checkpoint(path))
 
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, **overrides):
         """
-        The model of a Hugging Face folder, or hub id such as gpt2, on the CPU, in eval mode.
-        overrides: dropout, block_size and other keys of GPTConfig on which no weight depends.
+        Load a Hugging Face folder, or a hub id such as gpt2, on the CPU, in eval mode. overrides:
+        keys of GPTConfig that do not change the shape of any weight, such as dropout, and a
+        block_size.
         """
         from engine.huggingface import from_pretrained
         return from_pretrained(name, dtype, overrides)
@@ -834,17 +905,17 @@ class GPT(nn.Module):
         save_pretrained(self, folder, ckpt)
 
     def quantize_int8(self):
-        """Make every Linear int8, in place, for sampling only. Returns the model."""
+        """Make every Linear int8, in place, for sampling only. Return the model."""
         from engine.int8 import quantize_int8
         return quantize_int8(self)
 
     def crop_block_size(self, block_size):
-        """Change the context length. ValueError where learned positions would have to grow."""
+        """Change the context length. Raise ValueError if learned positions would have to grow."""
         learned = self.config.position_encoding == 'learned_absolute'
         if block_size < 1:
             raise ValueError(f'block_size must be positive, not {block_size}')
         if learned and block_size > self.config.block_size:
-            raise ValueError(f'block_size {block_size} is beyond the {self.config.block_size} '
+            raise ValueError(f'block_size {block_size} exceeds the {self.config.block_size} '
                              'positions that this model has learned')
         self.config.block_size = block_size
         if learned:
@@ -854,25 +925,28 @@ class GPT(nn.Module):
     # generation
 
     def new_cache(self, batch_size, max_length):
-        """An empty KV cache for forward(cache=...): a list of one KVCache per layer."""
+        """Return an empty cache for forward(cache=...): a list of one KVCache per layer."""
         c = self.config
-        weight = next(self.parameters())  # of an int8 model, too, these have the activations' dtype
+        # int8 weights are buffers, and the remaining parameters have the activations' dtype
+        weight = next(self.parameters())
         dtype, device = weight.dtype, weight.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        shape = (batch_size, c.n_kv_head or c.n_head, max_length, c.n_embd // c.n_head)
+        shape = (batch_size, c.kv_heads, max_length, c.head_dim)
         return [KVCache(shape, dtype, device) for _ in range(c.n_layer)]
 
     @torch.no_grad()
     def attention_weights(self, idx):
         """
-        Where each head looks in idx (B, T): per layer (B, H, T, T) float32, whose rows, the
-        queries, sum to 1. By the definition, from the q, k and mask that the backend is given.
+        Return where each head attends in idx (B, T): per layer, (B, H, T, T) float32 with rows
+        (queries) summing to 1. The weights are computed by definition from the q, k and mask given
+        to the backend.
         """
         weights = []
         backend = ATTENTION_BACKEND[self.config.attention_backend]
 
         def record(q, k, v, dropout, config, mask=None):
+            # with the identity as v, the output is the weights
             identity = torch.eye(k.size(2), device=k.device).expand(*k.shape[:2], -1, -1)
             weights.append(manual_attention(q.float(), k.float(), identity, 0.0, config, mask))
             return backend(q, k, v, dropout, config, mask)
@@ -889,26 +963,27 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                stop=None, use_cache=True, slide=1):
         """
-        Continue idx (B, T) token by token: yields (B,) int64 ids. temperature 0 is greedy; top_k
-        keeps that many tokens; top_p keeps the fewest whose probabilities reach it; seed makes the
-        draws repeatable. A row that has drawn the id `stop` repeats it, and the stream ends when
-        all rows have. Ids of padding are never drawn.
+        Yield (B,) int64 ids that continue idx (B, T). temperature 0 is greedy. top_k keeps the k
+        likeliest tokens. top_p keeps the fewest likeliest tokens whose probabilities add up to it.
+        seed makes the draws repeatable. After a row draws `stop` it only repeats it; the stream
+        ends when all rows have stopped. Padding ids are never drawn. Raise ValueError if an
+        argument is out of range.
 
-        Past block_size the window slides: the model sees the last block_size tokens, at positions
-        from 0, as in nanoGPT. Every position changes then, so the cache is void and each token
-        costs a whole forward. With slide=n the window moves n tokens at a time: the cache lives
-        for n tokens, and the model sees between block_size - n + 1 and block_size tokens. The ids
-        do not depend on use_cache. ValueError names an argument that is out of range.
+        Past block_size the model sees only the last block_size tokens, at positions from 0, as in
+        nanoGPT. Every position then changes with each token, so the cache is useless and each token
+        costs a full forward pass. With slide=k the window moves k tokens at a time: the cache stays
+        valid for k tokens and the model sees block_size - k + 1 to block_size tokens. The ids do
+        not depend on use_cache.
         """
         B, T = idx.size()
         block_size = self.config.block_size
         n_ids = self.config.unpadded_vocab_size or self.config.vocab_size
-        check_range('prompt length', T, T > 0)
-        check_range('max_new_tokens', max_new_tokens, max_new_tokens >= 0)
-        check_range('temperature', temperature, temperature >= 0)
-        check_range('top_k', top_k, top_k is None or top_k > 0)
-        check_range('top_p', top_p, top_p is None or 0 < top_p <= 1)
-        check_range('slide', slide, 1 <= slide <= block_size)
+        require_range('prompt length', T, T > 0)
+        require_range('max_new_tokens', max_new_tokens, max_new_tokens >= 0)
+        require_range('temperature', temperature, temperature >= 0)
+        require_range('top_k', top_k, top_k is None or top_k > 0)
+        require_range('top_p', top_p, top_p is None or 0 < top_p <= 1)
+        require_range('slide', slide, 1 <= slide <= block_size)
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
@@ -920,7 +995,7 @@ class GPT(nn.Module):
                 first = max(0, math.ceil((n - block_size) / slide) * slide)  # start of the window
                 context = tokens[:, first:n]
                 if cache and cache[0].length == n - 1 - first:
-                    context = context[:, -1:]  # the cache holds the rest of this window
+                    context = context[:, -1:]  # the cache already holds the rest of the window
                 elif cache:
                     for layer in cache:
                         layer.length = 0
@@ -939,13 +1014,13 @@ class GPT(nn.Module):
             self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **kwargs):
-        """Continue idx (B, T) to (B, T + n), n <= max_new_tokens. Arguments are stream()'s."""
+        """Continue idx (B, T) to (B, T + n), n <= max_new_tokens. Arguments: see stream()."""
         steps = list(self.stream(idx, max_new_tokens, temperature, top_k, **kwargs))
         return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one id per row from logits (B, V) float32: (B,)."""
+    """Draw one id per row from logits (B, V) float32. Return (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, ids = logits / temperature, None
@@ -954,9 +1029,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p  # the likelier tokens reach top_p by themselves
-        beyond = torch.zeros_like(beyond).scatter(1, order, beyond)  # back in the order of logits
-        logits = logits.masked_fill(beyond, float('-inf'))
+        # drop a token if the likelier ones already reach top_p
+        drop = probs.cumsum(-1) - probs >= top_p
+        drop = torch.zeros_like(drop).scatter(1, order, drop)  # undo the sort
+        logits = logits.masked_fill(drop, float('-inf'))
     drawn = torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator)
     if ids is not None:
         drawn = ids.gather(1, drawn)

@@ -1464,5 +1464,5 @@ def test_a_checkpoint_dict_that_does_not_fit_is_one_line():
     ]:
         with pytest.raises(ValueError) as e:
             GPT.from_dict(good | change | {'path': 'out/ckpt.pt'})
-        one_line(e.value, "checkpoint 'out/ckpt.pt' is not a model we can hold: ", reason)
+        one_line(e.value, "checkpoint 'out/ckpt.pt' cannot be loaded as a model: ", reason)
     assert not GPT.from_dict(good).training

@@ -9,9 +9,9 @@ Train a GPT: on a laptop, on one GPU, or on many.
         train.py config/full_gpt2_124m.py
 
 Writes out_dir/ckpt.pt (for resuming and sample.py), ckpt_best.pt (the lowest val loss),
-ckpt_prev.pt (the checkpoint before, just in case), lock (while it runs) and
-run_YYYYMMDD_HHMMSS.json (everything measured). With --init_from=auto the same command starts a run
-and resumes it.
+ckpt_prev.pt (the one before, used if ckpt.pt is damaged), lock (held while it runs) and
+run_YYYYMMDD_HHMMSS.json (everything measured). With --init_from=auto the same command starts or
+resumes a run.
 """
 import contextlib
 import math
@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from configurator import (
+    ON_COMMAND_LINE,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -32,22 +33,12 @@ from configurator import (
     configure,
 )
 from data.loader import MicroBatches, find_datasets
-from engine import machine, optim, start
-from engine.checkpoint import RunFolder, State, restore_optimizer, restore_tensors
+from engine import machine, optim, report, start
+from engine.checkpoint import RunFolder, State, is_ours, restore_optimizer, restore_tensors
 from engine.common import StopSignal, UserError, duration
 from engine.compile import compile_model
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
-from engine.report import (
-    QUICK_LOOK,
-    Console,
-    IterationReport,
-    RunLog,
-    evaluation_line,
-    evaluation_lines,
-    gradient_statistics,
-    numbers_in,
-)
 from engine.startup_report import measure_costs, startup_report
 from model import GPT
 
@@ -58,10 +49,10 @@ out_dir = 'out'  # checkpoints and the run log go here
 eval_interval: PositiveInt = 2000  # iterations between evaluations
 log_interval: PositiveInt = 1  # iterations between log lines
 eval_iters: PositiveInt = 200  # batches per split per evaluation, over all processes
-eval_only = False  # evaluate and exit, on all of val unless eval_iters is given too
+eval_only = False  # evaluate once and exit; on all of val unless eval_iters is given too
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
-init_from = 'scratch'  # scratch, resume, auto (resume if possible); or weights: a folder or hub id
+init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
@@ -79,12 +70,12 @@ gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration,
 batch_size: PositiveInt | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: PositiveInt = 1024  # tokens per sequence, the context length
 # model: None leaves it to arch_preset
-arch_preset = 'custom'  # gpt2, llama, team (llama), hybrid, modern, or custom (nanoGPT's mix)
+arch_preset = 'custom'  # gpt2, llama (or team), hybrid, modern, or custom: nanoGPT's mix
 n_layer = 12  # blocks
 n_head = 12  # query heads
 n_embd = 768  # width
 n_kv_head: int = None  # key/value heads, fewer for grouped-query attention; None: n_head
-d_ff: int = None  # feed-forward width; None: 4 n_embd, or gated 8/3 n_embd rounded up to 256s
+d_ff: int = None  # feed-forward width; None: 4 n_embd; swiglu: 8/3 n_embd, rounded up
 vocab_size: int = None  # None: the data set's; above 1024 padded to a multiple of 64
 dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1
 bias: bool = None  # biases in Linears and layernorm
@@ -100,27 +91,27 @@ zero_init_residual: bool = None  # projections that write to the residual stream
 rope_theta = 10000.0  # base of RoPE's wavelengths
 norm_eps = 1e-5  # added to the variance in every norm
 logit_softcap: float = None  # logits = cap * tanh(logits / cap); 0: off
-attention_chunk_size = 256  # queries at a time with attention_backend=chunked
+attention_chunk_size = 256  # queries per chunk for attention_backend=chunked
 activation_checkpointing = False  # recompute blocks in backward: less memory, a third more compute
 # optimizer
 optimizer = 'adamw'  # adamw, or muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
-learning_rate: PositiveFloat = 6e-4  # AdamW's, at its highest
-muon_learning_rate: PositiveFloat = 0.02  # Muon's, at its highest; it follows the same schedule
+learning_rate: PositiveFloat = 6e-4  # peak learning rate
+muon_learning_rate: PositiveFloat = 0.02  # Muon's peak learning rate; it follows the same schedule
 muon_momentum: Fraction = 0.95  # Nesterov momentum
 max_iters: PositiveInt = 600000  # optimizer steps
 weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings, not of biases and norms
-beta1: Fraction = 0.9  # AdamW's decay of the first moment
-beta2: Fraction = 0.95  # AdamW's decay of the second moment
+beta1: Fraction = 0.9  # decay of the first moment
+beta2: Fraction = 0.95  # decay of the second moment
 grad_clip: NonNegativeFloat = 1.0  # clip the global gradient norm to this; 0: do not clip
 # learning rate schedule
 decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule: Literal['cosine', 'sgdr', 'wsd', 'linear', 'constant'] = 'cosine'  # after warmup
 warmup_iters: NonNegativeInt = 2000  # linear warmup
 lr_decay_iters: PositiveInt = 600000  # where the decay ends, usually max_iters
-min_lr: NonNegativeFloat = 6e-5  # the learning rate there, usually learning_rate / 10
+min_lr: NonNegativeFloat = 6e-5  # final learning rate, usually learning_rate / 10
 restart_iters: PositiveInt = 10000  # sgdr: iterations of the first cosine cycle
 restart_mult: PositiveInt = 2  # sgdr: each cycle is this many times as long as the one before
-cooldown_frac: Fraction = 0.2  # wsd: final share of lr_decay_iters that decays linearly to min_lr
+cooldown_frac: Fraction = 0.2  # wsd: last share of lr_decay_iters, with a linear decay
 # system
 seed: NonNegativeInt = 1337  # of initialization, data order and dropout
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # torch.distributed's; auto: nccl on GPUs
@@ -128,11 +119,13 @@ use_zero1 = False  # under torchrun: divide AdamW's moments among processes (ZeR
 use_fsdp = False  # under torchrun: divide weights, gradients and moments among processes (FSDP2)
 fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, faster
 sharded_checkpoint = False  # under torchrun: each process writes its part, to out_dir/ckpt_sharded
-fsdp_min_num_params: NonNegativeInt = 0  # smaller blocks are gathered with embeddings and head
+fsdp_min_num_params: NonNegativeInt = 0  # smaller blocks are gathered with the embeddings
 device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls; weights are float32
-compile: Literal['auto', True, False] = 'auto'  # torch.compile: on GPUs, and for long runs on CPUs
+compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on GPUs, and in long runs
 peak_tflops: NonNegativeFloat = 0.0  # the device's dense peak, for MFU; 0: known or measured
+# Below, settings are read as plain names. `config` holds the same values for checkpoints and logs;
+# `given` says where each setting that is not a default was set.
 config, given = configure(__file__)
 globals().update(config)
 # -------------------------------------------------------------------------------------------------
@@ -149,8 +142,8 @@ def training_loss(model, X, Y):
 
 # set-up: processes and device
 parallel = Parallel(use_zero1, use_fsdp)
-console = Console(speaks=parallel.master)
-stop = StopSignal('finishing this iteration and saving; once more to leave at once'
+console = report.Console(speaks=parallel.master)
+stop = StopSignal('finishing this iteration and saving; repeat the signal to quit at once'
                   if parallel.master else '')
 if eval_only:
     config.update(start.settings_of_run(config, given))
@@ -190,28 +183,30 @@ model_config, raw_model, ckpt = start.starting_point(
 model_config.doc_mask_token = tokenizer.eot if doc_mask else None
 state = State() if ckpt is None else State.from_dict(ckpt)
 if not parallel.all_equal(-1 if ckpt is None else state.iter_num):
-    raise UserError('processes found different checkpoints, this one that of iteration '
-                    f"{state.iter_num}: out_dir '{out_dir}' must be a folder that all nodes share")
+    raise UserError('processes found different checkpoints (this one: iteration '
+                    f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = start.auto_batch_size(
         __file__, config, model_config, ckpt, console, parallel, stop)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 if ckpt is not None and not eval_only and (changed := start.changed_data(ckpt, config)):
-    console.say(f'NOTE: resumed with {changed}: from here on it reads other windows than it would '
-                'have read, some of them perhaps again')
+    console.say(f'NOTE: resumed with {changed}: the data order changes from here on, and some '
+                'windows may be read twice')
 if ckpt is not None and not eval_only and max_iters <= state.iter_num == state.last_eval_iter:
     console.say(f"{ckpt['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do')
     parallel.leave(0)
 train_loader = start.load_split('train', data_sets, model_config, device, seed=seed)
+# evaluations read the same windows in every run, whatever its seed
 eval_loaders = {split: start.load_split(split, data_sets, model_config, device, seed=0, shift=False)
                 for split in ('train', 'val')}
 os.makedirs(out_dir, exist_ok=True)
 run_folder.lock()
 
-# set-up: the model. From here on its config speaks for it, and not the settings it was made from.
-from_scratch = raw_model is None
-if from_scratch:
+# set-up: the model. From here on, model_config describes it. The settings that it was made from may
+# say something else after a resume, so their names are removed from this script's globals.
+has_loaded_weights = raw_model is not None
+if not has_loaded_weights:
     torch.manual_seed(seed)
     raw_model = GPT(model_config)
 raw_model.train()
@@ -223,15 +218,16 @@ model = parallel.wrap(raw_model, dtype, fsdp_reshard_after_forward, fsdp_min_num
 # set-up: optimizer
 opt = parallel.shard_optimizer(optim.build(optimizer, raw_model, config, device.type))
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-state_tensors = {}  # more to save and restore: {set: {name: tensor like a parameter}}, an EMA say
+# More tensors to save and restore, {set: {name: tensor like a parameter}}: an EMA, for example
+state_tensors = {}
 if ckpt is not None:
     run_folder.resumes(ckpt['path'])
-    if not eval_only:  # which has no use for moments
+    restore_tensors(state_tensors, ckpt, parallel)
+    if not eval_only:  # evaluation needs no moments
         restore_optimizer(opt, optimizer, ckpt, parallel)
-        restore_tensors(state_tensors, ckpt, parallel)
     if scaler.is_enabled() and ckpt.get('scaler'):
         scaler.load_state_dict(ckpt['scaler'])
-    if 'compile' not in given and 'tokenizer' in ckpt:  # the same arithmetic as before
+    if 'compile' not in given and is_ours(ckpt):  # the same kernels give the same numbers
         compile = ckpt['config'].get('compile', compile)
 del ckpt  # free its memory
 
@@ -239,11 +235,11 @@ del ckpt  # free its memory
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
                        parallel.world_size, state.iter_num)
 tokens_per_iter = gradient_accumulation_steps * batch_size * model_config.block_size
-splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows),
-                       bytes_per_id(tokenizer, model_config.vocab_size))
+id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
+splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
           for split, loader in eval_loaders.items()}
-# eval_iters of a config file is for training, unless the file is for evaluation
-if eval_only and given.get('eval_iters') not in ('on the command line', given.get('eval_only')):
+# --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
+if eval_only and given.get('eval_iters') not in (ON_COMMAND_LINE, given.get('eval_only')):
     splits['val'].n = eval_loaders['val'].n_windows
 
 # set-up: what it will cost
@@ -255,21 +251,21 @@ startup = startup_report(config, costs, raw_model, opt, batches, splits, data_se
 for title, text in startup.items():
     console.say(f"{title + ':':<17}{text}")
 if costs.too_large:
-    console.say('NOTE: this is likely to run out of memory; a smaller --batch_size or '
-                '--activation_checkpointing=True needs less')
+    console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '
+                '--activation_checkpointing=True')
 if costs.expected > 3600:
     console.say(f'NOTE: on this device the run will take {duration(costs.expected)} or more; '
-                f'{QUICK_LOOK}')
+                f'{report.QUICK_LOOK}')
 
 # set-up: logs
-run_log = RunLog(out_dir, config, startup | costs.as_numbers(raw_model), state, tokens_per_iter,
-                 console)
+facts = startup | costs.as_numbers(raw_model)
+run_log = report.RunLog(out_dir, config, facts, state, tokens_per_iter, console)
 run_log.open_sinks(config)
-iterations = IterationReport(run_log, costs, max_iters, eval_interval, parallel)
+iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel)
 
 
 def autocast():
-    """The context for forward passes: matmuls in dtype, everything else in float32."""
+    """Return the context of forward passes: matmuls in dtype, everything else in float32."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
@@ -277,12 +273,14 @@ def autocast():
 
 def get_lr(it):
     """
-    The learning rate of iteration `it`: linear warmup, then lr_schedule from learning_rate down to
-    min_lr, which it reaches at lr_decay_iters or, for sgdr, before each restart.
+    Return the learning rate of iteration `it`: linear warmup, then lr_schedule from learning_rate
+    to min_lr, reached at lr_decay_iters or, for sgdr, at the end of each cycle.
     """
-    if decay_lr and it < warmup_iters:
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
-    if not decay_lr or lr_schedule == 'constant':
+    if lr_schedule == 'constant':
         return learning_rate
     if lr_schedule == 'sgdr':  # cosine with warm restarts, https://arxiv.org/abs/1608.03983
         at, length = it - warmup_iters, restart_iters
@@ -290,25 +288,27 @@ def get_lr(it):
             at, length = at - length, length * restart_mult
         ratio = at / length
     else:
-        first = warmup_iters  # of the decay
+        decay_start = warmup_iters
         if lr_schedule == 'wsd':
-            first = max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters)
-        ratio = min(1.0, max(0.0, (it - first) / max(1, lr_decay_iters - first)))
-    coeff = 0.5 * (1 + math.cos(math.pi * ratio))
+            decay_start = max(warmup_iters, (1 - cooldown_frac) * lr_decay_iters)
+        ratio = (it - decay_start) / max(1, lr_decay_iters - decay_start)
+        ratio = min(1.0, max(0.0, ratio))
     if lr_schedule in ('linear', 'wsd'):
         coeff = 1 - ratio
+    else:
+        coeff = 0.5 * (1 + math.cos(math.pi * ratio))
     return min_lr + coeff * (learning_rate - min_lr)
 
 
 def forward_backward():
     """
-    Leave the gradients of iteration state.iter_num in the parameters, averaged over processes;
-    returns this process's mean loss, a tensor on the device.
+    Compute the gradients of this iteration, averaged over processes, into p.grad. Return this
+    process's mean loss as a tensor on the device.
     """
     total = torch.zeros((), device=device)
     for m in range(batches.per_rank):
         X, Y = next(batches)
-        # dropout depends on the iteration and the global micro-batch, so a resume need not save it
+        # a seed per iteration and global micro-batch, so a checkpoint stores no state of the RNG
         number = m * parallel.world_size + parallel.rank
         torch.manual_seed(((seed * 1_000_003 + state.iter_num) * 1_000_003 + number) % 2 ** 63)
         parallel.sync_gradients(model, last=m == batches.per_rank - 1)
@@ -321,49 +321,52 @@ def forward_backward():
 
 
 def evaluate_splits():
+    """Return evaluate()'s result, or None if a signal came."""
     started = time.time()
     evaluated = evaluate(raw_model, splits, batches.batch_size, parallel, autocast,
                          should_stop=lambda: parallel.all_max(stop.number),
                          progress=console.progress)
-    iterations.eval_seconds = time.time() - started
+    iteration_report.eval_seconds = time.time() - started
     return evaluated
 
 
 def within_memory(step):
     """
-    Return step(). Where one process runs out of memory, take smaller micro-batches, which read the
-    same windows, and call it again; several processes end with the flags to use.
+    Return step(). If a run in one process is out of memory, split its micro-batches, which keeps
+    the windows of an iteration, and try again. Several processes end with the flags to use.
     """
     while True:
         try:
             return step()
         except (RuntimeError, MemoryError) as e:
             machine.check_out_of_memory(e, batches.smaller(), parallel.distributed)
-        # outside except: the traceback would keep the failed step's tensors alive
+        # outside the except block, because the traceback keeps the failed step's tensors alive
         raw_model.zero_grad(set_to_none=True)
         batches.shrink(state.iter_num)
         machine.release_freed_memory(device)
         if compiled:
-            torch.compiler.reset()  # or it compiles for batches of any size, which is slower
+            torch.compiler.reset()  # or it recompiles for dynamic batch sizes, which is slower
+        config.update(batch_size=batches.batch_size,
+                      gradient_accumulation_steps=batches.accumulation_steps)
         run_log.add_out_of_memory(batches, tokens_per_iter)
 
 
 def report_evaluation(evaluated, best):
-    """The console line, the run log's entry and, if it is time for one, a text sample."""
-    console.say(evaluation_line(state.iter_num, evaluated, best))
+    """Print and log an evaluation, with a text sample if one is due."""
+    console.say(report.evaluation_line(state.iter_num, evaluated, best))
     if eval_only:
-        console.say(evaluation_lines(evaluated['val'], splits['val']))
-    takes_part = parallel.master or parallel.mode == 'fsdp'  # which gathers weights from everyone
+        console.say(report.evaluation_lines(evaluated['val'], splits['val']))
+    takes_part = parallel.master or parallel.mode == 'fsdp'  # whose ranks gather weights together
     due = sample_interval and run_log.n_evaluations % sample_interval == 0
     sample = None
     if due and tokenizer and takes_part:
         sample = sample_text(raw_model, tokenizer, 200, seed, parallel, autocast)
         console.say(f"--- sample {'-' * 60}\n{sample}\n{'-' * 71}")
-    run_log.add_evaluation(evaluated, splits['val'], lr, iterations.eval_seconds, sample)
+    run_log.add_evaluation(evaluated, splits['val'], lr, iteration_report.eval_seconds, sample)
 
 
 def save_checkpoint(best):
-    """Write everything that a resume needs; parallel.py gathers it from the processes."""
+    """Write everything that a resume needs, from all processes."""
     started = time.time()
     facts = asdict(state) | dict(
         scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=config,
@@ -373,20 +376,23 @@ def save_checkpoint(best):
     moments, param_groups = parallel.moments(opt)
     run_folder.save({'model': model_tensors, 'optimizer': moments} | state_tensors, param_groups,
                     facts, best,
-                    before_rename=run_log.write)  # so that no iteration is only in the checkpoint
+                    before_rename=run_log.write)  # so that the log never lags behind a checkpoint
     run_log.add_checkpoint(run_folder.newest, best, time.time() - started)
     also = f' and {os.path.basename(run_folder.best)}' if best else ''
     console.say(f'saved {run_folder.newest}{also}')
 
 
-if compiled:
+def try_compiler():
     X, Y = train_loader.batch(range(batches.batch_size))
     note = ', with a dense doc_mask' if costs.flex else ''
-    compiled = config['compile'] = within_memory(
-        lambda: compile_model(raw_model, training_loss, X, Y, autocast, parallel, console, note))
+    return compile_model(raw_model, training_loss, X, Y, autocast, parallel, console, note)
+
+
+if compiled:
+    compiled = config['compile'] = within_memory(try_compiler)
     run_log.data['startup_info']['compiled'] = compiled
 if device.type == 'cuda':
-    torch.cuda.reset_peak_memory_stats()  # of the loop, not of measuring and compiling
+    torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
 # the loop
@@ -396,12 +402,13 @@ while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    stopping = parallel.all_max(stop.number)  # a signal that reached one process stops them all
+    stopping = parallel.all_max(stop.number)  # if one process got a signal, all stop
     finished = state.iter_num >= max_iters or eval_only
-    log_due = iterations.due(state.iter_num, log_interval)
-    save, best = stopping or save_interval and state.iter_num % save_interval == 0, False
+    log_due = iteration_report.due(state.iter_num, log_interval)
+    save = bool(stopping) or save_interval > 0 and state.iter_num % save_interval == 0
+    best = False
 
-    # evaluate, on all processes alike
+    # evaluate; all processes take this branch together
     if (state.iter_num % eval_interval == 0 or finished) and not stopping:
         evaluated = within_memory(evaluate_splits)
         if evaluated is None:  # a signal arrived
@@ -409,7 +416,7 @@ while True:
         if not math.isfinite(evaluated['val']['loss']):
             run_log.not_finite('val loss')
             break
-        losses = {split: numbers_in(values) for split, values in evaluated.items()}
+        losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
         report_evaluation(evaluated, best)
         save = save or best or always_save_checkpoint
@@ -418,9 +425,9 @@ while True:
                         f'evaluations, best {state.best_val_loss:.4f}')
             finished = True
 
-    # save, and leave when there is nothing more to do
-    is_new = state.iter_num > first_iter or (best or finished) and not from_scratch
-    if save and is_new and not eval_only:
+    # save, and stop if there is nothing more to do
+    has_news = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
+    if save and has_news and not eval_only:
         save_checkpoint(best)
     if finished or stopping:
         break
@@ -429,11 +436,12 @@ while True:
     t0 = time.time()
     loss_sum += within_memory(forward_backward)
 
-    # clip and step, unless something is not finite; averaged gradients are the same everywhere
+    # clip and step, unless a gradient is not finite; all processes have the same averages
     scaler.unscale_(opt)
     if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
-        gradients = gradient_statistics(raw_model, parallel)  # for the next log line, with
-        gradients |= dict(iter=state.iter_num, norm_at_iter=gradients['norm'])  # its iteration
+        # kept for the next log line, with the iteration that they belong to
+        gradients = report.gradient_statistics(raw_model, parallel)
+        gradients |= dict(iter=state.iter_num, norm_at_iter=gradients['norm'])
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
@@ -441,22 +449,22 @@ while True:
     if finite:
         scaler.step(opt)  # with fp16, skips a step that is not finite and lowers the loss scale
         scaler.update()
-        finite = scaler.get_scale() >= 1  # below: 17 skips in a row, from 2^16
+        finite = scaler.get_scale() >= 1  # it starts at 2^16; 17 skips in a row are too many
     if not finite:
         run_log.not_finite('loss or gradient')
         break
     opt.zero_grad(set_to_none=True)
 
-    # log, which is the one place that waits for the device, so that times are whole
-    iterations.n_since_log += 1
-    mean_loss = None
+    # log; reading the loss waits for the device, so the time is taken after that
+    iteration_report.n_since_log += 1
     if log_due:
-        n_losses = iterations.n_since_log * parallel.world_size
+        n_losses = iteration_report.n_since_log * parallel.world_size
         mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
         loss_sum.zero_()
     state.train_seconds += time.time() - t0
     if log_due:
-        iterations.report(mean_loss, lr, float(grad_norm), gradients)
+        more = {}  # {name: number}: also logged and printed; compute it on all processes
+        iteration_report.add(mean_loss, lr, float(grad_norm), gradients, more)
         gradients = {}
     state.iter_num += 1
 
@@ -467,4 +475,5 @@ if run_log.outcome != 'not finite':
 if stopping:
     run_log.outcome = signal.Signals(stopping).name
 run_log.close()
-parallel.leave(128 + stopping if stopping else 1 if run_log.outcome == 'not finite' else 0)
+exit_code = 1 if run_log.outcome == 'not finite' else 0
+parallel.leave(128 + stopping if stopping else exit_code)

@@ -18,7 +18,7 @@ import pickle
 import shutil
 import socket
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -70,9 +70,9 @@ class State:
         """
         Return the State in a checkpoint. A nanoGPT checkpoint has only iter_num and best_val_loss.
         """
-        return cls(ckpt['iter_num'], float(ckpt['best_val_loss']), {},
-                   ckpt.get('stale_evals', 0), ckpt.get('last_eval_iter', ckpt['iter_num']),
-                   ckpt.get('train_seconds', 0.0))
+        known = {f.name: ckpt[f.name] for f in fields(cls) if f.name in ckpt}
+        known |= dict(best_val_loss=float(ckpt['best_val_loss']), losses={})
+        return cls(**{'last_eval_iter': ckpt['iter_num']} | known)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -152,6 +152,11 @@ def load_checkpoint(path, moments=True):
         raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
     ckpt['path'] = path
     return ckpt
+
+
+def is_ours(ckpt):
+    """Return whether a checkpoint dict is plainGPT's, and not nanoGPT's."""
+    return 'tokenizer' in ckpt
 
 
 class Pieces:
@@ -386,6 +391,8 @@ class RunFolder:
 
         def write():
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
+            if not os.path.isdir(path):  # rank 0 has made it, perhaps on another node
+                raise OSError('out_dir must be a folder that all nodes share')
             save_checked(pieces, os.path.join(path, f'rank_{self.parallel.rank:04d}.pt'))
 
         def check_next():  # check another process's file, which may be on another node

@@ -182,7 +182,9 @@ class Parallel:
     def release_gathered(self, raw_model):
         """Free the weights that FSDP keeps for backward, after a forward pass without one."""
         if self.mode == 'fsdp':
-            raw_model.reshard()
+            for module in (*raw_model.transformer.h, raw_model):
+                if hasattr(module, 'reshard'):  # blocks below min_num_params are not sharded alone
+                    module.reshard()
 
     def local(self, tensor):
         """Return the part of a tensor that this process holds."""

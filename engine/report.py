@@ -244,7 +244,6 @@ class RunLog:
         """Record that micro-batches are smaller from here on, also in train.py's config."""
         changed = dict(batch_size=batches.batch_size,
                        gradient_accumulation_steps=batches.accumulation_steps)
-        self.data['config'].update(changed)
         iter_num = self.state.iter_num
         self.data.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
         self.console.say(f'out of memory at iteration {iter_num}: retrying, from here on '
@@ -341,10 +340,11 @@ class IterationReport:
         return (iter_num % log_interval == 0 or iter_num + 1 == self.max_iters
                 or iter_num == self.run_log.first_iter + 2)
 
-    def report(self, loss, lr, grad_norm, gradients):
+    def add(self, loss, lr, grad_norm, gradients, more):
         """
         Log the current iteration. `loss` is the mean since the last line. `gradients` is what
-        gradient_statistics() returned for this or an earlier iteration, or {}.
+        gradient_statistics() returned for this or an earlier iteration, or {}. `more`,
+        {name: number}, is printed and logged as it is.
         """
         state, costs = self.run_log.state, self.costs
         seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
@@ -363,12 +363,13 @@ class IterationReport:
         self.run_log.add('training_iterations', dict(
             iter=state.iter_num, loss=loss if math.isfinite(loss) else None,
             loss_variance=float(np.var(self.recent_losses or [0])), lr=lr,
-            time_ms=1000 * seconds, mfu=mfu, memory=used, gradients=norms))
+            time_ms=1000 * seconds, mfu=mfu, memory=used, gradients=norms, **more))
         done = 100 * (state.iter_num + 1) / self.max_iters
         self.run_log.console.say(
             f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
             f'{1000 * seconds:.0f} ms, {speed:,.0f} tok/s, mfu {100 * achieved / costs.peak:.1f}%'
             f'{self.peak_note(achieved)}, grad norm {grad_norm:.2f}, '
+            f"{''.join(f'{name} {value:.4g}, ' for name, value in more.items())}"
             f'{max(used.values()) / GIB:.2f} GiB, {duration(left)} left')
         if state.iter_num == self.run_log.first_iter + 2:  # by now the moments exist
             self.report_memory_and_time(left)

@@ -12,12 +12,13 @@ import tempfile
 import time
 from dataclasses import asdict, fields
 
-from configurator import configure
+from configurator import ON_COMMAND_LINE, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
-from engine.checkpoint import is_sharded, load_checkpoint, newest_checkpoint, read_facts
+from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
 from engine.common import UserError, first_line, optional
 from engine.huggingface import load_weights
+from engine.optim import OPTIMIZER
 from model import GPT, PRESETS, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -39,6 +40,9 @@ def check_settings(config, given, parallel):
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
+    if config['optimizer'] not in OPTIMIZER:
+        raise UserError(f"unknown optimizer '{config['optimizer']}'; choose from "
+                        f"{', '.join(OPTIMIZER)}")
     if config['use_zero1'] and config['use_fsdp']:
         raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
                         'moments, weights and gradients')
@@ -71,7 +75,7 @@ def notes(config, given, parallel):
          'without --wandb_log=True'),
     ]
     lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
-             if is_useless and given.get(key) == 'on the command line']
+             if is_useless and given.get(key) == ON_COMMAND_LINE]
     rate, min_lr = config['learning_rate'], config['min_lr']
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
@@ -324,7 +328,7 @@ def changed_data(ckpt, config):
     """
     Return, as text, the settings that make a resumed run read other windows; '' if there are none.
     """
-    if 'tokenizer' not in ckpt:  # nanoGPT's, whose order of windows is random anyway
+    if not is_ours(ckpt):  # nanoGPT's data order is random anyway
         return ''
     changed = []
     for name, value in data_settings(config).items():

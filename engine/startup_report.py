@@ -64,7 +64,8 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     ranks_here = parallel.world_size if device.type == 'cpu' else 1
     too_large = estimate['peak'] * ranks_here > total_memory(device)
     # FSDP compiles block by block, and the mask is made outside the blocks
-    flex = compiled and parallel.mode != 'fsdp' and model.takes_flex(device.type)
+    masked = model.config.doc_mask_token is not None
+    flex = masked and compiled and parallel.mode != 'fsdp' and model.takes_flex(device.type)
     return Costs(flops_per_token, tokens_per_iter, peak, peak_source, expected, compiled, why,
                  estimate, too_large, flex)
 

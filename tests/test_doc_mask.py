@@ -121,14 +121,14 @@ def test_doc_mask_holds_with_a_cache_too():
 def test_doc_mask_trains_and_is_in_the_checkpoint(tmp_path):
     """The flag has no effect on training, or sampling does not know of it."""
     write_dataset(tmp_path / 'docs', {split: b'a short text\0' * 200 for split in ('train', 'val')}, BYTE)
-    for flag in (True, False):
-        done = train(tmp_path / 'docs', tmp_path / str(flag), f'--doc_mask={flag}', '--max_iters=5')
+    masked, again, plain = tmp_path / 'masked', tmp_path / 'again', tmp_path / 'plain'
+    for out_dir, flag in (masked, True), (again, True), (plain, False):
+        done = train(tmp_path / 'docs', out_dir, f'--doc_mask={flag}', '--max_iters=5')
         succeeded(done)
         assert ('doc_mask by a dense mask' in done.stdout) == flag
-        assert checkpoint(tmp_path / str(flag))['model_args']['doc_mask_token'] == (0 if flag else None)
-    assert losses(tmp_path / 'True') != losses(tmp_path / 'False')
-    flags = '--num_samples=1', '--max_new_tokens=30', '--stop=False'
-    succeeded(command('sample.py', f'--out_dir={tmp_path / "True"}', *flags))
+        assert checkpoint(out_dir)['model_args']['doc_mask_token'] == (0 if flag else None)
+    assert losses(masked) == losses(again) != losses(plain)
+    succeeded(command('sample.py', f'--out_dir={masked}', '--num_samples=1', '--max_new_tokens=30', '--stop=False'))
 
 
 def test_doc_mask_needs_an_end_of_text(tmp_path):

@@ -76,7 +76,7 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
     swapped = mixed.replace('0.7', '0.4').replace('0.3', '0.6')
     resumed = train(swapped, tmp_path / 'parts', '--init_from=resume', '--max_iters=22', '--batch_size=6')
     [note] = [line for line in resumed.stdout.splitlines() if line.startswith('NOTE: resumed')]
-    one_line(note, f'dataset {swapped} instead of {mixed}', 'sequences an iteration 12 instead of 8')
+    one_line(note, f'dataset {swapped} instead of {mixed}', 'sequences per iteration 12 instead of 8')
     assert 'seed' not in note
 
 

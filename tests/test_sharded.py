@@ -80,6 +80,7 @@ DAMAGES = {
     'an empty part': ('rank_0000.pt', lambda data: b''),
     'a part that runs code': ('rank_0001.pt', lambda data: pickle.dumps(Bomb())),
     'empty facts': ('info.pt', lambda data: b''),
+    'facts with a flipped bit': ('info.pt', lambda data: flip_bit(data, len(data) // 2)),
     'facts that are cut': ('info.pt', lambda data: data[:-100]),
     'facts that run code': ('info.pt', lambda data: pickle.dumps(Bomb())),
 }

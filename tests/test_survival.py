@@ -412,7 +412,7 @@ def test_an_id_past_the_vocabulary_ends_the_run(tmp_path, split):
 # memory
 
 BIG = ('--block_size=512 --n_head=8 --attention_backend=manual --batch_size=12 --gradient_accumulation_steps=2 '
-       '--max_iters=3 --dropout=0 --eval_iters=1').split()
+       '--max_iters=2 --dropout=0 --eval_iters=1').split()
 
 
 def limit_data(kilobytes, launcher=PYTHON):
