@@ -106,8 +106,9 @@ def evaluate(expression):
     try:
         return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
     except NameError as e:
-        raise UserError(f"line {expression.lineno}, '{ast.unparse(expression)}': what stands before "
-                        f'configure() is a setting, a plain value ({e}); move it below') from e
+        text = ast.unparse(expression)
+        raise UserError(f"line {expression.lineno}: every assignment before configure() is a "
+                        f"setting, with a plain value, and '{text}' is none ({e})") from e
 
 
 def coerce(value, default, kind):

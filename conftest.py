@@ -33,8 +33,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'soak: takes minutes; runs only with -m soak')
-    config.option.markexpr = config.option.markexpr or 'not soak'
     for name in ('SIGINT', 'SIGHUP'):  # nohup and & ignore these, and the runs under test would inherit that
         if signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
