@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, where they come from, and which files are refused."""
 import pickle
+from dataclasses import asdict, make_dataclass
 
 import pytest
 import torch
@@ -177,6 +178,13 @@ def test_an_evaluation_counts_once_and_only_on_the_runs_own_windows():
     state.iter_num = 30
     assert not state.add_evaluation({'val': {'loss': 1.0}}, count=False)
     assert (state.best_val_loss, state.losses) == (2.0, {'val': {'loss': 1.0}})
+
+
+def test_a_fact_that_is_added_to_the_state_is_restored():
+    """A list of fields by hand would save a new one and reset it at each resume."""
+    Longer = make_dataclass('Longer', [('n_restarts', int, 0)], bases=(State,))
+    before = Longer(iter_num=3, stale_evals=2, train_seconds=1.5, n_restarts=4)
+    assert Longer.from_dict(asdict(before)) == before
 
 
 @pytest.mark.parametrize('first, n', [(0, 10), (3, 4), (2, 0), (9, 1), (0, 4)])

@@ -215,3 +215,11 @@ def test_gradient_statistics_are_those_of_the_gradients(parts):
         squares[next(filter(None, layer.groups()))] += g.double().square().sum().item()
     assert stats['layers'] == {layer: pytest.approx(math.sqrt(s), rel=1e-5) for layer, s in squares.items()}
     assert math.hypot(*stats['layers'].values()) == pytest.approx(stats['norm'], rel=1e-5)
+
+
+def test_memory_estimate_counts_what_a_loss_term_adds():
+    """A term that needs the logits takes the memory that the model's own loss saves."""
+    config, vocab = GPTConfig(**TINY | dict(vocab_size=4096)), 4096
+    with_logits = lambda model, X, Y: model(X, Y, all_logits=True)[0].float().logsumexp(-1).mean()
+    plain, more = (memory_estimate(config, 4, 'float32', CPU, **loss)['peak'] for loss in ({}, dict(loss=with_logits)))
+    assert more - plain > 4 * config.block_size * vocab * 4

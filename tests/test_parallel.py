@@ -19,6 +19,7 @@ from conftest import (
     train_mode,
 )
 from engine.checkpoint import load_checkpoint
+from tests.warm import torchrun_variables
 
 NAMES = {'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
@@ -220,3 +221,26 @@ class TestRanksStopTogether:
         done = train_mode(mode, text_set, tmp_path, *huge_step, *flags)
         assert done.returncode != 0 and 'a weight is not finite' in done.stderr
         assert not list(tmp_path.glob('ckpt*'))
+
+
+GATHERED = """
+import torch
+from torch.distributed.tensor import DTensor
+from engine.parallel import Parallel
+from model import GPT, GPTConfig
+parallel = Parallel(use_fsdp=True)
+parallel.connect(torch.device('cpu'))
+model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16))
+parallel.wrap(model, 'float32', reshard_after_forward=False)
+with torch.no_grad():
+    model(torch.zeros(1, 8, dtype=torch.long))
+assert not all(isinstance(p, DTensor) for p in model.parameters()), 'the forward pass has to gather'
+parallel.release_gathered(model)
+assert all(isinstance(p, DTensor) for p in model.parameters())
+"""
+
+
+def test_an_evaluation_leaves_no_weights_gathered():
+    """FSDP's reshard() is not recursive: blocks that stayed gathered trained on what an EMA had left in them."""
+    one = torchrun_variables(2)[0] | dict(WORLD_SIZE='1', LOCAL_WORLD_SIZE='1')
+    succeeded(command('-c', GATHERED, env=one))
