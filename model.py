@@ -936,30 +936,6 @@ class GPT(nn.Module):
         return [KVCache(shape, dtype, device) for _ in range(c.n_layer)]
 
     @torch.no_grad()
-    def attention_weights(self, idx):
-        """
-        Return where each head attends in idx (B, T): per layer, (B, H, T, T) float32 with rows
-        (queries) summing to 1. The weights are computed by definition from the q, k and mask given
-        to the backend.
-        """
-        weights = []
-        backend = ATTENTION_BACKEND[self.config.attention_backend]
-
-        def record(q, k, v, dropout, config, mask=None):
-            # with the identity as v, the output is the weights
-            identity = torch.eye(k.size(2), device=k.device).expand(*k.shape[:2], -1, -1)
-            weights.append(manual_attention(q.float(), k.float(), identity, 0.0, config, mask))
-            return backend(q, k, v, dropout, config, mask)
-        try:
-            for block in self.transformer.h:
-                block.attn.attend = record
-            self.forward(idx)
-        finally:
-            for block in self.transformer.h:
-                block.attn.attend = backend
-        return weights
-
-    @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                stop=None, use_cache=True, slide=1):
         """

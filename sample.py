@@ -26,7 +26,7 @@ from configurator import (
     configure,
 )
 from data.tokenizer import find_tokenizer
-from engine.attention_map import draw_attention
+from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional
 from engine.huggingface import load_weights
@@ -169,7 +169,7 @@ def draw(prompt):
     """Draw each head's attention over the prompt into the file `attention`."""
     ids = prompt_ids(prompt)
     with user_errors():
-        layers = model.attention_weights(torch.tensor([ids], device=device))  # (1, H, T, T) each
+        layers = attention_weights(model, torch.tensor([ids], device=device))  # (1, H, T, T) each
     maps = torch.cat(layers).cpu().numpy()
     draw_attention(maps, [tokenizer.decode([i]) for i in ids], attention)
     print(f'{attention}: {maps.shape[0]} layers x {maps.shape[1]} heads over {len(ids)} tokens')

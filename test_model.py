@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import one_line
 from engine import optim
+from engine.attention_map import attention_weights
 from engine.common import UserError
 from engine.int8 import Int8Linear
 from model import (
@@ -373,7 +374,7 @@ def test_attention_weights_are_those_the_backend_used(parts, doc_mask_token):
     """The weights shown could be from before RoPE or the norm of q and k, without the mask, or of another head."""
     model, idx = shaken(**parts, doc_mask_token=doc_mask_token), ids(B, T)
     idx[:, 5] = 0
-    weights, logits = model.attention_weights(idx), model(idx)[0]
+    weights, logits = attention_weights(model, idx), model(idx)[0]
     seen = watch_backend(model)
     assert torch.equal(model(idx)[0], logits) and len(weights) == len(seen) == 2
     for w, (v, y) in zip(weights, seen):

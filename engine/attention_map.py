@@ -1,11 +1,38 @@
 """Draw where each head of a model attends."""
 import numpy as np
+import torch
 
 from engine.common import optional
+from model import ATTENTION_BACKEND, manual_attention
 
 # inches around the maps
 LEFT, RIGHT, TOP, BOTTOM = 0.8, 1.3, 0.5, 0.8
 LARGEST = 10000  # pixels of width or height
+
+
+@torch.no_grad()
+def attention_weights(model, idx):
+    """
+    Return where each head attends in idx (B, T): per layer, (B, H, T, T) float32 with rows
+    (queries) summing to 1. The weights are computed by definition from the q, k and mask given to
+    the backend.
+    """
+    weights = []
+    backend = ATTENTION_BACKEND[model.config.attention_backend]
+
+    def record(q, k, v, dropout, config, mask=None):
+        # with the identity as v, the output is the weights
+        identity = torch.eye(k.size(2), device=k.device).expand(*k.shape[:2], -1, -1)
+        weights.append(manual_attention(q.float(), k.float(), identity, 0.0, config, mask))
+        return backend(q, k, v, dropout, config, mask)
+    try:
+        for block in model.transformer.h:
+            block.attn.attend = record
+        model.forward(idx)
+    finally:
+        for block in model.transformer.h:
+            block.attn.attend = backend
+    return weights
 
 
 def draw_attention(weights, tokens, path):
