@@ -8,13 +8,15 @@ Measure what a config costs on this machine: step time, tokens/s, TFLOP/s, MFU a
     python bench.py config/full_gpt2_124m.py --find_batch_size=True       # largest that fits
     python bench.py config/full_gpt2_124m.py --profile=True               # slowest operations
 
---what=train times a training step, forward the loss without gradients, generate text from a prompt,
-data a step fed by the loader, and memory compares the estimate with what a step takes.
+--what=train times a training step, forward the loss without gradients, generate the continuation of
+a prompt, and data a training step with batches from the loader; memory compares the estimated with
+the measured memory of a step.
 
-Every side of a comparison runs in a process of its own, so its memory is its own. The sides take
-alternating steps, so other load on the machine affects them alike. Figures are medians with the
-middle half beside them. Model and ids are random. FLOPs are those of matmuls, with attention in
-full; MFU is their share of the peak for the side's dtype.
+
+Every side of a comparison runs in its own process, so its memory is measured separately. The sides
+take alternating steps, so other load on the machine affects them alike. Figures are medians, with
+the middle half in parentheses. Weights and ids are random. FLOPs count matmuls only, with attention
+in full; MFU is their share of the peak for the side's dtype.
 """
 import ast
 import glob
@@ -46,7 +48,10 @@ GIB = 2 ** 30
 
 
 def settings():
-    """The settings, in a function because the process of each side imports this file again."""
+    """
+    Return the settings. They are in a function because the process of each side imports this file
+    again.
+    """
     what: Literal['train', 'forward', 'generate', 'data', 'memory'] = 'train'  # what to measure
     archs = ''  # comma-separated presets or config files, side by side
     versus = ''  # model.py of another checkout with nanoGPT's GPT and GPTConfig, on the same shapes
@@ -74,13 +79,13 @@ def settings():
 # plan: the sides and their settings
 
 def check(config):
-    """UserError for settings that exclude each other or name files that cannot be used."""
+    """Raise UserError for settings that exclude each other or name files that cannot be used."""
     what = config['what']
     if config['new_tokens'] < 2:
         raise UserError(f"new_tokens must be at least 2, not {config['new_tokens']}")
     alone = config['find_batch_size'] or config['plan']
     if alone and (config['archs'] or config['versus']):
-        raise UserError('--find_batch_size and --plan take one config: no --archs or --versus')
+        raise UserError('--find_batch_size and --plan take one config: no --archs and no --versus')
     if config['quantize'] and what != 'generate':
         raise UserError('--quantize is for --what=generate')
     if config['versus'] and what == 'data':
@@ -95,7 +100,9 @@ def check(config):
 
 
 def check_versus(path):
-    """UserError unless a file defines GPT and GPTConfig. It is only read; its side executes it."""
+    """
+    Raise UserError unless a file defines GPT and GPTConfig. It is only read; its side executes it.
+    """
     try:
         with open(path, encoding='utf-8') as f:
             statements = ast.parse(f.read()).body
@@ -109,7 +116,9 @@ def check_versus(path):
 
 
 def configs_asked(config):
-    """[(name, settings)] of the presets and files in config['archs'], or of the config itself."""
+    """
+    Return [(name, settings)] of the presets and files in config['archs'], or of the config itself.
+    """
     if not config['archs']:
         return [('ours', config)]
     names = config['archs'].split(',')
@@ -120,7 +129,7 @@ def configs_asked(config):
     asked = []
     for name in names:
         if name in PRESETS:
-            # The files' own parts belong to their preset and to no other.
+            # Parts that a file sets belong to its own preset and to no other.
             keys = () if name == config['arch_preset'] else (*PRESETS[name], 'd_ff')
             unset = [f'--{key}=None' for key in keys]
             argv = [*files, *unset, *flags, f'--arch_preset={name}']
@@ -134,14 +143,14 @@ def configs_asked(config):
 
 
 def plan_sides(config, device, dtype, scratch):
-    """[(name, settings of the side, its model on the meta device)]."""
+    """Return [(name, settings of the side, its model on the meta device)]."""
     sides = []
     compiled = device.type == 'cuda' if config['compile'] == 'auto' else config['compile']
     for name, asked in configs_asked(config):
         if asked['batch_size'] == 'auto':
-            raise UserError("batch_size='auto' is for train.py; here it is --find_batch_size=True")
+            raise UserError("batch_size='auto' is for train.py; use --find_batch_size=True here")
         model = meta_model(asked)
-        model.config.unpadded_vocab_size = None  # both sides draw from the whole vocabulary
+        model.config.unpadded_vocab_size = None  # both sides sample from the whole vocabulary
         check_length(config, model.config)
         side = asked | dict(
             versus='', quantize='', fused=True, device=str(device), dtype=dtype,
@@ -165,7 +174,10 @@ def check_length(config, model_config):
 
 
 def find_data(dataset, what, model, scratch):
-    """The folder of the data set, the first one of several; random ids if it is not prepared."""
+    """
+    Return the folder of the data set, or of the first one of several. If it is not prepared, make
+    one of random ids.
+    """
     folder = str(find_datasets(dataset)[0][2])
     prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
     if prepared or what != 'data':
@@ -179,7 +191,7 @@ def find_data(dataset, what, model, scratch):
 
 
 def versus_side(config, ours):
-    """(name, settings) of the other checkout's side."""
+    """Return (name, settings) of the other checkout's side."""
     folders = os.path.abspath(config['versus']).split(os.sep)
     theirs = ours | dict(versus=config['versus'], fused=config['versus_fused'])
     for key in ('dtype', 'compile'):
@@ -189,7 +201,7 @@ def versus_side(config, ours):
 
 
 # ------------------------------------------------------------------------------------------------
-# run: the sides take turns
+# run: the sides alternate
 
 def take_turns(sides, what, warmup, repeats, max_seconds):
     """Fill side.times, {part: [seconds per round]}, and side.first, the time of its first step."""
@@ -222,7 +234,7 @@ def tell(text):
 
 
 def time_sides(config, sides, device):
-    """Time the sides and print their table; returns the results for --json."""
+    """Time the sides and print their table. Return the results for --json."""
     peaks, bandwidth = {}, None
     if config['what'] == 'generate':
         bandwidth = peak_bandwidth(device)
@@ -253,7 +265,7 @@ def time_sides(config, sides, device):
 
 
 def find_peak(config, dtype, device):
-    """(FLOP/s, source), printed when it is known."""
+    """Return (FLOP/s, source), and print them."""
     if config['peak_tflops']:
         flops, source = config['peak_tflops'] * 1e12, 'as given'
     else:
@@ -266,7 +278,7 @@ def find_peak(config, dtype, device):
 # report: {row of the table: text} and {name in --json: number} of a side
 
 def spread(values, unit='ms', scale=1000.0):
-    """Median and middle half as text, by default of seconds in ms."""
+    """Format the median and the middle half of values, by default of seconds in ms."""
     low, middle, high = (np.quantile(values, q) * scale for q in (0.25, 0.5, 0.75))
     digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
     unit = f' {unit}' if unit else ''
@@ -289,7 +301,7 @@ def tokens_per_sec(side):
 
 
 def figures(side, model, peak, bandwidth):
-    """(rows, numbers) of one side, from the sections that apply to it."""
+    """Return (rows, numbers) of one side, from the sections that apply to it."""
     s = side.s
     sections = [size_figures(side), time_figures(side)]
     same_model = not side.info['note']  # FLOPs and bytes are computed for our model
@@ -352,7 +364,10 @@ def flops_figures(side, model, peak, source):
 
 
 def decoding_figures(side, model, bandwidth):
-    """Each new token reads all matrices and the KV cache, here at its average length."""
+    """
+    Compare decoding with the bandwidth limit: each new token reads all matrices and the KV cache,
+    which is taken at its average length.
+    """
     s, c = side.s, model.config
     size = getattr(torch, s['dtype']).itemsize
     length = s['prompt_tokens'] + s['new_tokens'] / 2
@@ -373,7 +388,9 @@ def decoding_figures(side, model, bandwidth):
 
 
 def training_figures(side):
-    """The rate at the run's own accumulation, and what gradient statistics cost our side."""
+    """
+    Compute the rate at the run's own accumulation, and the cost of gradient statistics on our side.
+    """
     s, rows, numbers = side.s, {}, {}
     n = s['gradient_accumulation_steps']
     if n != s['accumulation']:
@@ -398,12 +415,12 @@ def waiting_figures(side):
 
 
 def estimate_figures(side, model_config):
-    """The memory estimate of train.py's start-up report, to set beside what was measured."""
+    """Return the memory estimate of train.py's start-up report, to compare with the measurement."""
     s = side.s
     sizes = memory_estimate(model_config, s['batch_size'], s['dtype'], torch.device(s['device']),
                             s['accumulation'], optimizer=s['optimizer'])
     peak = sizes.pop('peak')
-    if s['device'] == 'cpu':  # the peak counts what malloc loses, and the process itself
+    if s['device'] == 'cpu':  # the measured peak includes what malloc loses, and the process itself
         base = side.info['base']
         sizes |= dict(holes=round(0.2 * peak), process=base.get('resident', base['peak']))
     sizes['peak'] = sum(sizes.values())
@@ -423,7 +440,9 @@ def start_figures(side):
 
 
 def add_ratios(rows, numbers, side, first):
-    """How many times as fast the first side is, round by round, and how much memory it takes."""
+    """
+    Add how many times as fast the first side is, round by round, and how much memory it takes.
+    """
     scale = tokens_per_step(side.s) / tokens_per_step(first.s)
     pairs = zip(first.times['whole'], side.times['whole'])
     ratios = [theirs / ours / scale for ours, theirs in pairs]
@@ -434,7 +453,7 @@ def add_ratios(rows, numbers, side, first):
 
 
 def print_table(columns):
-    """Print [(name, rows, numbers)], a column each; a row may be missing in some."""
+    """Print [(name, rows, numbers)] with one column each. A row may be missing in some."""
     names = list(dict.fromkeys(row for _, rows, _ in columns for row in rows))
     table = [['', *(name for name, _, _ in columns)]]
     for row in names:
@@ -457,7 +476,7 @@ def write_json(config, machine, results):
 # --find_batch_size
 
 def fits(s, batch_size):
-    """Whether a training step of that micro-batch fits, tried in a process of its own."""
+    """Return whether a training step of that micro-batch fits, tried in its own process."""
     t0 = time.time()
     try:
         side = Side('trial', s | dict(batch_size=batch_size))
@@ -473,7 +492,9 @@ def fits(s, batch_size):
 
 
 def largest_that_fits(s, limit):
-    """The largest micro-batch up to `limit` that fits, 0 if none: by doubling, then bisection."""
+    """
+    Return the largest micro-batch up to `limit` that fits, or 0, by doubling and then bisection.
+    """
     largest, too_large = 0, limit + 1
     while too_large - largest > 1:
         trial = min(max(1, 2 * largest), limit)
@@ -487,7 +508,10 @@ def largest_that_fits(s, limit):
 
 
 def find_batch_size(config, s):
-    """Print the largest micro-batch that fits, and the flags that keep the tokens per iteration."""
+    """
+    Print the largest micro-batch that fits, and the flags that keep the tokens per iteration.
+    Return them.
+    """
     accumulation = config['gradient_accumulation_steps']
     sequences = config['batch_size'] * accumulation
     s = s | dict(what='fits', compile=False, accumulation=accumulation)

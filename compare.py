@@ -1,6 +1,6 @@
 """
-Which choice is better: run a grid of settings through train.py, or read finished runs, and report
-them in a table with error bars and a picture.
+Find out which choice is better: run a grid of settings through train.py, or read finished runs, and
+report them in a table with error bars and a picture.
 
     # a grid: every combination of these values, each with three seeds
     python compare.py config/preset_quick_test.py --normalization=layernorm,rmsnorm --seed=1,2,3
@@ -26,7 +26,7 @@ contiguous blocks of windows, since neighbouring windows are correlated) and one
 their variance within cells, pooled over all cells, as in an analysis of variance). The two
 variances add up; interval and p-value are Student's t with Welch and Satterthwaite's degrees of
 freedom. Each p-value is for a single comparison: one in twenty is below 0.05 by chance. The
-variance between seeds is assumed to be the same in all cells; a NOTE says where it is not.
+variance between seeds is assumed to be the same in all cells; a NOTE appears if it is not.
 """
 import ast
 import itertools
@@ -53,7 +53,7 @@ AXES = dict(steps='iter', tokens='tokens', FLOPs='flops', seconds='train_seconds
 
 
 def settings(argv):
-    """(config, given) as configure() returns them; a key of train.py may have several values."""
+    """Return (config, given) as configure() does. A key of train.py may have several values."""
     out_dir = 'out-compare'  # compare.md, compare.json, compare.png and one folder per run
     cells = {}  # {name: {key: value}} in a config file: times every combination of listed values
     baseline = ''  # the cell that all others are compared with; '': the first
@@ -70,7 +70,9 @@ def settings(argv):
 
 
 def arguments(argv):
-    """The arguments for configure(): no folders of runs, and the file of --scaling=... first."""
+    """
+    Return the arguments for configure(): no folders of runs, and the file of --scaling=... first.
+    """
     files = [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')]
     for arg in argv:
         is_flag = arg.startswith('-') or '=' in arg and '/' not in arg
@@ -84,8 +86,8 @@ def arguments(argv):
 
 class Range(NamedTuple):
     """
-    Numbers from low to high, from which a search draws: evenly, or evenly by their logarithm if
-    they span a factor of 10.
+    Numbers from low to high for a search to draw from: evenly, or evenly by their logarithm if they
+    span a factor of 10.
     """
     low: float
     high: float
@@ -100,8 +102,9 @@ class Range(NamedTuple):
 
 def several(name, value, default, kind):
     """
-    configurator.coerce() for a key of train.py: 'a,b' or (a, b) becomes a list, and 'low..high' a
-    Range. Keys of this script, dataset and out_dir have one value, and may contain a comma.
+    Convert a key's value like configurator.coerce(), but 'a,b' or (a, b) becomes a list, and
+    'low..high' a Range. Keys of this script, dataset and out_dir have one value, and may contain a
+    comma.
     """
     if name in read_block(__file__) or name in ('dataset', 'out_dir'):
         return coerce(value, default, kind)
@@ -124,7 +127,7 @@ def several(name, value, default, kind):
 
 
 def literal(text):
-    """The Python literal that a text is, or the text itself."""
+    """Return the Python literal that a text is, or the text itself."""
     try:
         return ast.literal_eval(text.strip()) if isinstance(text, str) else text
     except (ValueError, SyntaxError):
@@ -132,7 +135,7 @@ def literal(text):
 
 
 def several_values(config):
-    """The keys that have several values, except seed: {key: list or Range}."""
+    """Return the keys that have several values, except seed: {key: list or Range}."""
     return {k: v for k, v in config.items() if isinstance(v, (list, Range)) and k != 'seed'}
 
 
@@ -144,7 +147,7 @@ def seeds_of(config):
 # plan
 
 def plan(config, given):
-    """The list of Runs that the settings ask for."""
+    """Return the list of Runs that the settings ask for."""
     if config['jobs'] != 'auto' and config['jobs'] < 1:
         raise UserError(f"jobs must be positive, not {config['jobs']}")
     if config['search'] < 0 or config['search'] == 1:
@@ -165,8 +168,8 @@ def plan(config, given):
 
 def make_cells(config, given, rng=None):
     """
-    {name of a cell: its settings}: the named cells times every combination of the keys that have
-    several values; with rng, times `search` random draws of them.
+    Return {name of a cell: its settings}: the named cells times every combination of the keys that
+    have several values; with rng, times `search` random draws of them.
     """
     axes = several_values(config)
     named = config['cells'] or {'': {}}
@@ -182,7 +185,10 @@ def make_cells(config, given, rng=None):
 
 
 def check_named_cells(named, axes, given):
-    """UserError for what a cell cannot set. Values get the type of their key."""
+    """
+    Raise UserError for a key or value that a cell cannot set. Convert values to the type of their
+    key.
+    """
     block = read_block(TRAIN)
     for name, own in named.items():
         for key, value in own.items():
@@ -198,7 +204,7 @@ def check_named_cells(named, axes, given):
 
 
 def combinations(axes, draws, rng):
-    """A list of {key: value}: all combinations, or with rng as many random draws as asked for."""
+    """Return a list of {key: value}: all combinations or, with rng, `draws` random ones."""
     if rng is None:
         for key, values in axes.items():
             if isinstance(values, Range):
@@ -212,7 +218,10 @@ def combinations(axes, draws, rng):
 
 
 def make_runs(config, given, cells):
-    """A Run per cell and seed. Seeds are outermost, so that an early end leaves a comparison."""
+    """
+    Return a Run per cell and seed. Seeds are outermost, so that an interrupted study can be
+    compared.
+    """
     axes = several_values(config)
     keys = [k for k in read_block(TRAIN)
             if k in given and k not in axes and k not in ('seed', 'overwrite', 'out_dir')]
@@ -235,7 +244,7 @@ def make_runs(config, given, cells):
 def match_windows(cell, chosen, config, expected):
     """
     Adapt eval_iters of a cell to its batch size, so that it is evaluated on the windows of the
-    first cell: (block_size, number). Returns these; `expected` is None for the first cell.
+    first cell: (block_size, number). Return these; `expected` is None for the first cell.
     """
     keys = 'batch_size', 'block_size', 'eval_iters'
     batch_size, block_size, eval_iters = (chosen.get(k, config[k]) for k in keys)
@@ -255,7 +264,7 @@ def match_windows(cell, chosen, config, expected):
 
 def ladder(config, given):
     """
-    The Runs of a ladder of widths. Heads keep their size, d_ff stays in proportion, and
+    Return the Runs of a ladder of widths. Heads keep their size, d_ff stays in proportion, and
     tokens_per_param determines the number of iterations.
     """
     from engine.cost import meta_model
@@ -285,7 +294,7 @@ def ladder(config, given):
 
 
 def ladder_widths(config, given, n_head, head_dim):
-    """The widths given, or half to twice the width of the config file, in whole heads."""
+    """Return the given widths, or half to twice the width of the config file, in whole heads."""
     widths = config['n_embd']
     wrong = [k for k in several_values(config) if k != 'n_embd']
     wrong += [k for k in ('cells', 'search') if config[k]]
@@ -308,7 +317,9 @@ def ladder_widths(config, given, n_head, head_dim):
 
 
 def known_vocab_size(config):
-    """The vocabulary size of the data set, which need not be prepared if its script names it."""
+    """
+    Return the vocabulary size of the data set, which need not be prepared if its script names it.
+    """
     folder = find_datasets(config['dataset'])[0][2]
     script = folder / 'prepare.py'
     vocab_size = config['vocab_size'] or read_meta(folder).get('vocab_size')
@@ -324,7 +335,7 @@ def known_vocab_size(config):
 # finished runs
 
 def read_finished(folders, given):
-    """{cell: Results} of finished runs."""
+    """Return {cell: Results} of finished runs."""
     usable = 'out_dir', 'baseline', 'sort', 'confidence'
     useless = [key for key in given if key not in usable]
     if useless:
@@ -350,8 +361,8 @@ NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project w
 
 def group_by_config(results):
     """
-    {cell: Results}. Runs that differ only in their seed are one cell, and the keys in which cells
-    differ make its name.
+    Return {cell: Results}. Runs that differ only in their seed are one cell. Its name consists of
+    the keys in which cells differ.
     """
     keys = dict.fromkeys(key for result in results for key in result.config)
     shown = []
@@ -364,8 +375,8 @@ def group_by_config(results):
         cell = ', '.join(f'{key}={result.config.get(key)}' for key in shown) or 'as configured'
         group = groups.setdefault(cell, [])
         if result.config['seed'] in [other.config['seed'] for other in group]:
-            raise UserError(f"'{result.folder}' has the config and the seed of another of these "
-                            'runs, so it says nothing new: leave it out')
+            raise UserError(f"'{result.folder}' repeats the config and seed of another of these "
+                            'runs: leave it out')
         group.append(result)
     return groups
 
@@ -374,7 +385,7 @@ def group_by_config(results):
 # run
 
 def run_study(config, runs):
-    """Run what has to be run. Returns {cell: Results} and the list of runs that failed."""
+    """Run what has not finished. Return {cell: Results} and the list of runs that failed."""
     defaults = {key: setting[0] for key, setting in read_block(TRAIN).items()}
     launcher = Launcher(TRAIN, defaults, *devices_to_use(config))
     failed = (halving if config['search'] else run_all)(runs, launcher)
@@ -393,13 +404,13 @@ def run_study(config, runs):
 
 
 def longest_and_best(item):
-    """Order of the cells of a search: by iterations, then by loss."""
+    """Return the sort key of a cell of a search: by iterations, then by loss."""
     _, group = item
     return -group[0].iter_num, np.mean([result.evals[-1].loss for result in group])
 
 
 def devices_to_use(config):
-    """(runs at a time, the GPUs that they take in turn)"""
+    """Return (runs at a time, the GPUs that they share in turn)."""
     gpus = []
     if config['device'] in ('auto', 'cuda'):
         import torch
@@ -408,8 +419,8 @@ def devices_to_use(config):
         gpus = visible.split(',')[:count]
     jobs = max(1, len(gpus)) if config['jobs'] == 'auto' else config['jobs']
     if jobs > max(1, len(gpus)):
-        print('NOTE: runs that share a device slow each other down, so speed and equal time mean '
-              'less')
+        print('NOTE: runs that share a device slow each other down, so speeds and equal time are '
+              'less meaningful')
     return jobs, gpus
 
 
@@ -418,8 +429,9 @@ def devices_to_use(config):
 
 def compare(groups, baseline, confidence=0.95):
     """
-    (rows, facts): a dict per cell of {cell: Results} with its costs, its loss, and its difference
-    from the baseline at the end and at equal FLOPs and seconds; and what holds for all of them.
+    Return (rows, facts). rows has a dict per cell of {cell: Results} with its costs, its loss, and
+    its difference from the baseline at the end and at equal FLOPs and seconds; facts holds for all
+    of them.
     """
     results = [result for group in groups.values() for result in group]
     check_same_windows(results)
@@ -454,14 +466,14 @@ def check_same_windows(results):
                 f'{first.windows} and {other.windows}: they need the same dataset, block_size and '
                 'eval_iters * batch_size')
     if first.windows['n'] < 4:
-        raise UserError(f"{first.windows['n']} windows of val are too few to tell anything: "
+        raise UserError(f"{first.windows['n']} windows of val are too few for a comparison: "
                         'choose a higher --eval_iters')
 
 
 def losses_to_compare(groups, results):
     """
-    {'end' or axis: {cell: [window losses of each run]}}: at the end, and at the FLOPs and seconds
-    of the cheapest run. None for a cell without evaluations near enough.
+    Return {'end' or axis: {cell: [window losses of each run]}}: at the end, and at the FLOPs and
+    seconds of the cheapest run. The list is None for a cell without evaluations near enough.
     """
     at_end = {cell: [result.evals[-1].losses for result in group] for cell, group in groups.items()}
     losses = {'end': at_end}
@@ -476,8 +488,8 @@ def losses_to_compare(groups, results):
 
 def losses_at(evals, axis, budget):
     """
-    Window losses of a run when it had spent its budget on an axis, interpolated between two
-    evaluations. None if these are further apart than a quarter of the budget.
+    Return the window losses of a run when it had spent its budget on an axis, interpolated between
+    two evaluations. Return None if these are further apart than a quarter of the budget.
     """
     x = [getattr(e, AXES[axis]) for e in evals]
     i = int(np.searchsorted(x, budget))
@@ -494,11 +506,14 @@ def losses_at(evals, axis, budget):
 
 
 def costs_of(cell, group, peak):
-    """What a cell is and costs; peak: TFLOP/s, one figure for all runs of a comparison."""
+    """
+    Return the settings and costs of a cell. `peak` is in TFLOP/s, one figure for all runs of a
+    comparison.
+    """
     first = group[0].startup_info
     steps = []
     for result in group:
-        steps += result.iterations[2:] or result.iterations  # the first ones are slow
+        steps += result.iterations[2:] or result.iterations  # the first iterations are slow
     return dict(
         cell=cell,
         seeds=[result.config['seed'] for result in group],
@@ -513,7 +528,9 @@ def costs_of(cell, group, peak):
 
 
 def loss_of(losses, seeds, confidence):
-    """The val loss of a cell: losses holds an array of window losses for each of its runs."""
+    """
+    Return the val loss of a cell. `losses` holds an array of window losses for each of its runs.
+    """
     found = estimate(np.mean(losses, axis=0), seeds, 1 / len(losses), confidence)
     by_seed = [float(x.mean()) for x in losses]
     deviation = float(np.std(by_seed, ddof=1)) if len(losses) > 1 else None
@@ -530,7 +547,7 @@ COLUMNS = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens
 
 
 def table_line(row, baseline, confidence):
-    """The texts of a row; `baseline` is the row of the baseline."""
+    """Return the texts of a row. `baseline` is the row of the baseline."""
     at = {axis: row.get(f'difference at {axis}') for axis in ('end', 'FLOPs', 'seconds')}
     differences = {}
     for axis, d in at.items():
@@ -575,7 +592,7 @@ def verdict(row, baseline, confidence):
 
 
 def table(rows, facts):
-    """The rows in Markdown, and below them what a reader needs to know."""
+    """Format the rows in Markdown, followed by notes for the reader."""
     baseline = next(row for row in rows if row['cell'] == facts['baseline'])
     lines = [table_line(row, baseline, facts['confidence']) for row in rows]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *lines)]
@@ -600,10 +617,10 @@ def notes(rows, facts):
     if len(rows) == 1 and len(rows[0]['seeds']) > 1:
         losses = ', '.join(f'{x:.4f}' for x in rows[0]['loss_by_seed'])
         yield f'No difference: these runs differ only in their seed. Their losses: {losses}.'
-    yield ('At equal FLOPs and time: after what the cheapest run had spent at its end, the others '
-           'between two evaluations, when their learning rate had not yet decayed as far; -: '
-           'evaluations are further apart than a quarter of it (--eval_interval). These intervals '
-           'do not include the noise of clocks.')
+    yield ('At equal FLOPs and time, every run is compared after the cost of the cheapest run. The '
+           'others are interpolated between two evaluations, when their learning rate had not yet '
+           'decayed as far; - means that these are further apart than a quarter of that cost '
+           '(--eval_interval). These intervals do not include the noise of clocks.')
     if variances_differ([row['loss_by_seed'] for row in rows]):
         yield ("NOTE: seeds of some cells differ more than those of others (Bartlett's test, "
                'seed_deviation in compare.json); for these cells, intervals are too short and '
@@ -617,8 +634,8 @@ def notes(rows, facts):
 
 def picture(groups, path):
     """
-    Val loss against steps, tokens, FLOPs and seconds: a line per cell with the mean over seeds,
-    and a band from the best seed to the worst.
+    Plot val loss against steps, tokens, FLOPs and seconds: a line per cell with the mean over
+    seeds, and a band from the best seed to the worst.
     """
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
@@ -642,7 +659,7 @@ def picture(groups, path):
 
 
 def draw_cell(ax, cell, group, key, shade, dash, marker):
-    """The curve of a cell against the field `key` of its evaluations."""
+    """Draw the curve of a cell against the field `key` of its evaluations."""
     common = set.intersection(*({e.iter for e in result.evals} for result in group))
     evals = [[e for e in result.evals if e.iter in common] for result in group]
     x = np.mean([[getattr(e, key) for e in row] for row in evals], axis=0)
@@ -652,7 +669,10 @@ def draw_cell(ax, cell, group, key, shade, dash, marker):
 
 
 def loss_limits(groups):
-    """Limits that show most curves after a fifth of their run; one that diverged may leave them."""
+    """
+    Return limits that show most curves after a fifth of their run. A run that diverged may exceed
+    them.
+    """
     low, high = [], []
     for result in itertools.chain(*groups.values()):
         late = [e.loss for e in result.evals if e.iter >= result.iter_num / 5]
@@ -669,7 +689,7 @@ def pyplot():
 
 
 def scaling_report(groups, config):
-    """(text, facts) of a power law through the losses of all runs; draws scaling.png."""
+    """Return (text, facts) of a power law through the losses of all runs, and draw scaling.png."""
     results = [result for group in groups.values() for result in group]
     n = [result.startup_info['total_params'] for result in results]
     losses = [result.evals[-1].loss for result in results]
@@ -684,8 +704,8 @@ def scaling_report(groups, config):
             f"({fit.df} degrees of freedom; N: all parameters, {config['tokens_per_param']:g} "
             f'tokens each); {10 * max(n):,} of them would reach {loss:.4f} ± {half:.4f}\n')
     if not fit.E:
-        text += ('These sizes cannot tell E, the loss that no size removes, from 0: beyond them '
-                 'the line is too low.\n')
+        text += ('These sizes cannot distinguish E, the loss that no size removes, from 0, so the '
+                 'line is too low beyond them.\n')
     facts = fit._asdict()
     del facts['predict']
     for key, value in facts.items():
@@ -720,8 +740,8 @@ def report(groups, failed, config):
     facts |= dict(command=sys.argv, failed=[f'{run.cell}, seed {run.seed}' for run in failed])
     text = table(rows, facts)
     if config['search']:
-        text += ('NOTE: the best of a search is the best by these very figures, so it looks better '
-                 'than it is: run the first few again with other seeds.\n')
+        text += ('NOTE: the best cell of a search was selected by these figures, so it looks '
+                 'better than it is: run the first few again with other seeds.\n')
     results = itertools.chain(*groups.values())
     devices = {result.startup_info['device'].split(',')[0] for result in results}
     if len(devices) > 1:
@@ -747,7 +767,7 @@ def report(groups, failed, config):
 
 def main(argv):
     config, given = settings(argv)
-    for library in ('scipy', 'matplotlib'):  # before a night of runs, not after it
+    for library in ('scipy', 'matplotlib'):  # before hours of runs, not after them
         optional(library, 'a comparison')
     if not 0 < config['confidence'] < 1:
         raise UserError(f"confidence must be between 0 and 1, not {config['confidence']}")
@@ -787,7 +807,7 @@ def lock_out_dir(out_dir):
 
 
 def stop(number, frame):
-    """On a signal, run_all lets the active runs save. Further signals change nothing."""
+    """Let the active runs save after a signal; see run_all. Further signals change nothing."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     print('\nthe active runs save and end; the same command resumes them', flush=True)

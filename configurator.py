@@ -1,7 +1,7 @@
 """
-Settings for every script, as in nanoGPT: a script's settings are a block of plain assignments
-at its top, override files are Python that assigns some of the same names, and --key=value flags
-come last and win.
+Read the settings of every script, as in nanoGPT: a script's settings are a block of plain
+assignments at its top, override files are Python that assigns some of the same names, and
+--key=value flags come last and win.
 
     python train.py config/preset_quick_test.py --batch_size=32
     python train.py --help
@@ -12,7 +12,7 @@ A script calls this right after its block:
     globals().update(config)
 
 The block is read from the script's source and documents itself: the comment behind a setting is
-its help text. An annotation gives the type where the default does not show it, and the range:
+its help text. An annotation gives the type if the default does not show it, and the range:
 
     log_interval: PositiveInt = 1  # iterations between log lines
     d_ff: PositiveInt = None  # feed-forward width; None: 4 n_embd
@@ -59,8 +59,8 @@ class Setting(NamedTuple):
 
 def read_block(script):
     """
-    The settings of a script, {name: Setting}, read from its source without running it. They are
-    the assignments that precede `... = configure(...)` in the same block of statements.
+    Return the settings of a script, {name: Setting}, read from its source without running it. They
+    are the assignments that precede `... = configure(...)` in the same block of statements.
     """
     with tokenize.open(script) as f:
         source = f.read()
@@ -101,7 +101,9 @@ def statements_before_configure(source, script):
 
 
 def evaluate(expression):
-    """The value of an expression in a settings block; it may use Literal and names of RANGES."""
+    """
+    Return the value of an expression in a settings block. It may use Literal and names of RANGES.
+    """
     names = {'Literal': Literal} | {name: globals()[name] for name in RANGES}
     try:
         return eval(compile(ast.Expression(expression), '<settings>', 'eval'), names)
@@ -113,7 +115,7 @@ def evaluate(expression):
 
 def coerce(value, default, kind):
     """
-    `value` as type `kind`. An int is accepted for a float, and None where the default is None.
+    Return `value` as type `kind`. An int is accepted for a float, and None if the default is None.
     ValueError says what was expected.
     """
     if value is None and default is None or type(value) is kind:
@@ -127,7 +129,7 @@ def coerce(value, default, kind):
 
 
 def choices(kind):
-    """The members of a Literal or a union: values, and types of which any value will do."""
+    """Return the members of a Literal or a union: values, and types that allow any value."""
     return [choice for part in get_args(kind) for choice in get_args(part) or [part]]
 
 
@@ -139,7 +141,7 @@ def describe(kind):
 
 
 def check_range(name, where, value, setting):
-    """UserError for a number out of range; compare.py may give a key several."""
+    """Raise UserError for a number out of range. compare.py may give a key several numbers."""
     if not setting.range:
         return
     words, inside = RANGES[setting.range]
@@ -152,7 +154,7 @@ def check_range(name, where, value, setting):
 
 
 def parse(text, kind):
-    """The value of a flag: a Python literal, or the text itself. --out_dir=123 is a name."""
+    """Return the value of a flag: a Python literal, or the text itself. --out_dir=123 is a name."""
     try:
         with warnings.catch_warnings():  # newer Pythons warn about a backslash in a string
             warnings.simplefilter('ignore')
@@ -165,7 +167,7 @@ def parse(text, kind):
 
 
 def suggestion(text, known):
-    """The known word that is nearest to text, as a question; '' if none is near."""
+    """Return the known word nearest to `text`, as a question; '' if none is near."""
     match = difflib.get_close_matches(text, known, n=1)
     return f"; did you mean '{match[0]}'?" if match else ''
 
@@ -177,13 +179,13 @@ def suggest_key(name, settings):
 
 def configure(script, *also, argv=None, convert=None):
     """
-    The settings of `script` after override files and flags: (config, given). config is
-    {name: value} for every key, given is {name: where} for those that were set. Scripts in
-    `also` add the keys that `script` does not have itself.
+    Return (config, given): the settings of `script` after override files and flags. config is
+    {name: value} for every key, given is {name: where} for those that were set. Scripts in `also`
+    add the keys that `script` does not have itself.
 
-    Anything wrong raises UserError, which sys.excepthook shows as one line. --help prints the
-    keys and exits. convert(name, value, default, kind) returns the value to store, or raises
-    ValueError with what was expected; the default is coerce().
+    Any mistake raises UserError, which sys.excepthook shows as one line. --help prints the keys and
+    exits. convert(name, value, default, kind) returns the value to store, or raises ValueError with
+    what was expected; the default is coerce().
     """
     sys.excepthook = show_error
     argv = sys.argv[1:] if argv is None else argv
@@ -225,7 +227,7 @@ def configure(script, *also, argv=None, convert=None):
 
 
 def split_arguments(argv, settings):
-    """(override files, [(key, text of its value)]) of a command line."""
+    """Split a command line into (override files, [(key, text of its value)])."""
     files, flags = [], []
     for i, arg in enumerate(argv):
         name, equals, text = arg.removeprefix('--').partition('=')
@@ -244,7 +246,7 @@ def split_arguments(argv, settings):
 
 
 def run_file(path, config):
-    """Execute an override file with the values so far in scope; return the names that it set."""
+    """Execute an override file with the values so far in scope. Return the names that it set."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path)
         names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
@@ -255,7 +257,7 @@ def run_file(path, config):
         with open(path, 'rb') as f:
             tree = ast.parse(f.read(), path)
         exec(compile(tree, path, 'exec'), scope)
-    except Exception as e:  # an override file may do anything wrong; say at which line
+    except Exception as e:  # an override file may raise anything; report the line
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(e, 'lineno', None)
@@ -263,7 +265,7 @@ def run_file(path, config):
         message = getattr(e, 'msg', e)  # a SyntaxError's str() repeats file and line
         raise UserError(f"override file '{path}'{at}: {type(e).__name__}: {message}") from e
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    assigned = {n.id for n in stored}  # tells `count = 3` from a value that was in scope before
+    assigned = {n.id for n in stored}  # so that `count = 3` counts even if 3 was its value before
     changes = {}
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):
@@ -284,7 +286,7 @@ def show_help(script, own, settings):
     if others:
         lines += ['keys of train.py, which override files may set:']
         lines += [help_line(*item) for item in others.items()]
-    print('\n'.join(lines))  # one print, since the reader may be `head`, which leaves early
+    print('\n'.join(lines))  # one print, because the reader may be `head`, which exits early
 
 
 def help_line(name, setting):

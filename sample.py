@@ -1,13 +1,13 @@
 """
-Text out of a trained model, as it comes.
+Generate text from a trained model and print it token by token.
 
     python sample.py --out_dir=out
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --out_dir=out --interactive=True
     python sample.py --init_from=gpt2
-    python sample.py --out_dir=out --metrics=True           # how samples differ from real text
-    python sample.py --out_dir=out --attention=map.png      # where each head looks, as a picture
+    python sample.py --out_dir=out --metrics=True           # compare samples with real text
+    python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
 import codecs
 import contextlib
@@ -48,7 +48,7 @@ stop = True  # end a sample where the model says end of text
 slide: PositiveInt = 1  # past block_size the window moves this far; 1: as nanoGPT; more: faster
 seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
-metrics = False  # after the samples: diversity, repetition, perplexity, beside val's (needs scipy)
+metrics = False  # also print diversity, repetition, perplexity of samples and val (needs scipy)
 attention = ''  # instead of samples: a file such as map.png for each head's attention to the prompt
 device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
@@ -75,7 +75,7 @@ if start.startswith('FILE:'):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn the model's ValueError, which names an argument, into one line."""
+    """Turn the model's ValueError, which names an argument, into a UserError of one line."""
     try:
         yield
     except ValueError as e:
@@ -105,7 +105,7 @@ print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantiz
 
 
 def prompt_ids(prompt):
-    """The ids of a prompt, at least one."""
+    """Return the ids of a prompt, at least one."""
     if prompt:
         ids = tokenizer.encode(prompt)
     elif tokenizer.eot is not None:
@@ -114,15 +114,15 @@ def prompt_ids(prompt):
         raise UserError('an empty --start needs a tokenizer with an end-of-text token; '
                         'give it some text')
     if max(ids) >= model.config.vocab_size:
-        raise UserError(f'the prompt has token {max(ids)}, the model knows '
-                        f'{model.config.vocab_size}')
+        raise UserError(f'the prompt has token {max(ids)}, but the model has only '
+                        f'{model.config.vocab_size} ids')
     return ids
 
 
 def generate(prompt):
     """
-    Print num_samples continuations, the first as its tokens come, and the metrics. A character
-    that is cut off at the end is left out.
+    Print num_samples continuations, the first one token by token, and the metrics. A character that
+    is cut off at the end is left out.
     """
     ids = prompt_ids(prompt)
     eot = tokenizer.eot if stop else None
@@ -152,7 +152,7 @@ def generate(prompt):
 
 
 def compare_with_real_text(prompt, rows):
-    """A table of metrics of the samples, and of as many real texts of as many tokens."""
+    """Return a table of metrics of the samples, and of as many real texts of as many tokens."""
     samples = [prompt + row for row in rows]
     columns = {f'{len(samples)} samples': measure(model, tokenizer, samples, len(prompt))}
     lengths = [len(ids) for ids in samples]
@@ -160,7 +160,7 @@ def compare_with_real_text(prompt, rows):
         real = real_texts(ckpt, model, tokenizer, lengths, seed)
         columns[f'{len(real)} of real text'] = measure(model, tokenizer, real, len(prompt))
     except UserError as e:
-        print(f'no real text to compare with, of as many tokens as the samples: {e}',
+        print(f'no real text to compare the samples with: {e}',
               file=sys.stderr)
     return metrics_table(columns)
 
@@ -186,7 +186,7 @@ def ask():
             print(e, file=sys.stderr)
 
 
-sys.stdout.reconfigure(errors='replace')  # a sample may hold characters the terminal cannot show
+sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
 try:
     if attention:
         draw(start)
@@ -194,5 +194,5 @@ try:
         ask()
     else:
         generate(start)
-except BrokenPipeError:  # the reader of the output, such as head, has had enough
+except BrokenPipeError:  # the reader of the output, such as head, has exited
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

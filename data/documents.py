@@ -1,6 +1,6 @@
 """
-Files of text to documents: which files there are, how each kind is read, and which documents are
-val. A long document comes in pieces, so that no file is ever in memory as a whole.
+Turn files of text into documents: find the files, read each kind, and decide which documents are
+val. A long document comes in pieces, so no file is ever in memory as a whole.
 """
 import functools
 import json
@@ -32,8 +32,8 @@ class Item(NamedTuple):
     content: bytes | str     # UTF-8 text, a str, or whatever parse() of its kind takes
     place: int               # the byte, line or row where it begins, for error messages
     read: int                # bytes of the file that were read so far
-    continued: bool = False  # it goes on where the item before it ended
-    ends: bool = True        # the document ends with it
+    continued: bool = False  # it continues the previous item
+    ends: bool = True        # it ends its document
     split: str | None = None
     name: str = ''           # of the file
 
@@ -49,8 +49,9 @@ class Kind(NamedTuple):
 
 def find_sources(inputs, split, glob='*', out=None):
     """
-    A Source for each file in `inputs`, files and folders; of folders, those that match `glob`, at
-    any depth, sorted. The folder `out`, to which the data set is written, is left out.
+    Return a Source for each file in `inputs`, which are files and folders. Files in folders must
+    match `glob`, at any depth, and are sorted. The folder `out`, to which the data set is written,
+    is skipped.
     """
     found = []
     for path in map(Path, inputs):
@@ -67,7 +68,7 @@ def find_sources(inputs, split, glob='*', out=None):
 
 def files_in(folder, glob, out):
     paths = []
-    inside_out = out and out in folder.resolve().parents  # then everything would be left out
+    inside_out = out and out in folder.resolve().parents  # otherwise everything would be skipped
     for path in sorted(folder.rglob(glob)):
         hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
         own = out and not inside_out and out in path.resolve().parents
@@ -84,8 +85,8 @@ def files_in(folder, glob, out):
 
 def read_text(path, field=None, cut=math.inf):
     """
-    The pieces of a text file, which is one document. With `cut` it is two: train ends at the last
-    good place before byte `cut`, and the rest is val.
+    Yield the pieces of a text file, which is one document. With `cut` it is two: train ends at the
+    last good place before byte `cut`, and the rest is val.
     """
     text, start, split = b'', 0, 'train'
     for chunk, read in read_chunks(path):
@@ -107,7 +108,9 @@ def read_text(path, field=None, cut=math.inf):
 
 
 def read_lines(path, field):
-    """The lines of a file of JSON lines, still as JSON: parsing is left to the other processes."""
+    """
+    Yield the lines of a file of JSON lines, still as JSON, because other processes parse them.
+    """
     rest, number = b'', 0
     for chunk, read in read_chunks(path):
         *lines, rest = (rest + chunk).split(b'\n')
@@ -136,7 +139,7 @@ def parse_json(line, field, bad_bytes):
 
 
 def read_rows(path, field):
-    """The rows of a parquet file."""
+    """Yield the rows of a parquet file."""
     parquet = optional('pyarrow.parquet', 'a .parquet file')
     from pyarrow import ArrowException
     size, number = path.stat().st_size, 0
@@ -155,7 +158,7 @@ def read_rows(path, field):
         raise UserError(f'{problem}: fetch it again') from None
 
 
-# By the end of a file's name. Another kind is a function that yields Items, and a line here.
+# Kinds by the end of a file's name. To add one, list it here with a function that yields Items.
 TEXT = Kind(read_text)
 KINDS = {
     'jsonl': Kind(read_lines, parse_json),
@@ -165,14 +168,17 @@ KINDS = {
 
 
 def kind_of(name):
-    """(Kind, packed) by the name of a file; packed is 'gz', 'zst' or ''."""
+    """Return (Kind, packed) for the name of a file; packed is 'gz', 'zst' or ''."""
     parts = name.lower().split('.')
     packed = parts.pop() if parts[-1] in ('gz', 'zst') else ''
     return KINDS.get(parts[-1], TEXT), packed
 
 
 def text_of(item, field, bad_bytes):
-    """The text of an item. UserError names the file and place where there is none, or no UTF-8."""
+    """
+    Return the text of an item. UserError names the file and the place if there is no text or it is
+    not UTF-8.
+    """
     kind, _ = kind_of(item.name)
     entry = f'{item.name}, entry {item.place},'
     try:
@@ -195,7 +201,7 @@ def text_of(item, field, bad_bytes):
 # reading and dividing
 
 def read_chunks(path):
-    """Yield (bytes, how far the file was read) of a file, unpacked."""
+    """Yield (bytes, bytes of the file read so far) of a file, unpacked."""
     _, packed = kind_of(path.name)
     with open(path, 'rb') as f:
         if packed:
@@ -206,14 +212,17 @@ def read_chunks(path):
 
 
 def unpack(f, path, packed):
-    """The same for a .gz or .zst file. UserError if it is damaged or cut."""
+    """
+    Yield the same as read_chunks for a .gz or .zst file. Raise UserError if it is damaged or cut
+    off.
+    """
     problem, remedy = f'{path} is not a whole .{packed} file', 'fetch or pack it again'
     unpacker, whole = make_unpacker(packed), True
     while chunk := f.read(2**17):
         while chunk:
             try:
                 yield unpacker.decompress(chunk), f.tell()
-            except Exception as e:  # each library has its own
+            except Exception as e:  # each library raises its own types
                 raise UserError(f'{problem} ({e}): {remedy}') from None
             whole = unpacker.eof
             chunk = unpacker.unused_data if whole else b''
@@ -231,9 +240,10 @@ def make_unpacker(packed):
 
 def cut_before(text, end):
     """
-    Where to divide the bytes of a text so that its parts have the tokens of the whole: the last
-    place before `end` that follows a line break or else precedes a single space between printing
-    characters, where common tokenizers divide it too. Without one, between any two characters.
+    Return where to divide the bytes of a text so that its parts have the tokens of the whole: the
+    last place before `end` that follows a line break or, failing that, precedes a single space
+    between printing characters, where common tokenizers divide it too. If there is none, divide it
+    between any two characters.
     """
     for separator, keep in ((b'\n', 1), (b' ', 0)):
         at = end - 1
@@ -248,8 +258,8 @@ def cut_before(text, end):
 
 def is_val(document, period):
     """
-    The rule that divides documents by their number: of every `period` documents, one is val. A
-    hash chooses which.
+    Return whether a document, given by its number, is val: one of every `period` documents is,
+    chosen by a hash.
     """
     block, place = divmod(document, period)
     return place == val_place(block, period)

@@ -1,9 +1,10 @@
 """
-Shards of token ids in, (B, T) batches out. A batch depends only on the seed and the sample indices.
+Read shards of token ids and return (B, T) batches. A batch depends only on the seed and the sample
+indices.
 
 A data set is a folder of shards, train*.bin and val*.bin, and a meta.json. A shard is raw
 little-endian uint16 or uint32 ids; meta.json has dtype, vocab_size, tokenizer, and the number of
-tokens and crc32 of each file. Two relatives are read as they are: nanoGPT's folders (uint16, with
+tokens and crc32 of each file. Two other formats are also read: nanoGPT's folders (uint16, with
 meta.pkl or no meta at all) and llm.c's shards (a header of 256 int32 before the ids).
 """
 import ast
@@ -36,8 +37,8 @@ REMEDY = "run the data set's prepare.py again"
 
 def read_meta(data_dir):
     """
-    The meta.json of a data set as a dict. nanoGPT's meta.pkl is turned into the same shape; {}
-    without either. UserError names a malformed file.
+    Return the meta.json of a data set as a dict. nanoGPT's meta.pkl is converted to the same form;
+    {} if there is neither. UserError names a malformed file.
     """
     data_dir = Path(data_dir)
     if (data_dir / 'meta.json').exists():
@@ -56,7 +57,7 @@ def read_meta(data_dir):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):  # every global is a way to run code
+    def find_class(self, module, name):  # any global could run code
         raise pickle.UnpicklingError(f'it wants to import {module}.{name}')
 
 
@@ -89,15 +90,15 @@ def check_meta(meta, path):
 
 def prepare_facts(script):
     """
-    The facts that a data set's prepare.py states about itself, read without running it: 'about' is
-    the first line of its docstring, the others are its assignments to these names.
+    Return the facts that a data set's prepare.py states about itself, read without running it:
+    'about' is the first line of its docstring, the others are its assignments to these names.
     """
     tree = ast.parse(Path(script).read_text(encoding='utf-8'))
     facts = {
         'about': (ast.get_docstring(tree) or '').split('\n')[0],
         'download_mb': 0,
         'vocab_size': None,
-        'needs_flags': '',  # such as '--input=FILE', without which the script cannot run
+        'needs_flags': '',  # flags that the script requires, such as '--input=FILE'
     }
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
@@ -107,8 +108,8 @@ def prepare_facts(script):
 
 def find_datasets(dataset):
     """
-    The data sets that --dataset names, as [(name, share, folder)]; shares add up to 1. A name is
-    a folder of data/, any other folder, or a file of text; a:0.7,b:0.3 names several.
+    Return the data sets that --dataset names, as [(name, share, folder)]; shares add up to 1. A
+    name is a folder of data/, any other folder, or a text file; a:0.7,b:0.3 names several.
     """
     named = re.findall(r'([^,]+?):([^:,/]+)(?:,|$)', dataset)
     rejoined = ','.join(f'{name}:{share}' for name, share in named)
@@ -129,7 +130,7 @@ def parse_share(dataset, name, text):
 
 def dataset_folder(name):
     path = Path(name)
-    if path.is_file():  # prepared into a folder of the cache, another one whenever the file changes
+    if path.is_file():  # prepared in a cache folder, a new one if the file changes
         stat = path.stat()
         identity = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
         version = hashlib.sha256(identity.encode()).hexdigest()[:8]
@@ -141,8 +142,8 @@ def dataset_folder(name):
 
 def find_trained_on(config):
     """
-    find_datasets() for the config in a checkpoint. A stranger's checkpoint may name data to read
-    but no prepare.py to run, so data that is not prepared yet is a UserError.
+    Call find_datasets() for the config in a checkpoint. Someone else's checkpoint may name data to
+    read but no prepare.py to run, so data that is not prepared yet raises UserError.
     """
     dataset = (config or {}).get('dataset')
     found = find_datasets(dataset) if isinstance(dataset, str) and dataset else []
@@ -165,8 +166,8 @@ def write_dataset(data_dir, splits, meta):
     """
     Write train.bin, val.bin, ... and meta.json into data_dir: all of them or, on an error, none.
 
-    splits is {'train': ids, 'val': ids}; ids are an integer array, or bytes for one id per byte.
-    meta needs vocab_size and tokenizer; dtype and files are added. Returns the meta written.
+    `splits` is {'train': ids, 'val': ids}; ids are an integer array, or bytes for one id per byte.
+    `meta` needs vocab_size and tokenizer; dtype and files are added. Return the meta written. Raise
     UserError for an empty split or an id outside 0..vocab_size-1.
     """
     data_dir = Path(data_dir)
@@ -189,7 +190,7 @@ def write_dataset(data_dir, splits, meta):
             f = stack.enter_context(replacing(path))
             f.write(content)
             f.flush()
-            os.fsync(f.fileno())  # here, so that a full disk is noticed before the first rename
+            os.fsync(f.fileno())  # so that a full disk is noticed before the first rename
     return meta
 
 
@@ -211,8 +212,8 @@ def meta_json(meta):
 
 def mix(*words):
     """
-    A 64-bit hash of integer arrays that broadcast together, mixed as in SplitMix64 (Steele et al.
-    2014, Fast splittable pseudorandom number generators).
+    Return a 64-bit hash of integer arrays that broadcast together, mixed as in SplitMix64 (Steele
+    et al. 2014, Fast splittable pseudorandom number generators).
     """
     h = np.zeros(1, np.uint64)
     for word in words:
@@ -225,11 +226,12 @@ def mix(*words):
 
 def permute(i, n, key):
     """
-    The place to which a shuffle of range(n) sends i: a bijection for every key, without a table.
+    Return the place to which a shuffle of range(n) sends i: a bijection for every key, without a
+    table.
 
-    i is (B,) integers in [0, n); key is an integer or (B,) and chooses the shuffle; returns (B,)
-    int64. A Feistel network permutes an a x b grid just larger than n, and is applied again where
-    it leaves the range (Black and Rogaway 2002, https://eprint.iacr.org/2001/012).
+    `i` is (B,) integers in [0, n). `key`, an integer or (B,), chooses the shuffle. The result is
+    (B,) int64. A Feistel network permutes an a x b grid just larger than n, and is applied again if
+    the result is outside the range (Black and Rogaway 2002, https://eprint.iacr.org/2001/012).
     """
     a = np.uint64(math.isqrt(n - 1) + 1)
     b = np.uint64(-(-n // int(a)))
@@ -256,7 +258,7 @@ class Shard(NamedTuple):
     n_tokens: int
 
     def read(self, starts, length):
-        """(len(starts), length) ids from each of the token offsets."""
+        """Return `length` ids from each of the token offsets, (len(starts), length)."""
         ids = np.empty((len(starts), length), np.int64)
         # plain reads: the pages of a memory map would count as memory of the process
         with open(self.path, 'rb') as f:
@@ -267,7 +269,7 @@ class Shard(NamedTuple):
         return ids
 
 
-@functools.cache  # so that a second Loader does not read the file a second time
+@functools.cache  # a second Loader need not read the file again
 def crc32(path, size, mtime_ns):
     crc = 0
     with open(path, 'rb') as f:
@@ -278,8 +280,8 @@ def crc32(path, size, mtime_ns):
 
 def check_shard(path, meta, block_size, checked):
     """
-    The Shard in a file, or a UserError that says what is wrong with it. `checked` lists the large
-    files known to match their crc32, as {name: [bytes, mtime_ns, crc32]}, and is added to.
+    Return the Shard in a file, or raise a UserError that names the problem. `checked` lists the
+    large files known to match their crc32, as {name: [bytes, mtime_ns, crc32]}, and is extended.
     """
     stat = path.stat()
     if stat.st_size == 0:
@@ -305,7 +307,7 @@ def check_shard(path, meta, block_size, checked):
 
 
 def read_header(path, meta):
-    """(dtype, header_bytes) of a shard."""
+    """Return (dtype, header_bytes) of a shard."""
     with open(path, 'rb') as f:
         header = np.frombuffer(f.read(12).ljust(12, b'\0'), '<i4')
     if header[0] != LLMC_MAGIC:
@@ -331,7 +333,10 @@ def check_crc32(path, stat, expected, checked):
 
 
 def check_tail(shard):
-    """Without a checksum, zeros at the end are the one sign of a file sized first, never filled."""
+    """
+    Raise UserError if a shard ends in zeros: without a checksum, they are the only sign of a file
+    that was allocated but not completely written.
+    """
     tail = shard.read([shard.n_tokens - 1024], 1024)
     if not tail.any():
         message = 'ends in 1024 zeros, as an interrupted preparation leaves it'
@@ -339,7 +344,9 @@ def check_tail(shard):
 
 
 def check_shards(data_dir, split, block_size):
-    """The Shards of a split, all of them checked. UserError names the file that is wrong."""
+    """
+    Return the Shards of a split after checking them all. UserError names the file that is wrong.
+    """
     if not data_dir.is_dir():
         raise UserError(f'{data_dir} is not a folder: name a data set, or {REMEDY}')
     meta = read_meta(data_dir)
@@ -352,7 +359,7 @@ def check_shards(data_dir, split, block_size):
             if path in listed:
                 raise UserError(f'{path} is missing: bring it back, or {REMEDY}')
             raise UserError(f'{path} is not listed in meta.json: remove it, or {REMEDY}')
-    # a large shard is read whole only once and when it has changed: 20 GB take a minute
+    # a large shard is only read whole once, or after a change: 20 GB take a minute
     memory = data_dir / '.checked.json'
     checked = {}
     with suppress(OSError, ValueError):
@@ -371,7 +378,7 @@ def check_shards(data_dir, split, block_size):
 
 def fingerprint(ids):
     """
-    An int that identifies windows of (B, T + 1) ids. Fingerprints add up, so that neither the
+    Return an int that identifies windows of (B, T + 1) ids. Fingerprints add up, so neither the
     order of the windows nor their division into batches matters.
     """
     return sum(zlib.crc32(window.tobytes()) for window in np.asarray(ids, '<i8'))
@@ -382,17 +389,17 @@ class Loader:
     Batches from one split of a data set, as a pure function of (seed, sample index): there is no
     state to save.
 
-    A window is block_size inputs and the same shifted by one as targets; windows of an epoch do
+    A window is block_size inputs and the same ids shifted by one as targets; windows of an epoch do
     not overlap. Sample indices 0, 1, 2, ... count windows over the whole run, n_windows per epoch,
     so ranks and micro-batches only need to take different indices.
 
-    shuffle: every epoch has its own order; without it, the order is that of the files.
-    shift: every epoch also moves the windows of each shard by an offset below block_size, so that
-    many epochs show tokens at every position. This costs at most one window per shard.
-    vocab_size: an id that is not below it is an error.
+    With `shuffle`, every epoch has its own order; otherwise the order is that of the files. With
+    `shift`, every epoch also moves the windows of each shard by an offset below block_size, so that
+    many epochs show tokens at every position; this costs at most one window per shard. An id that
+    is not below vocab_size is an error.
 
-    A folder or shard that is missing, cut, empty, too short or altered is a UserError here, before
-    any batch.
+    Raise UserError for a folder or shard that is missing, truncated, empty, too short or altered,
+    before any batch is read.
     """
 
     def __init__(self, data_dir, split, block_size, *, seed=1337, shuffle=True, shift=True,
@@ -414,7 +421,9 @@ class Loader:
         self.vocab_size, self.device = vocab_size, torch.device(device)
 
     def locate(self, indices):
-        """Shard number and token offset, (B,) each, of the windows for sample indices (B,)."""
+        """
+        Return shard number and token offset, (B,) each, of the windows for sample indices (B,).
+        """
         epoch, window = np.divmod(np.asarray(indices, np.int64), self.n_windows)
         if self.shuffle:
             window = permute(window, self.n_windows, mix(self.seed, epoch))
@@ -424,7 +433,9 @@ class Loader:
         return shard, (window - self.first[shard]) * self.block_size + offset
 
     def read(self, numbers, starts):
-        """Inputs and targets in host memory, (B, T) each, from shard numbers and token offsets."""
+        """
+        Return inputs and targets in host memory, (B, T) each, from shard numbers and token offsets.
+        """
         import torch
         ids = np.empty((len(starts), self.block_size + 1), np.int64)
         for number in np.unique(numbers):
@@ -448,15 +459,15 @@ class Loader:
 
     def batch(self, indices):
         """
-        Inputs x and targets y, int64 (B, T) each on the device, of sample indices (B,). UserError
-        names file, token offset, id and vocab_size where an id is too large.
+        Return inputs x and targets y, int64 (B, T) each on the device, for sample indices (B,). If
+        an id is too large, UserError names the file, the token offset, the id and vocab_size.
         """
         return self.to_device(*self.read(*self.locate(indices)))
 
     def stream(self, index_arrays):
         """
-        Yield batch(indices) for each array of an iterable, read ahead in a thread. An error of
-        the thread is raised by the next() that comes to the group it was in.
+        Yield batch(indices) for each array of an iterable, read ahead in a thread. An error in the
+        thread is raised by the next() that reaches its group.
         """
         index_arrays = iter(index_arrays)
         with ThreadPoolExecutor(1) as pool:
@@ -470,7 +481,10 @@ class Loader:
                 yield from itertools.starmap(self.to_device, reading.result())
 
     def next_group(self, index_arrays):
-        """Up to 16 small batches, read together since waking a thread takes longer than one."""
+        """
+        Return up to 16 small batches to be read together, because waking a thread takes longer than
+        reading one.
+        """
         group = list(itertools.islice(index_arrays, 1))
         if group:
             n = min(16, 2**18 // (len(group[0]) * self.block_size))
@@ -485,12 +499,12 @@ class Loader:
 
 class Mixture(Loader):
     """
-    Several Loaders drawn from in fixed shares, itself a pure function of the sample index.
+    Several Loaders sampled in fixed shares; itself a pure function of the sample index.
 
     Among the first n samples, each set has its share to within a few windows, for any n: the first
     set takes the samples at which floor(i * share) grows, the second takes its part of the rest in
-    the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of
-    the mixture (n_windows) ends before any set would begin again.
+    the same way, and so on. Each set is read in its own order, over its own epochs. An epoch of the
+    mixture (n_windows) ends before any set would begin again.
     """
 
     def __init__(self, loaders, shares):
@@ -511,7 +525,7 @@ class Mixture(Loader):
         self.n_windows = max(1, min(lasts))
 
     def choose(self, indices):
-        """(number of the Loader, sample index there), (B,) each, of sample indices (B,)."""
+        """Return (number of the Loader, sample index there), (B,) each, for sample indices (B,)."""
         indices = np.array(indices, np.int64)
         chosen, within = np.empty_like(indices), np.empty_like(indices)
         waiting = np.ones(len(indices), bool)
@@ -539,9 +553,9 @@ class MicroBatches:
     """
     An endless iterator of one rank's micro-batches (X, Y), read ahead in a thread.
 
-    Iteration i reads the next batch_size * accumulation_steps samples; micro-batches are dealt out
-    to the ranks in turn. Which samples an iteration reads depends neither on the size of a
-    micro-batch nor on the number of ranks. accumulation_steps is the total over all ranks.
+    Iteration i reads the next batch_size * accumulation_steps samples. Ranks take micro-batches in
+    turn. The samples of an iteration depend neither on the size of a micro-batch nor on the number
+    of ranks. accumulation_steps is the total over all ranks.
     """
 
     def __init__(self, loader, batch_size, accumulation_steps, rank=0, world_size=1, iter_num=0):
@@ -567,8 +581,8 @@ class MicroBatches:
 
     def smaller(self):
         """
-        (batch_size, accumulation_steps) of the next smaller micro-batch with as many sequences per
-        iteration. None if a micro-batch is one sequence already.
+        Return (batch_size, accumulation_steps) of the next smaller micro-batch, with as many
+        sequences per iteration, or None if a micro-batch is a single sequence.
         """
         if self.batch_size == 1:
             return None
@@ -576,7 +590,7 @@ class MicroBatches:
         return self.batch_size // parts, self.accumulation_steps * parts
 
     def shrink(self, iter_num):
-        """Take the next smaller micro-batch and start iteration iter_num again."""
+        """Switch to the next smaller micro-batch and start iteration iter_num again."""
         self.close()
         self.batch_size, self.accumulation_steps = self.smaller()
         self.start(iter_num)

@@ -1,4 +1,4 @@
-"""Any text as a data set: text files, folders, JSON lines and parquet, encoded on all cores.
+"""Make any text a data set: text files, folders, JSON lines and parquet, encoded on all cores.
 
     python data/prepare.py --input=book.txt --out=book --tokenizer=byte
     python data/prepare.py --input=notes/ --input=more.jsonl.gz --out=notes --tokenizer=gpt2
@@ -76,7 +76,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Turns items into ids. Each process has its own."""
+    """Convert items to ids. Each process has its own."""
 
     def __init__(self, spec, field, bad_bytes):
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'
@@ -90,7 +90,7 @@ class Encoder:
         return set().union(*map(self.text, items))
 
     def encode(self, items):
-        """{split: Encoded}"""
+        """Return {split: Encoded} for a list of items."""
         parts = {split: [] for split in SPLITS}
         for item in items:
             parts[item.split].append(item)
@@ -113,7 +113,9 @@ class Encoder:
 
 
 def start_worker(*settings):
-    """Make the Encoder of this process, which ends when its parent does, however that ends."""
+    """
+    Make the Encoder of this process. The process ends when its parent does, however that ends.
+    """
     global encoder
     encoder = Encoder(*settings)
     parent = multiprocessing.parent_process()
@@ -127,8 +129,8 @@ def call_worker(method, items):
 
 def in_order(method, batches, processes, settings):
     """
-    Yield (Encoder.method(items), position) for each (items, position) of `batches`, in their
-    order, computed a few batches ahead in processes.
+    Yield (Encoder.method(items), position) for each (items, position) of `batches`, in their order,
+    computed a few batches ahead in several processes.
     """
     if processes == 1:
         run = getattr(Encoder(*settings), method)
@@ -147,7 +149,7 @@ def in_order(method, batches, processes, settings):
         for future, done in waiting:
             yield future.result(), done
     except concurrent.futures.BrokenExecutor:
-        reason = 'perhaps for lack of memory (--processes=N takes fewer)'
+        reason = 'perhaps because memory ran out (try a lower --processes=N)'
         message = f'one of the {processes} processes was killed from outside, {reason}'
         raise OSError(f'{message}; {RESUME}') from None
     finally:
@@ -169,7 +171,7 @@ def until_error(batches, errors):
 
 class Shards:
     """
-    The shards of one split, to append to. `record` says what is written already: a dict of
+    The shards of one split, to append to. `record` describes the existing ones: a dict of
     documents, bytes (of text) and shards, [{'tokens': ..., 'crc32': ...}].
     """
 
@@ -181,7 +183,7 @@ class Shards:
         self.file = None
 
     def record(self):
-        """A copy; only the last shard can still change."""
+        """Return a copy of the record; only the last shard can still change."""
         shards = self.shards[:-1] + [dict(shard) for shard in self.shards[-1:]]
         return {'documents': self.documents, 'bytes': self.text_bytes, 'shards': shards}
 
@@ -192,7 +194,10 @@ class Shards:
         return sum(shard['tokens'] for shard in self.shards)
 
     def cut_back(self):
-        """Remove what was written after the record. ValueError if less is there than it says."""
+        """
+        Remove what was written after the record. Raise ValueError if a file is shorter than it
+        says.
+        """
         for number, shard in enumerate(self.shards):
             size = shard['tokens'] * self.width
             if self.path(number).stat().st_size < size:
@@ -203,7 +208,9 @@ class Shards:
                 path.unlink()
 
     def append(self, encoded):
-        """Write ids at the end, over as many shards as they take. True if a shard is full now."""
+        """
+        Write ids at the end, over as many shards as they take. Return whether a shard is full now.
+        """
         self.documents += encoded.documents
         self.text_bytes += encoded.text_bytes
         ids, filled = memoryview(encoded.ids), False
@@ -229,8 +236,8 @@ class Shards:
 
     def join_short_tail(self):
         """
-        Join a last shard that is short to the one before: a shard shorter than a window is of no
-        use. Its file stays, so that this can be done again after a kill.
+        Append a short last shard to the previous one, because a shard shorter than a window cannot
+        be used. Its file stays, so that this can be done again after a kill.
         """
         if len(self.shards) > 1 and self.shards[-1]['tokens'] < self.tokens_per_shard // 10:
             self.close()
@@ -251,12 +258,12 @@ class Shards:
             self.file = None
 
     def listed(self):
-        """{file name: shard}, as in meta.json."""
+        """Return {file name: shard}, as in meta.json."""
         return {self.path(number).name: shard for number, shard in enumerate(self.shards)}
 
 
 class Progress:
-    """A bar, redrawn twice a second on a terminal, else printed every 10 seconds."""
+    """Show a bar, redrawn twice a second on a terminal, else printed every 10 seconds."""
 
     def __init__(self, task, total, done=0):
         self.task, self.total, self.done_before = task, total, done
@@ -288,11 +295,12 @@ class Progress:
 
 class Preparation:
     """
-    Makes one data set. Everything is written to data_dir/unfinished, where state.json says what
+    Make one data set. Everything is written to data_dir/unfinished, where state.json says how much
     is done; publish() then moves it to data_dir. So a shard has its final name only beside a
-    meta.json: without one, the folder would pass for a data set of nanoGPT's.
+    meta.json: without one, the folder would be taken for a data set of nanoGPT's.
 
-    tokenizer is a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made of the text.
+    `tokenizer` is a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made from the
+    text.
     """
 
     def __init__(self, sources, data_dir, tokenizer, vocab_size=None, *, field='text',
@@ -306,7 +314,7 @@ class Preparation:
         if not self.total:
             raise UserError(f'{sources[0].name} is empty: give a file with text in it')
         self.processes = processes or (count_cores() if self.total > 2**23 else 1)
-        if val_fraction is None:  # 10 MB, at most a tenth, and at least nanoGPT's of OpenWebText
+        if val_fraction is None:  # 10 MB, at most a tenth, at least nanoGPT's share of OpenWebText
             val_fraction = min(0.1, max(0.0005, 10**7 / self.total))
         self.val_fraction = val_fraction
         self.period = round(1 / val_fraction)
@@ -317,7 +325,7 @@ class Preparation:
         self.identity = self.digest()
 
     def digest(self):
-        """A digest of all that decides the result."""
+        """Return a digest of everything that determines the result."""
         files = [(str(s.path or s.name), s.split, s.size, s.version) for s in self.sources]
         made = isinstance(self.tokenizer, str)
         tokenizer = [self.tokenizer, self.vocab_size] if made else self.tokenizer.spec
@@ -327,8 +335,8 @@ class Preparation:
 
     def run(self, overwrite=False):
         """
-        Make the data set, or resume making it. After a UserError, which is bad input, nothing
-        stays but downloads; after any other interruption the same call resumes.
+        Make the data set, or resume making it. After a UserError, which means bad input, only
+        downloads are kept; after any other interruption the same call resumes.
         """
         meta, left = read_meta(self.data_dir), self.read_state()
         if self.is_complete(meta, left):
@@ -348,7 +356,7 @@ class Preparation:
                 raise
 
     def make(self):
-        """Encode what is not encoded yet. Returns the future meta.json."""
+        """Encode what is not encoded yet. Return the future meta.json."""
         state = self.resume() or self.begin()
         if 'meta' not in state:
             spec = json.loads((self.folder / 'tokenizer').read_text(encoding='utf-8'))
@@ -368,7 +376,9 @@ class Preparation:
         return all((self.data_dir / name).exists() for name in meta['files'])
 
     def refuse_to_replace(self, meta, left):
-        """UserError if a data set, or what another command has done so far, is in the way."""
+        """
+        Raise UserError if another data set, or another command's unfinished work, is in the way.
+        """
         taken = meta or any(self.data_dir.glob('train*.bin'))
         if taken and not self.half_published(left):
             remedy = '--overwrite replaces it, another --out keeps it'
@@ -386,7 +396,7 @@ class Preparation:
             raise UserError(f'{self.folder} is being written by {e.holder}: {remedy}') from None
 
     def read_state(self):
-        """The state that a stopped preparation left; {} if there is none."""
+        """Return the state that a stopped preparation left; {} if there is none."""
         try:
             state = json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))
             return state if 'identity' in state else {}
@@ -400,7 +410,10 @@ class Preparation:
             json.dump(state, f)
 
     def resume(self):
-        """The state to continue from, with the shards cut back to it; else None, and no files."""
+        """
+        Return the state to continue from, with the shards cut back to it. If there is none, remove
+        all files and return None.
+        """
         state = self.read_state()
         try:
             if state.get('identity') == self.identity:
@@ -412,7 +425,7 @@ class Preparation:
                     print(f'resuming at {done:.0%} of the input', flush=True)
                 return state
         except (OSError, ValueError, KeyError):
-            pass  # killed before anything was saved
+            pass  # it was killed before anything was saved
         if state:
             print(f'{self.folder} cannot be resumed with these settings: starting anew')
         for path in self.folder.iterdir():
@@ -423,13 +436,13 @@ class Preparation:
         return None
 
     def begin(self):
-        """Make the tokenizer, if it is made of the text, and save the first state."""
+        """Make the tokenizer, if it is made from the text, and save the first state."""
         tokenizer = self.tokenizer
         if tokenizer == 'char':
             tokenizer = self.make_char()
         elif tokenizer == 'bpe':
             tokenizer = train_bpe(self.sample_texts(), self.vocab_size)
-        with replacing(self.folder / 'tokenizer', 'w') as f:  # apart, since it may be large
+        with replacing(self.folder / 'tokenizer', 'w') as f:  # apart, because it may be large
             json.dump(tokenizer.spec, f)
         state = {'identity': self.identity, 'position': Position()}
         for split in SPLITS:
@@ -447,7 +460,7 @@ class Preparation:
         return get_tokenizer({'name': 'char', 'chars': sorted(characters)})
 
     def sample_texts(self):
-        """Documents from all over the input, BPE_BYTES of them, to train a BPE on."""
+        """Yield documents from all over the input, BPE_BYTES of them, to train a BPE on."""
         every = max(1, round(self.total / BPE_BYTES))
         length, progress = 0, Progress('reading for the BPE', self.total)
         for items, position in itertools.islice(self.batches(Position()), 0, None, every):
@@ -468,7 +481,7 @@ class Preparation:
             if item:
                 batch.append(item)
                 size += len(item.content) if isinstance(item.content, (bytes, str)) else 0
-            # a downloaded file is removed at its end, so that should be a place to resume from
+            # a downloaded file is removed at its end, so resuming must be possible from there
             at_end = item is None and self.sources[position.source - 1].fetch
             if batch and (at_end or size >= BATCH or len(batch) >= 10**4):
                 yield batch, position
@@ -490,7 +503,7 @@ class Preparation:
                         documents += item.ends
                         yield item, Position(number, n, documents, before + item.read)
             except UserError:
-                if source.fetch:  # damaged, so the next run should download it again
+                if source.fetch:  # it is damaged, so the next run must download it again
                     path.unlink()
                 raise
             before += source.size
@@ -499,7 +512,7 @@ class Preparation:
             yield None, Position(number + 1, 0, documents, before)
 
     def local_files(self, first):
-        """Yield (number, path) of each file. The next is downloaded while one is encoded."""
+        """Yield (number, path) of each file. The next one is downloaded while one is encoded."""
         with concurrent.futures.ThreadPoolExecutor(1) as downloads:
             coming = {}
             for number, source in enumerate(self.sources[first:], first):
@@ -519,7 +532,7 @@ class Preparation:
         return read_text(path, cut=int(length * (1 - self.val_fraction)))
 
     def label(self, item, source, document):
-        """The item with the name of its file and its split."""
+        """Return the item with the name of its file and its split."""
         split = item.split
         if source.split:
             split = source.split
@@ -537,7 +550,7 @@ class Preparation:
                 for split in SPLITS]
 
     def encode_all(self, tokenizer, state):
-        """Append all batches from `state` on to the shards. Returns the last state."""
+        """Append all batches from `state` on to the shards. Return the last state."""
         start, saved = Position(*state['position']), time.time()
         progress = Progress('encoding', self.total, start.read)
         shards = self.open_shards(tokenizer, state)
@@ -547,7 +560,7 @@ class Preparation:
             for encoded, position in encoding:
                 filled = [split.append(encoded[split.split]) for split in shards]
                 records = {split.split: split.record() for split in shards}
-                # until this line, an interruption goes back to the end of the last batch
+                # an interruption before this line goes back to the end of the previous batch
                 state = {'identity': self.identity, 'position': position, **records}
                 if any(filled) or time.time() - saved > 5:
                     self.save(state, shards)
@@ -562,7 +575,7 @@ class Preparation:
         return state
 
     def finish(self, tokenizer, state):
-        """The state with the future meta.json in it, saved."""
+        """Return the state with the future meta.json in it, after saving it."""
         files = {}
         for shards in self.open_shards(tokenizer, state):
             if not shards.shards:
@@ -586,14 +599,15 @@ class Preparation:
 
     def publish(self, meta):
         """
-        Move the data set into data_dir, meta.json first: shards without it would pass for
-        nanoGPT's, while it without its shards is noticed. After a kill, a repetition does the rest.
+        Move the data set into data_dir, meta.json first: shards without it would be taken for
+        nanoGPT's, while a meta.json without its shards is noticed. After a kill, calling this again
+        completes it.
         """
         with replacing(self.data_dir / 'meta.json') as f:
             f.write(meta_json(meta))
         for split in SPLITS:
             for path in self.data_dir.glob(f'{split}*.bin'):
-                if path.name not in meta['files']:  # of the data set that this one replaces
+                if path.name not in meta['files']:  # from the data set that this one replaces
                     path.unlink()
         for name in meta['files']:
             if (self.folder / name).exists():
@@ -656,7 +670,10 @@ def add_text_flags(parser):
 
 
 def named_tokenizer(name, vocab_size=None):
-    """The Tokenizer of a name or file; 'char' and 'bpe' themselves, which take the text to make."""
+    """
+    Return the Tokenizer of a name or file, or 'char' or 'bpe' themselves, which are made from the
+    text.
+    """
     if vocab_size is not None and name != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe, not for {name}, which has its own')
     if name == 'bpe' and vocab_size is None:
@@ -684,11 +701,11 @@ def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
     except OSError as e:
         if e.errno is None or e.filename:
             raise
-        raise UserError(f'{data_dir}: {e}; {RESUME}') from e  # a full disk does not say where
+        raise UserError(f'{data_dir}: {e}; {RESUME}') from e  # a full disk: it names no file
 
 
 def recipe_parser(script, doc):
-    """The parser of a data set on Hugging Face. Its prepare.py may add flags of its own."""
+    """Return the parser of a data set on Hugging Face. Its prepare.py may add its own flags."""
     parser = script_parser(script, doc)
     add_text_flags(parser)
     add_out_dir(parser, script)
@@ -703,9 +720,9 @@ def recipe_parser(script, doc):
 
 def prepare_from_hub(args, repo, splits, tokens, download_mb):
     """
-    Prepare a data set on Hugging Face. One file at a time is on the disk, gone once encoded.
-    splits: {split: pattern} of the files, {None: pattern} to divide. tokens and download_mb: about
-    how many and how much that is, for the disk that it takes.
+    Prepare a data set on Hugging Face. Only one file at a time is on the disk; it is removed once
+    encoded. `splits` is {split: pattern} of the files, or {None: pattern} to divide them. `tokens`
+    and `download_mb` are the approximate sizes, for the check of the disk.
     """
     if args.tokenizer in ('char', 'bpe'):
         problem = f'--tokenizer={args.tokenizer} would be made of the whole text'
@@ -722,14 +739,16 @@ def prepare_from_hub(args, repo, splits, tokens, download_mb):
 
 
 def given_sources(args, out, glob='*'):
-    """The Sources of --input and --val_input."""
+    """Return the Sources of --input and --val_input."""
     split = 'train' if args.val_input else None
     train = find_sources(args.input, split, glob, out)
     return train + find_sources(args.val_input, 'val', glob, out)
 
 
 def check_disk(out_dir, repo, sources, tokens, dtype):
-    """Print what the download and the data set take. UserError if the disk is too small."""
+    """
+    Print how much the download and the data set take. Raise UserError if the disk is too small.
+    """
     sizes = sorted(source.size for source in sources)
     in_transit = sum(sizes[-2:])  # one file is encoded while the next one is downloaded
     needed = tokens * DTYPES[dtype].itemsize + in_transit

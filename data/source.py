@@ -1,4 +1,4 @@
-"""The command line and the downloads that the prepare.py scripts share."""
+"""Provide the command line and the downloads for the prepare.py scripts."""
 import argparse
 import fnmatch
 import functools
@@ -22,8 +22,8 @@ class Parser(argparse.ArgumentParser):
 
 def script_parser(script, doc):
     """
-    The parser of a prepare.py, given its __file__ and __doc__. From here on the script ends with
-    one line and status 2 for a wrong flag, a UserError or an OSError.
+    Return the parser of a prepare.py, given its __file__ and __doc__. From here on the script ends
+    with one line and status 2 for a wrong flag, a UserError or an OSError.
     """
     sys.excepthook = show_error
     script = Path(script).resolve()
@@ -34,7 +34,7 @@ def script_parser(script, doc):
 
 
 def small_parser(script, doc, takes_input=True):
-    """The parser of a data set that is small enough to be prepared in memory."""
+    """Return the parser of a data set that is small enough to be prepared in memory."""
     parser = script_parser(script, doc)
     add_out_dir(parser, script)
     if takes_input:
@@ -50,7 +50,9 @@ def add_out_dir(parser, script):
 
 
 def read_whole_text(path):
-    """The text of a file, with line ends as \\n. UserError when it is empty or not UTF-8."""
+    """
+    Return the text of a file, with line ends as \\n. Raise UserError if it is empty or not UTF-8.
+    """
     try:
         with open(path, encoding='utf-8') as f:
             text = f.read()
@@ -64,7 +66,7 @@ def read_whole_text(path):
 
 def tinyshakespeare(out_dir, input=None):
     """
-    Train and val text of Tiny Shakespeare, or of the file `input`: the first 90 % of the
+    Return the train and val text of Tiny Shakespeare, or of the file `input`: the first 90 % of the
     characters, and the rest.
     """
     if input is None:
@@ -76,7 +78,7 @@ def tinyshakespeare(out_dir, input=None):
 
 
 def download(url, path):
-    """Download url to path, unless it is there already. UserError if that fails."""
+    """Download url to path unless it exists. Raise UserError if that fails."""
     if path.exists():
         return
     try:
@@ -92,10 +94,10 @@ def download(url, path):
 
 def hub_files(repo, splits):
     """
-    A Source for each file of a data set on Hugging Face that matches {split: pattern}. An
+    Return a Source for each file of a Hugging Face data set that matches {split: pattern}. An
     interrupted download resumes when it is fetched again.
     """
-    os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')  # data/prepare.py has a bar
+    os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')  # data/prepare.py has its own bar
     library = optional('huggingface_hub', repo)
     api = library.HfApi()
     version = ask_hub(repo, api.dataset_info, repo).sha
@@ -124,7 +126,7 @@ def fetch_from_hub(repo, name, version, folder):
 def ask_hub(repo, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
-    except Exception as e:  # of HTTP, of the hub, of the network
+    except Exception as e:  # from HTTP, the hub or the network
         problem = f'{repo} on Hugging Face: {type(e).__name__}: {first_line(e):.200}'
         remedy = '--input=PATH takes local copies, and the same command resumes'
         raise UserError(f'{problem}; {remedy}') from None

@@ -1,6 +1,6 @@
 """
-Text to token ids and back. The entry 'tokenizer' of a data set's meta.json, such as
-{"name": "byte"}, says which tokenizer made its ids; get_tokenizer() makes it from that.
+Convert text to token ids and back. The entry 'tokenizer' of a data set's meta.json, such as
+{"name": "byte"}, says which tokenizer made its ids; get_tokenizer() constructs it from that.
 """
 import json
 import os
@@ -29,13 +29,16 @@ class Tokenizer:
 
     def encode_corpus(self, text, continued=False):
         """
-        (n,) ids of a text in which special tokens are ordinary text. continued: the text goes on
-        where an earlier piece of it ended.
+        Return the ids (n,) of a text in which special tokens are ordinary text. With `continued`,
+        the text continues an earlier piece.
         """
         return np.array(self.encode(text), np.int64)
 
     def decode_bytes(self, ids):
-        """The bytes of ids, which may end inside a character. UserError for an unknown id."""
+        """
+        Return the bytes of ids, which may end inside a character. Raise UserError for an unknown
+        id.
+        """
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
@@ -44,13 +47,13 @@ class Tokenizer:
         return b''.join(self.table[i] for i in ids)
 
     def decode(self, ids):
-        """The text of ids, with U+FFFD where the bytes are not UTF-8."""
+        """Return the text of ids, with U+FFFD where the bytes are not UTF-8."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def token_bytes(self):
         """
-        UTF-8 bytes per id, (vocab_size,) int64, 0 for special ids. A loss divided by their sum is
-        in nats per byte of text.
+        Return the UTF-8 bytes per id, (vocab_size,) int64, 0 for special ids. A loss divided by
+        their sum is in nats per byte of text.
         """
         return np.array([0 if i in self.special else len(b) for i, b in enumerate(self.table)])
 
@@ -87,7 +90,10 @@ class Char(Tokenizer):
         self.id_of[[ord(c) for c in chars]] = np.arange(len(chars))
 
     def encode_corpus(self, text, continued=False):
-        """UserError for a character that is not in the vocabulary."""
+        """
+        Return the ids (n,) of a text. Raise UserError for a character that is not in the
+        vocabulary.
+        """
         ids = self.id_of[np.frombuffer(text.encode('utf-32-le'), '<u4')]
         if (ids < 0).any():
             unknown = text[np.argmax(ids < 0)]
@@ -115,7 +121,7 @@ class Tiktoken(Tokenizer):
         special = {token: id_of(token) for token in self.encoding.special_tokens_set}
         self.vocab_size = self.encoding.n_vocab
         self.eot, self.special = special.get('<|endoftext|>'), set(special.values())
-        self.table = [b''] * self.vocab_size  # some ids between the special ones stand for nothing
+        self.table = [b''] * self.vocab_size  # some ids between the special ones are unused
         for token in self.encoding.token_byte_values():
             self.table[id_of(token)] = token
         for token, i in special.items():
@@ -131,7 +137,7 @@ class Tiktoken(Tokenizer):
 # ------------------------------------------------------------------------------------------------
 # tokenizer.json files
 
-# end-of-text tokens, as those who train tokenizers name them
+# common names of the end-of-text token
 END_OF_TEXT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>')
 SPACE = '\u2581'  # the character that SentencePiece's kind writes for a space
 
@@ -144,12 +150,13 @@ CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
 
 class HuggingFace(Tokenizer):
     """
-    A tokenizer.json of Hugging Face. spec['json'] is the text of the file, so that it goes wherever
-    its ids go; spec['eot'] names the token that ends a text. The file is a byte-level BPE (GPT-2,
+    A tokenizer.json of Hugging Face. spec['json'] is the text of the file, so it is stored wherever
+    its ids are; spec['eot'] names the token that ends a text. The file is a byte-level BPE (GPT-2,
     LLaMA 3) or of SentencePiece's kind (LLaMA 2), which has bytes as <0xNN> and puts a space before
     a text; decode() removes that space.
 
-    UserError for any other file, and for one that cannot give back the bytes of a single token.
+    Raise UserError for any other file, and for one that cannot give back the bytes of a single
+    token.
     """
     name = 'huggingface'
 
@@ -174,17 +181,20 @@ class HuggingFace(Tokenizer):
         self.prefixed = self.decode_bytes(self.encode('a')) == b' a'
 
     def read_json(self, text):
-        """One reader for prompts, one for a corpus, and one for a text that goes on."""
+        """
+        Make three readers: for prompts, for a corpus, and for a text that continues an earlier
+        piece.
+        """
         read = optional('tokenizers', 'a tokenizer.json').Tokenizer.from_str
         try:
             self.reader, self.corpus_reader = read(text), read(text)
             self.continuing_reader = read(json.dumps(without_prefix(json.loads(text))))
-        except Exception as e:  # the library raises nothing narrower
+        except Exception as e:  # the library raises no narrower type
             problem = f'not a tokenizer.json of Hugging Face ({e!r:.100})'
             remedy = "give the file of that name from a model's folder"
             raise UserError(f'{problem}: {remedy}') from None
         for reader in (self.reader, self.corpus_reader, self.continuing_reader):
-            reader.no_truncation()  # some files were saved with the settings of a batch
+            reader.no_truncation()  # some files contain the settings of a batch
             reader.no_padding()
         self.corpus_reader.encode_special_tokens = True
         self.continuing_reader.encode_special_tokens = True
@@ -194,7 +204,7 @@ class HuggingFace(Tokenizer):
 
     def encode_corpus(self, text, continued=False):
         reader = self.continuing_reader if continued else self.corpus_reader
-        # fast: without the place of each token in the text
+        # fast: it does not compute the tokens' offsets
         [encoding] = reader.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.int64)
 
@@ -204,18 +214,22 @@ class HuggingFace(Tokenizer):
 
 
 def bytes_of(token, decoder):
-    """The bytes of an ordinary token, as the decoder of its tokenizer.json gives them back."""
+    """
+    Return the bytes of an ordinary token, as the decoder of its tokenizer.json gives them back.
+    """
     if '"ByteLevel"' in decoder:
         if all(c in CHAR_BYTES for c in token):
             return bytes(CHAR_BYTES[c] for c in token)
-        return token.encode('utf-8')  # put into the vocabulary by hand
+        return token.encode('utf-8')  # added to the vocabulary by hand
     if '"ByteFallback"' in decoder and len(token) == 6 and token.startswith('<0x'):
         return bytes([int(token[3:5], 16)])
     return token.replace(SPACE, ' ').encode('utf-8')
 
 
 def without_prefix(part):
-    """A copy of a tokenizer.json's object, or of a part, that puts no space before the text."""
+    """
+    Return a copy of a tokenizer.json's object, or of a part, that puts no space before the text.
+    """
     is_prepend = lambda p: isinstance(p, dict) and p.get('type') == 'Prepend'
     if isinstance(part, list):
         return [without_prefix(p) for p in part if not is_prepend(p)]
@@ -223,7 +237,7 @@ def without_prefix(part):
         return part
     copy = {}
     for key, value in part.items():
-        if key == 'model':  # the vocabulary: large, and no part of this
+        if key == 'model':  # the vocabulary is large and not affected
             copy[key] = value
         else:
             copy[key] = None if is_prepend(value) else without_prefix(value)
@@ -241,7 +255,7 @@ TOKENIZERS = {cls.name: cls for cls in (Byte, Char, HuggingFace)}
 
 
 def get_tokenizer(spec):
-    """The tokenizer for a spec, or for a name alone. UserError lists the names there are."""
+    """Return the tokenizer for a spec, or for a name alone. UserError lists the known names."""
     if isinstance(spec, str):
         spec = {'name': spec}
     name = spec.get('name') if isinstance(spec, dict) else spec
@@ -256,8 +270,8 @@ def get_tokenizer(spec):
 
 def tokenizer_from_file(path):
     """
-    The tokenizer of a tokenizer.json, or of a folder with one. A tokenizer_config.json beside it
-    says which token ends a text.
+    Return the tokenizer of a tokenizer.json, or of a folder with one. A tokenizer_config.json
+    beside it names the token that ends a text.
     """
     path = Path(path)
     path = path / 'tokenizer.json' if path.is_dir() else path
@@ -276,7 +290,9 @@ def tokenizer_from_file(path):
 
 
 def train_bpe(texts, vocab_size):
-    """A byte-level BPE of vocab_size ids, <|endoftext|> among them, trained on an iterable."""
+    """
+    Train a byte-level BPE of vocab_size ids, <|endoftext|> among them, on an iterable of texts.
+    """
     if vocab_size < 257:
         smallest = 'a byte-level BPE has at least 257 ids, 256 bytes and <|endoftext|>'
         raise UserError(f'vocab_size is {vocab_size}: {smallest}')
@@ -294,8 +310,8 @@ def train_bpe(texts, vocab_size):
 
 def find_tokenizer(ckpt):
     """
-    The tokenizer that a checkpoint names. nanoGPT's name none: for these it is the tokenizer of
-    their data set, else GPT-2's.
+    Return the tokenizer that a checkpoint names. nanoGPT's checkpoints name none; use that of their
+    data set, or else GPT-2's.
     """
     if ckpt.get('tokenizer'):
         return get_tokenizer(ckpt['tokenizer'])
@@ -322,7 +338,7 @@ def is_folder_name(name):
 # writing tokenizer.json files
 
 def to_hugging_face(tokenizer):
-    """A tokenizer of the library `tokenizers` that gives the same ids for the same text."""
+    """Return a tokenizer of the library `tokenizers` that gives the same ids for the same text."""
     library = optional('tokenizers', 'writing a tokenizer.json')
     if 'json' in tokenizer.spec:
         return library.Tokenizer.from_str(tokenizer.spec['json'])
@@ -343,7 +359,7 @@ def char_to_hugging_face(tokenizer, library):
 
 
 def bpe_to_hugging_face(tokenizer, library):
-    """Bytes, or one of tiktoken's encodings, as a byte-level BPE."""
+    """Return bytes, or one of tiktoken's encodings, as a byte-level BPE."""
     is_byte = tokenizer.name == 'byte'
     special = {'\0': 0} if is_byte else dict(tokenizer.encoding._special_tokens)
     words = {}
@@ -357,7 +373,7 @@ def bpe_to_hugging_face(tokenizer, library):
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = [byte_level]
     if not is_byte:
-        pattern = tokenizer.encoding._pat_str.replace('$', r'\z')  # there, $ is the end of a line
+        pattern = tokenizer.encoding._pat_str.replace('$', r'\z')  # $ there ends a line
         steps.insert(0, library.pre_tokenizers.Split(library.Regex(pattern), 'isolated'))
     result.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
     result.decoder = library.decoders.ByteLevel()
@@ -366,7 +382,9 @@ def bpe_to_hugging_face(tokenizer, library):
 
 
 def merges_of(words):
-    """The pairs of words that join to another, in the order in which tiktoken merges them."""
+    """
+    Return the pairs of words that join to another, in the order in which tiktoken merges them.
+    """
     pairs = []
     for word in words:
         splits = [(word[:k], word[k:]) for k in range(1, len(word))]

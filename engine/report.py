@@ -170,7 +170,7 @@ def numbers_in(entry, prefix=''):
 class RunLog:
     """
     The run log out_dir/run_*.json, rewritten as a whole, and the sinks, which get the same numbers.
-    Only rank 0 writes. `data` is the file's content and is shared with train.py's config. `outcome`
+    Only rank 0 writes. `data` is the file's content; its 'config' is train.py's own dict. `outcome`
     says how the run ended.
     """
     def __init__(self, out_dir, config, startup, state, tokens_per_iter, console):
@@ -241,7 +241,7 @@ class RunLog:
         self.add('eval_steps', entry)
 
     def add_out_of_memory(self, batches, tokens_per_iter):
-        """Record that micro-batches are smaller from here on, also in train.py's config."""
+        """Record that micro-batches are smaller from here on."""
         changed = dict(batch_size=batches.batch_size,
                        gradient_accumulation_steps=batches.accumulation_steps)
         iter_num = self.state.iter_num

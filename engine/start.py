@@ -250,8 +250,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     except ValueError as e:
         raise UserError(str(e)) from e
     if (data_vocab or 0) > model.config.vocab_size:
-        raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, the checkpoint "
-                        f"'{ckpt['path']}' knows {model.config.vocab_size}")
+        raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, but the checkpoint "
+                        f"'{ckpt['path']}' has only {model.config.vocab_size}")
     if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
         message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
                    f"{ckpt['tokenizer']['name']}, not with that of data set "

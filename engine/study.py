@@ -58,7 +58,7 @@ def read_run(folder):
         if log['config']['eval_only'] or not log['training_iterations'] + log['eval_steps']:
             continue
         if first_iter(log) == 0:
-            logs = []  # the run began anew
+            logs = []  # the run was restarted from scratch
         logs.append(log)
     if not logs:
         return None

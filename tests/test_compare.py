@@ -255,7 +255,7 @@ def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys)
     (tmp_path / 'empty').mkdir()
     for args, parts in (
         ([folders[0], tmp_path / 'other'], ['same windows', folders[0], tmp_path / 'other', 'eval_iters']),
-        ([folders[0], tmp_path / 'copy'], ['copy', 'nothing new']),
+        ([folders[0], tmp_path / 'copy'], ['copy', 'leave it out']),
         ([folders[0], tmp_path / 'empty'], ['empty', 'run_*.json']),
         ([folders[0]], ['nothing to compare']),
         ([*folders, '--search=4'], ['search']),

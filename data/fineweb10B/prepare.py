@@ -53,7 +53,7 @@ def prepare(out_dir, shards, input=None):
 
 
 def copies(names, input):
-    """{name: function that copies this shard into a folder and returns its path}"""
+    """Return {name: function that copies this shard into a folder and returns its path}."""
     return {name: functools.partial(copy, input / name) for name in names}
 
 
@@ -62,7 +62,7 @@ def copy(path, folder):
 
 
 def downloads(names):
-    """{name: function that downloads this shard into a folder and returns its path}"""
+    """Return {name: function that downloads this shard into a folder and returns its path}."""
     listed = {Path(s.name).name: s for s in hub_files(REPO, {None: 'fineweb_*.bin'})}
     for name in names:
         if name not in listed:
@@ -73,7 +73,7 @@ def downloads(names):
 
 
 def describe(path):
-    """The entry of a shard in meta.json."""
+    """Return the entry of a shard in meta.json."""
     stat = path.stat()
     n_tokens = check_shard(path, {}, 1, {}).n_tokens
     return {'tokens': n_tokens, 'crc32': crc32(path, stat.st_size, stat.st_mtime_ns)}

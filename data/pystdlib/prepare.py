@@ -28,8 +28,8 @@ LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__p
 
 def sources(stdlib):
     """
-    [(path relative to stdlib, bytes)] of the source files, sorted by path, and the number of files
-    skipped because they are not UTF-8.
+    Return [(path relative to stdlib, bytes)] of the source files, sorted by path, and the number of
+    files skipped because they are not UTF-8.
     """
     found, skipped = [], 0
     paths = [p.relative_to(stdlib).as_posix() for p in stdlib.rglob('*.py') if p.is_file()]
@@ -48,7 +48,7 @@ def sources(stdlib):
 
 
 def divide(found):
-    """{'train': [bytes of each file], 'val': ...}"""
+    """Divide files into {'train': [bytes of each file], 'val': ...}."""
     splits = {'train': [], 'val': []}
     for path, source in found:
         split = 'val' if zlib.crc32(path.encode()) % 20 == 0 else 'train'
