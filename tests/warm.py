@@ -6,6 +6,7 @@ of its own, with its own arguments, environment, output and exit status.
     warm.run(['train.py', '--max_iters=3'], processes=2)
 """
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -62,6 +63,11 @@ class Job:
             return file.read()
 
 
+def kill(pid, number):
+    with contextlib.suppress(ProcessLookupError):  # it may have ended since
+        os.kill(pid, number)
+
+
 def wait(jobs, timeout):
     """The exit status of a group of processes. When one of them fails, the others get SIGTERM."""
     waiting, returncode = {job.answers: job for job in jobs}, 0
@@ -69,7 +75,7 @@ def wait(jobs, timeout):
         ready = select.select(list(waiting), [], [], timeout)[0]
         if not ready:
             for job in waiting.values():
-                os.kill(job.pid, signal.SIGKILL)
+                kill(job.pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired('a script', timeout)
         for answers in ready:
             code = int(answers.recv(100))
@@ -78,7 +84,7 @@ def wait(jobs, timeout):
             if code and not returncode:
                 returncode, timeout = code, min(timeout, 30)
                 for job in waiting.values():
-                    os.kill(job.pid, signal.SIGTERM)
+                    kill(job.pid, signal.SIGTERM)
     return returncode
 
 
