@@ -43,7 +43,7 @@ import numpy as np
 
 from configurator import ON_COMMAND_LINE, coerce, configure, read_block
 from data.loader import find_datasets, prepare_facts, read_meta
-from engine.common import Locked, UserError, optional, replacing, try_lock
+from engine.common import Locked, UserError, optional, replacing, show_error, try_lock
 from engine.statistics import estimate, fit_power_law, seed_variance, variances_differ
 from engine.study import Launcher, Run, files_of, halving, read_run, run_all
 
@@ -766,6 +766,7 @@ def report(groups, failed, config):
 # the whole
 
 def main(argv):
+    sys.excepthook = show_error  # before configure(), which gets the arguments from arguments()
     config, given = settings(argv)
     for library in ('scipy', 'matplotlib'):  # before hours of runs, not after them
         optional(library, 'a comparison')

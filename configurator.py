@@ -110,7 +110,7 @@ def evaluate(expression):
     except NameError as e:
         text = ast.unparse(expression)
         raise UserError(f"line {expression.lineno}: every assignment before configure() is a "
-                        f"setting, with a plain value, and '{text}' is none ({e})") from e
+                        f"setting with a plain value, which '{text}' is not ({e})") from e
 
 
 def coerce(value, default, kind):
@@ -153,6 +153,17 @@ def check_range(name, where, value, setting):
             raise UserError(f'{name} {where} must be {words}, not {number}')
 
 
+def check_value(script, name, value, where):
+    """Return a value from elsewhere, a checkpoint say, as the type of a script's setting."""
+    setting = read_block(script)[name]
+    try:
+        value = coerce(value, setting.default, setting.kind)
+    except ValueError as expected:
+        raise UserError(f'{name} {where} must be {expected}, not {value!r}') from None
+    check_range(name, where, value, setting)
+    return value
+
+
 def parse(text, kind):
     """Return the value of a flag: a Python literal, or the text itself. --out_dir=123 is a name."""
     try:
@@ -187,8 +198,9 @@ def configure(script, *also, argv=None, convert=None):
     exits. convert(name, value, default, kind) returns the value to store, or raises ValueError with
     what was expected; the default is coerce().
     """
-    sys.excepthook = show_error
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # the script's own command line
+        sys.excepthook = show_error
+        argv = sys.argv[1:]
     own = read_block(script)
     settings = dict(own)
     for other in also:

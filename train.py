@@ -146,7 +146,7 @@ console = report.Console(speaks=parallel.master)
 stop = StopSignal('finishing this iteration and saving; repeat the signal to quit at once'
                   if parallel.master else '')
 if eval_only:
-    config.update(start.settings_of_run(config, given))
+    config.update(start.settings_of_run(__file__, config, given))
     globals().update(config)
 for note in start.check_settings(config, given, parallel):
     console.say(note)

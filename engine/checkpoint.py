@@ -186,8 +186,9 @@ def load_sharded(path, moments):
     """Return the dict that ckpt.pt would hold, however many processes wrote the folder."""
     ckpt = read_file(os.path.join(path, 'info.pt'))
     if 'n_files' not in ckpt:
-        raise ValueError('an older version wrote this folder; convert it to one file with that '
-                         'version: python model.py --ckpt=FOLDER --consolidate=ckpt.pt')
+        raise ValueError('an older version wrote this folder; in a checkout of that version '
+                         '(git worktree add ../plainGPT-old 3e9c4cc), convert it to one file: '
+                         f'python model.py --ckpt={os.path.abspath(path)} --consolidate=ckpt.pt')
     sets = {}
     for number in range(ckpt.pop('n_files')):
         file = os.path.join(path, f'rank_{number:04d}.pt')
@@ -299,7 +300,7 @@ class RunFolder:
         self.newest, self.previous, self.best = (os.path.join(path, name) for name in self.names)
         self.new_run = True
         self.newest_is_ours = False  # True once this run has saved it or resumed from it
-        self.lock_file = None
+        self.lock_file, self.can_lock = None, True
 
     def used(self):
         """Return the names of the checkpoints in the folder."""
@@ -313,7 +314,8 @@ class RunFolder:
         refusal = None
         if os.path.isdir(self.path) and not os.access(self.path, os.W_OK):
             raise UserError(f"out_dir '{self.path}' is not writable")
-        if self.parallel.master and self.lock_file is None and os.path.isdir(self.path):
+        missing = self.lock_file is None and self.can_lock and self.parallel.master
+        if missing and os.path.isdir(self.path):
             path = os.path.join(self.path, 'lock')
             try:
                 holder = f'process {os.getpid()} on {socket.gethostname()}'
@@ -322,6 +324,7 @@ class RunFolder:
                 refusal = (f"out_dir '{self.path}' is in use by another run, {e.holder}; "
                            'choose another with --out_dir=...')
             except OSError as e:
+                self.can_lock = False
                 print(f"WARNING: '{path}' cannot be locked here, so a second run in this out_dir "
                       f'would not be noticed: {first_line(e)}', flush=True)
         if self.parallel.all_max(int(refusal is not None)):

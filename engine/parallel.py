@@ -247,8 +247,9 @@ class Parallel:
                 if owner > 0 and self.rank == owner:
                     dist.send(whole[name].to(self.device).contiguous(), 0)
                 elif owner > 0 and self.master:
-                    whole[name] = torch.empty(shape, dtype=dtype, device=self.device)
-                    dist.recv(whole[name], owner)
+                    received = torch.empty(shape, dtype=dtype, device=self.device)
+                    dist.recv(received, owner)
+                    whole[name] = received.cpu()  # or rank 0's GPU would hold all moments
         return whole
 
     def owned(self, tensors):

@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import asdict, fields
 
-from configurator import ON_COMMAND_LINE, configure
+from configurator import ON_COMMAND_LINE, check_value, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
@@ -71,11 +71,11 @@ def notes(config, given, parallel):
         ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
         ('overwrite', config['overwrite'] and init_from in ('resume', 'auto'),
          f'with --init_from={init_from}'),
-        ('wandb_artifacts', config['wandb_artifacts'] and not config['wandb_log'],
-         'without --wandb_log=True'),
     ]
     lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
              if is_useless and given.get(key) == ON_COMMAND_LINE]
+    if config['wandb_artifacts'] and not config['wandb_log']:
+        lines.append('NOTE: wandb_artifacts=True has no effect without wandb_log=True')
     rate, min_lr = config['learning_rate'], config['min_lr']
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
@@ -83,7 +83,7 @@ def notes(config, given, parallel):
     return lines
 
 
-def settings_of_run(config, given):
+def settings_of_run(script, config, given):
     """
     For --eval_only, return {key: value} of the settings that were not given and come from the run's
     checkpoint, so that a run is evaluated on its own data. Raise UserError if that data is missing.
@@ -109,7 +109,8 @@ def settings_of_run(config, given):
             find_trained_on(saved)
         except ValueError as e:
             raise UserError(f"{e}; choose another with --dataset=... ('{path}')") from None
-    return {key: saved[key] for key in keys if key in saved}
+    return {key: check_value(script, key, saved[key], f"in '{path}'")
+            for key in keys if key in saved}
 
 
 def previous_of(out_dir, newest):
@@ -361,7 +362,8 @@ def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop)
                             f'{steps}, which must be a multiple of the {n} processes that share '
                             'it; give both keys for as many tokens per iteration: '
                             f"{saved['batch_size'] * steps} sequences")
-        return saved['batch_size'], steps
+        return (check_value(script, 'batch_size', saved['batch_size'], f"in '{ckpt['path']}'"),
+                steps)
     flags = [arg for arg in sys.argv[1:] if arg != '--batch_size=auto']
     batch_size = configure(script, argv=flags)[0]['batch_size']
     if batch_size == 'auto':  # in a config file

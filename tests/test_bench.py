@@ -1,4 +1,4 @@
-"""What a config costs on this machine: python -m pytest tests/test_bench.py"""
+"""bench.py: python -m pytest tests/test_bench.py"""
 import json
 import sys
 
@@ -36,7 +36,7 @@ class GPT(torch.nn.Module):
 
 
 def bench(tmp_path, *flags, **kwargs):
-    """What bench.py prints for a tiny model, and what it writes to --json."""
+    """Return the console text of bench.py for a tiny model, and the content of --json."""
     path = tmp_path / 'bench.json'
     ours = '--dataset=pystdlib', '--vocab_size=256', '--warmup=0', '--repeats=3', f'--json={path}'
     done = command('bench.py', *TINY, *ours, *flags, **kwargs)

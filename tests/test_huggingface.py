@@ -212,7 +212,7 @@ OURS = {  # name: (the class that it becomes, settings)
 
 @pytest.mark.parametrize('name', OURS)
 def test_exported_logits_are_those_of_transformers(tmp_path, name):
-    """What serving and evaluation see must be the model that was trained; and loaded back it is the same."""
+    """Otherwise serving and evaluation would see another model than the one that was trained."""
     transformers = pytest.importorskip('transformers')
     cls, settings = OURS[name]
     ours = shake(GPT(GPTConfig.from_settings(TINY | settings)))

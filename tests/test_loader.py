@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_loader.py"""
+"""The loader: windows, their order, and damaged shards: python -m pytest tests/test_loader.py"""
 import os
 import pickle
 import threading

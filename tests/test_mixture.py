@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_mixture.py"""
+"""Several data sets at once: python -m pytest tests/test_mixture.py"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_prepare.py"""
+"""data/prepare.py and the small data sets: python -m pytest tests/test_prepare.py"""
 import functools
 import gzip
 import json

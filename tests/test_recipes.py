@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_recipes.py"""
+"""Data sets that are downloaded: python -m pytest tests/test_recipes.py"""
 import http.server
 import json
 import re

@@ -1,4 +1,4 @@
-"""What happens rarely, tried many times: kills, damage, resumes in other modes. python -m pytest -m soak --trials=20"""
+"""Rare events, tried many times: kills, damage, resumes in other modes. python -m pytest -m soak --trials=20"""
 import os
 import random
 import re

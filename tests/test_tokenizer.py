@@ -1,4 +1,4 @@
-"""What must stay true: python -m pytest tests/test_tokenizer.py"""
+"""Tokenizers: python -m pytest tests/test_tokenizer.py"""
 import json
 
 import pytest
