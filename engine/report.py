@@ -179,6 +179,9 @@ class RunLog:
         self.start, self.outcome, self.sinks = time.time(), 'failed', []
         self.written, self.cost = 0.0, 0.0  # when the file was written last, and how long it took
         start_time = time.strftime('%Y%m%d_%H%M%S')
+        while os.path.exists(os.path.join(out_dir, f'run_{start_time}.json')):
+            time.sleep(0.1)  # a run that started in the same second has this name
+            start_time = time.strftime('%Y%m%d_%H%M%S')
         self.path = os.path.join(out_dir, f'run_{start_time}.json')
         self.data = dict(run_name=f'run_{start_time}', start_time=start_time, config=config,
                          startup_info=startup, training_iterations=[], eval_steps=[],

@@ -75,7 +75,7 @@ def notes(config, given, parallel):
     lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
              if is_useless and given.get(key) == ON_COMMAND_LINE]
     if config['wandb_artifacts'] and not config['wandb_log']:
-        lines.append('NOTE: wandb_artifacts=True has no effect without wandb_log=True')
+        lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
     rate, min_lr = config['learning_rate'], config['min_lr']
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
