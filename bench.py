@@ -35,10 +35,10 @@ import torch
 
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
 from data.loader import find_datasets, write_dataset
+from engine import optim
 from engine.common import UserError
 from engine.cost import memory_estimate, meta_model
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
-from engine.optim import OPTIMIZER
 from engine.plan import plan_ranks
 from engine.side import Side, SideError
 from model import PRESETS
@@ -82,9 +82,7 @@ def settings():
 def check(config):
     """Raise UserError for settings that exclude each other or name files that cannot be used."""
     what = config['what']
-    if config['optimizer'] not in OPTIMIZER:
-        raise UserError(f"unknown optimizer '{config['optimizer']}'; choose from "
-                        f"{', '.join(OPTIMIZER)}")
+    optim.check_name(config['optimizer'])
     if config['new_tokens'] < 2:
         raise UserError(f"new_tokens must be at least 2, not {config['new_tokens']}")
     alone = config['find_batch_size'] or config['plan']

@@ -105,13 +105,18 @@ class Together(torch.optim.Optimizer):
             part.step()
 
 
+def check_name(name):
+    """Raise UserError, with the choices, for a name that is not registered."""
+    if name not in OPTIMIZER:
+        raise UserError(f"unknown optimizer {name!r}; choose from {', '.join(OPTIMIZER)}")
+
+
 def parameter_groups(name, model, weight_decay=0.0):
     """
     Return the model's parameter groups, each with its optimizer's name. Groups of `rest` come
     first. Checkpoints number parameters in this order.
     """
-    if name not in OPTIMIZER:
-        raise UserError(f"unknown optimizer {name!r}; choose from {', '.join(OPTIMIZER)}")
+    check_name(name)
     rest = OPTIMIZER[name].rest
     groups = model.parameter_groups(weight_decay)
     for group in groups:

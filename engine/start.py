@@ -15,10 +15,10 @@ from dataclasses import asdict, fields
 from configurator import ON_COMMAND_LINE, check_value, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
+from engine import optim
 from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
 from engine.common import UserError, first_line, optional
 from engine.huggingface import load_weights
-from engine.optim import OPTIMIZER
 from model import GPT, PRESETS, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -40,9 +40,7 @@ def check_settings(config, given, parallel):
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
-    if config['optimizer'] not in OPTIMIZER:
-        raise UserError(f"unknown optimizer '{config['optimizer']}'; choose from "
-                        f"{', '.join(OPTIMIZER)}")
+    optim.check_name(config['optimizer'])
     if config['use_zero1'] and config['use_fsdp']:
         raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
                         'moments, weights and gradients')
