@@ -25,6 +25,7 @@ import torch
 from engine.common import (
     Locked,
     UserError,
+    create,
     first_line,
     link_or_copy,
     sync_folder,
@@ -273,7 +274,7 @@ def own_share(value, like, parallel):
 
 def save_checked(obj, path):
     """Save with torch.save, flush the file to disk, and read it back to check it."""
-    with open(path, 'wb') as f:
+    with create(path) as f:
         torch.save(obj, f)
         f.flush()
         os.fsync(f.fileno())
@@ -323,6 +324,8 @@ class RunFolder:
             except Locked as e:
                 refusal = (f"out_dir '{self.path}' is in use by another run, {e.holder}; "
                            'choose another with --out_dir=...')
+            except UserError as e:
+                refusal = str(e)
             except OSError as e:
                 self.can_lock = False
                 print(f"WARNING: '{path}' cannot be locked here, so a second run in this out_dir "

@@ -3,11 +3,14 @@ Small helpers for every module: user errors, atomic writes, locks, durations. No
 torch.
 """
 import contextlib
+import ctypes
 import fcntl
 import importlib
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
 import time
 
@@ -63,7 +66,16 @@ def print_error(message):
         if not own_error and os.environ.get('LOCAL_RANK') != '0':
             return
         who += f': rank {rank}'
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{who}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """
+    Escape the control characters in a text, except newlines and tabs. Text from a model or a file
+    could otherwise move the cursor or rewrite what a terminal shows.
+    """
+    control = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]'  # the last: bidirectional
+    return re.sub(control, lambda match: match[0].encode('unicode_escape').decode(), text)
 
 
 def script_name():
@@ -93,6 +105,16 @@ def duration(seconds):
     return f'{s // 60}m{s % 60:02d}s'
 
 
+def create(path, mode='wb', **kwargs):
+    """
+    Open a new file for writing. An existing one is removed first, so that nothing is written
+    through a link that somebody has put there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    return open(path, mode.replace('w', 'x'), **kwargs)  # x: fails if the file exists
+
+
 @contextlib.contextmanager
 def replacing(path, mode='wb', **kwargs):
     """
@@ -101,7 +123,7 @@ def replacing(path, mode='wb', **kwargs):
     """
     temporary = f'{path}.tmp'
     try:
-        with open(temporary, mode, **kwargs) as f:
+        with create(temporary, mode, **kwargs) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -142,14 +164,16 @@ class Locked(UserError):
 def try_lock(path, text):
     """
     Lock `path` and write `text` into it for others to read. Return the open file, which holds the
-    lock until the process ends. Raise Locked if another process has it, and OSError if the file
-    system has no locks.
+    lock until the process ends. Raise Locked if another process has it, UserError if it is a link
+    or not a file, and OSError if the file system has no locks.
     """
-    f = open(path, 'a+', encoding='utf-8')
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(f"'{path}' should be a plain file for a lock, which it is not: remove it")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    f = open(os.open(path, flags, 0o666), 'r+', encoding='utf-8')
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        f.seek(0)
         holder = f.read() or 'another process, which is just starting'
         f.close()
         raise Locked(holder) from None
@@ -157,6 +181,13 @@ def try_lock(path, text):
     f.write(text)
     f.flush()
     return f
+
+
+def end_with_parent():
+    """Send this process SIGTERM when its parent dies, however that happens (on Linux only)."""
+    if sys.platform == 'linux':
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:

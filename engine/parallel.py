@@ -2,17 +2,15 @@
 Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2.
 train.py calls the same methods in every mode.
 """
-import ctypes
 import math
 import os
-import signal
 import sys
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from engine.common import UserError, first_line, script_name, show_error
+from engine.common import UserError, end_with_parent, first_line, script_name, show_error
 
 MODES = {'none': 'one process', 'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
@@ -64,9 +62,7 @@ class Parallel:
         device_id = device if device.type == 'cuda' else None
         dist.init_process_group(backend=backend, device_id=device_id)
         sys.excepthook = show_lost_process
-        if sys.platform == 'linux':  # save and end if torchrun itself is killed
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()  # save and end if torchrun itself is killed
 
     def leave(self, code):
         """Exit all processes together with this status."""

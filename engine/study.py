@@ -2,13 +2,11 @@
 Manage a study: many runs of train.py, each in its own folder. This file reads their logs and runs
 the unfinished ones, several at a time. Interrupted runs are resumed.
 """
-import ctypes
 import glob
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.common import Locked, UserError, duration, replacing, try_lock
+from engine.common import Locked, UserError, duration, end_with_parent, replacing, try_lock
 
 CLEAR = '\r\033[K' if sys.stdout.isatty() else ''  # erases the progress line of a terminal
-LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
 class Evaluation(NamedTuple):
@@ -171,7 +168,7 @@ class Job:
             self.offset = console.tell()
             self.process = subprocess.Popen(
                 command, env=launcher.environment(slot), stdin=subprocess.DEVNULL, stdout=console,
-                stderr=subprocess.STDOUT, preexec_fn=die_with_parent if LIBC else None)
+                stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
         self.started = time.time()
 
     def tail(self):
@@ -189,10 +186,6 @@ class Job:
         reached = re.findall(r'^iter (\d+) ', '\n'.join(self.tail()), re.M)
         done = int(reached[-1]) + 1 - self.first if reached else 0
         return done / max(1, self.until - self.first)
-
-
-def die_with_parent():
-    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def wait_for_lock(folder):

@@ -1,0 +1,97 @@
+"""
+Check what was read from a file before anything is computed from it: run logs, meta.json, the plain
+values of a checkpoint. A file may be of another program, damaged, or hostile. Nothing here imports
+torch.
+
+A schema says which values are allowed:
+
+    int                      an integer from 0 to 2^63 - 1, and not a bool
+    range(-1, 10)            an integer in this range
+    float                    a finite number
+    str, bool, dict, list    any value of this type
+    [schema]                 a list, each of whose values fits
+    {'a': ..., 'b?': ...}    a dict with at least these keys; 'b' may be missing
+    (schema, schema)         a value that fits one of these
+    None, 'word', ...        this value
+"""
+import json
+
+from engine.common import UserError, first_line
+
+NATURAL = range(2 ** 63)
+
+
+def read_json(path, schema):
+    """Return the content of a JSON file. UserError names the file and the field that is wrong."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+        check(content, schema)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"'{path}' cannot be used: {first_line(e)}") from None
+    return content
+
+
+def check(value, schema, name='it'):
+    """Raise ValueError, which names the field, unless `value` fits the schema."""
+    if isinstance(schema, dict) and isinstance(value, dict):
+        for key, inner in schema.items():
+            field = key.removesuffix('?')
+            if field in value:
+                check(value[field], inner, field if name == 'it' else f'{name}.{field}')
+            elif field == key:
+                raise ValueError(f"{name} has no '{field}'")
+    elif isinstance(schema, list) and isinstance(value, list):
+        for i, item in enumerate(value):
+            check(item, schema[0], f'{name}[{i}]')
+    elif not fits(value, schema):
+        raise ValueError(f'{name} must be {describe(schema)}, not {shown(value)}')
+
+
+def fits(value, schema):
+    """Return whether a value fits a schema without fields, or one of several."""
+    match schema:
+        case tuple():
+            return any(allowed(value, choice) for choice in schema)
+        case type() if schema is int:
+            return type(value) is int and value in NATURAL
+        case type() if schema is float:
+            return type(value) in (int, float) and abs(value) < 2.0 ** 1023  # and so not NaN
+        case type():
+            return isinstance(value, schema)
+        case range():
+            return type(value) is int and value in schema
+    return type(value) is type(schema) and value == schema
+
+
+def allowed(value, schema):
+    try:
+        check(value, schema)
+    except ValueError:
+        return False
+    return True
+
+
+def describe(schema):
+    match schema:
+        case tuple():
+            return ' or '.join(map(describe, schema))
+        case dict():
+            return 'a dict'
+        case list():
+            return 'a list'
+        case range():
+            return f'an integer from {schema.start} to {schema.stop - 1}'
+        case type():
+            names = {int: 'an integer of 0 or more', float: 'a finite number', str: 'a text'}
+            return names.get(schema, f'a {schema.__name__}')
+    return repr(schema)
+
+
+def shown(value):
+    """Return a short text for a value that may be huge."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer with thousands of digits, a deep nest
+        text = f'this {type(value).__name__}'
+    return text if len(text) <= 60 else f'{text[:57]}...'
