@@ -1,7 +1,7 @@
 # GPT-2's size with arch_preset=modern and Muon: 162,223,872 parameters (untied; GPT-2 124M's FLOPs)
 # The aim is the val loss of GPT-2 124M after 10 billion tokens of FineWeb, 3.28 with llm.c
 # (https://github.com/karpathy/llm.c/discussions/481), from a third of the tokens, and in a third of
-# the time if a step takes no longer. It has not run on a GPU yet, only at a small size: see README.
+# the time if a step takes no longer. It has not run on a GPU yet, only small: docs/speedruns.md
 out_dir = 'out-speedrun-124m'
 dataset = 'fineweb10B'  # python data/fineweb10B/prepare.py --shards=34
 

@@ -1,4 +1,4 @@
-"""The start of a run: data sets that are files, folders or not prepared yet; flags without effect; README's example."""
+"""The start of a run: data sets that are files, folders or not prepared yet; flags without effect; an example."""
 import re
 import shutil
 
@@ -90,8 +90,8 @@ def test_an_empty_file_of_text_is_refused(tmp_path):
 
 
 def test_the_readme_example_runs_as_printed(tmp_path):
-    """README's example of a new part has stopped working, since nobody has run it."""
-    readme = (ROOT / 'README.md').read_text()
+    """The example of a new part in docs/parts.md has stopped working, since nobody has run it."""
+    readme = (ROOT / 'docs/parts.md').read_text()
     part = readme.split('```python\n')[1].split('```')[0]
     lines = [line for line in readme.splitlines() if line.startswith('python train.py') and '--ffn_type=maxout' in line]
     copy = tmp_path / 'copy'
