@@ -60,8 +60,8 @@ def register(kind, name):
     return add
 
 
-# Values of the keys that neither a config file nor a flag sets. 'custom' is what nanoGPT's train.py
-# builds (bias=False; the class default below is True, as in nanoGPT's GPTConfig).
+# Values of the keys that are still None after config files and flags. 'custom' is what nanoGPT's
+# train.py builds (bias=False; the default in GPTConfig is True, as in nanoGPT's).
 PRESETS = {'custom': dict(
     normalization='layernorm', activation='gelu', position_encoding='learned_absolute',
     attention_backend='sdpa', norm_position='pre', ffn_type='standard',
@@ -71,7 +71,7 @@ PRESETS['llama'] = PRESETS['custom'] | dict(
     normalization='rmsnorm', activation='silu', position_encoding='rope', ffn_type='swiglu',
     weight_tying=False)
 PRESETS['hybrid'] = PRESETS['custom'] | dict(position_encoding='rope')
-PRESETS['team'] = PRESETS['llama']  # another name for llama
+PRESETS['team'] = PRESETS['llama']  # the name that config/full_team_124m.py uses
 # Parts shared by the record runs of https://github.com/KellerJordan/modded-nanogpt
 PRESETS['modern'] = PRESETS['llama'] | dict(
     activation='relu_squared', ffn_type='standard',
@@ -184,6 +184,19 @@ class GPTConfig:
         return cls(**chosen)
 
 
+# shared by attention and feed-forward networks
+
+class Linear(nn.Linear):
+    """nn.Linear that uses a matrix-vector product for a single token on a CPU: it is faster."""
+    def forward(self, x):
+        if x.numel() == self.in_features and x.device.type == 'cpu':
+            if not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
+                y = torch.mv(self.weight, x.view(-1))
+                y = y if self.bias is None else y + self.bias
+                return y.view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
 # normalization
 
 @register(NORMALIZATION, 'layernorm')
@@ -265,7 +278,7 @@ class RoPE(nn.Module):
     def frequencies(self, device):
         """(D/2,) float32, radians per position."""
         i = torch.arange(0, self.dim, 2, device=device).float()
-        freq = self.theta ** (i / -self.dim)
+        freq = self.theta ** (-i / self.dim)
         if not self.scaling:
             return freq
         # LLaMA 3.1: frequencies with fewer than low_freq_factor turns in the original context are
@@ -307,8 +320,8 @@ def causal_mask(T, S, device):
 def attention_mask(T, S, device, doc=None, window=None, flex=False):
     """
     Return a bool mask, broadcastable to (B, H, T, S), of the positions that the last T of S queries
-    may attend to. Return None for plain causal attention, which every backend handles more cheaply
-    itself.
+    may attend to. Return None for plain causal attention: backends then mask by themselves, and
+    torch's kernels need no mask for it.
 
     doc (B, S) holds document numbers; a query sees only its own document. window limits a query to
     itself and the window - 1 positions before it. With flex=True (T == S only) the result is a
@@ -347,16 +360,16 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
     grouped = q.size(1) != k.size(1)
     if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
         from torch.nn.attention.flex_attention import flex_attention
-        # under autocast qk_norm returns float32
-        # torch 2.13 gives wrong results for mixed strides
+        # one dtype (qk_norm returns float32 under autocast), and contiguous (torch 2.13 gives wrong
+        # results for mixed strides)
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     bfloat16_on_cpu = q.device.type == 'cpu' and v.dtype == torch.bfloat16
     if bfloat16_on_cpu and v.requires_grad and T <= 512:
         return bfloat16_cpu_attention(q, k, v, dropout, mask)
-    causal = mask is None and 1 < T == S  # is_causal assumes T == S; one query needs no mask
-    if mask is None and 1 < T < S:
+    if mask is None and 1 < T < S:  # is_causal assumes T == S
         mask = causal_mask(T, S, q.device)
+    causal = mask is None and T > 1  # a single query may see every key
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
 
@@ -442,17 +455,6 @@ class KVCache:
         return doc
 
 
-class Linear(nn.Linear):
-    """nn.Linear that uses a matrix-vector product for a single token on a CPU: it is faster."""
-    def forward(self, x):
-        if x.numel() == self.in_features and x.device.type == 'cpu':
-            if not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
-                y = torch.mv(self.weight, x.view(-1))
-                y = y if self.bias is None else y + self.bias
-                return y.view(*x.shape[:-1], -1)
-        return super().forward(x)
-
-
 class CausalSelfAttention(nn.Module):
     """
     (B, T, C) -> same shape, with n_head heads of queries. With fewer heads of keys and values,
@@ -471,7 +473,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
         self.k_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION_BACKEND[config.attention_backend]
-        self.dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotate=None, cache=None, mask=None):
         B, T, C = x.size()
@@ -488,7 +490,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout, self.config, mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return self.dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y))
 
     def extra_flops(self, T, causal):
         """
@@ -599,7 +601,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     Mean cross-entropy of x @ weight.T against targets (-1 is ignored) that never holds logits of
     more than `chunk` rows. Forward computes each chunk's logits, loss and gradients together (Liger
     Kernel, https://arxiv.org/abs/2410.10989), with the usual three matmuls and no recomputation.
-    The softmax is in float32, on `part` rows at a time.
+    The softmax is in float32, on `softmax_rows` rows at a time.
 
     x (N, C), weight (V, C), targets (N,) -> scalar float32. reduction='none' returns the (N,)
     losses, 0 where ignored, and has no gradients.
@@ -609,22 +611,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     plain cross-entropy on a CPU.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction='mean'):
+    def forward(ctx, x, weight, targets, softcap, dtype, chunk, softmax_rows, need_grad,
+                reduction='mean'):
         w, dw = weight.to(dtype), None
         dx = torch.empty_like(x) if need_grad else None
         loss, losses = torch.zeros((), dtype=torch.float32, device=x.device), []
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             logits = rows @ w.T  # (chunk, V)
-            for logits_part, t_part in zip(logits.split(part), t.split(part)):
-                part_losses = softmax_losses(logits_part, t_part, softcap, need_grad)
-                loss += part_losses.sum()
+            for logits_rows, t_rows in zip(logits.split(softmax_rows), t.split(softmax_rows)):
+                row_losses = softmax_losses(logits_rows, t_rows, softcap, need_grad)
+                loss += row_losses.sum()
                 if reduction == 'none':
-                    losses.append(part_losses[:, 0])
+                    losses.append(row_losses[:, 0])
             if need_grad:
                 # `logits` now holds its gradient. It is divided by the number of targets only in
                 # backward, because float16 would underflow before the loss scale is applied.
-                seen = t >= 0  # the gradient of ignored rows is not yet zero
+                seen = t >= 0  # zeroes the gradient of ignored rows, in C columns instead of V
                 dx[i:i + chunk] = (logits @ w) * seen
                 dw_chunk = logits.T @ (rows * seen)
                 dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # sum in float32
@@ -657,14 +660,15 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
     max_logits = 2 ** 27 if device == 'cuda' else 2 ** 26  # held at a time
     n_chunks = math.ceil(x.size(0) * V / max_logits)
     chunk = max(1, math.ceil(x.size(0) / n_chunks))
-    part = max(1, 2 ** 22 // V) if device == 'cpu' else chunk  # softmax within a CPU's cache
+    # on a CPU the softmax of a part should stay in its cache
+    softmax_rows = max(1, 2 ** 22 // V) if device == 'cpu' else chunk
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if reduction not in ('mean', 'none') or reduction == 'none' and need_grad:
         raise ValueError(
             f"reduction={reduction!r}, but it must be 'mean', or 'none' inside torch.no_grad()")
     with no_autocast:
         return LinearCrossEntropy.apply(
-            x, weight, targets, softcap, dtype, chunk, part, need_grad, reduction)
+            x, weight, targets, softcap, dtype, chunk, softmax_rows, need_grad, reduction)
 
 
 # the model
@@ -764,10 +768,10 @@ class GPT(nn.Module):
         if cache:
             doc = cache[0].continue_documents(doc)
         compiled = torch.compiler.is_compiling() and not cache
-        flex = compiled and self.takes_flex(idx.device.type)
+        flex = compiled and self.can_use_flex(idx.device.type)
         return attention_mask(idx.size(1), doc.size(1), idx.device, doc, flex=flex)
 
-    def takes_flex(self, device_type):
+    def can_use_flex(self, device_type):
         """
         Return whether a compiled forward masks documents with flex attention. Flex attention has no
         dropout.

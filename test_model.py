@@ -1100,6 +1100,19 @@ def test_groups_name_their_optimizer_and_its_rate(name):
     assert name == optimizer.param_groups[-1]['optimizer'] and f'{name} at ' in optim.describe(optimizer)
 
 
+def test_a_group_may_have_a_learning_rate_of_its_own(monkeypatch):
+    """build() overwrote the lr_scale that GPT.parameter_groups had set."""
+    ours = GPT.parameter_groups
+
+    def groups(model, weight_decay):
+        found = ours(model, weight_decay)
+        found[1]['lr_scale'] = 5.0
+        return found
+    monkeypatch.setattr(GPT, 'parameter_groups', groups)
+    built = optim.build('adamw', build(), SETTINGS, 'cpu')
+    assert [group['lr_scale'] for group in built.param_groups] == [1.0, 5.0]
+
+
 @pytest.mark.parametrize('name', optim.OPTIMIZER)
 def test_moments_are_counted_as_the_optimizer_keeps_them(name):
     """The memory estimate multiplies what the registry says, without building the optimizer."""

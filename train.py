@@ -49,7 +49,7 @@ out_dir = 'out'  # checkpoints and the run log go here
 eval_interval: PositiveInt = 2000  # iterations between evaluations
 log_interval: PositiveInt = 1  # iterations between log lines
 eval_iters: PositiveInt = 200  # batches per split per evaluation, over all processes
-eval_only = False  # evaluate once and exit; on all of val unless eval_iters is given too
+eval_only = False  # evaluate once and exit; on all of val unless --eval_iters is a flag too
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
@@ -69,7 +69,7 @@ doc_mask = False  # attention stays within a document; an end-of-text token star
 gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
 batch_size: PositiveInt | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: PositiveInt = 1024  # tokens per sequence, the context length
-# model: None leaves it to arch_preset
+# model: keys that are None come from arch_preset
 arch_preset = 'custom'  # gpt2, llama (or team), hybrid, modern, or custom: nanoGPT's mix
 n_layer = 12  # blocks
 n_head = 12  # query heads
@@ -124,8 +124,8 @@ device = 'auto'  # cuda, mps or cpu; also 'cuda:1'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matmuls; weights are float32
 compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on GPUs, and in long runs
 peak_tflops: NonNegativeFloat = 0.0  # the device's dense peak, for MFU; 0: known or measured
-# Below, settings are read as plain names. `config` holds the same values for checkpoints and logs;
-# `given` says where each setting that is not a default was set.
+# Below, settings are read as plain names. `config` holds their values for checkpoints and logs, and
+# `given` says where each of them was set, if it was.
 config, given = configure(__file__)
 globals().update(config)
 # -------------------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ globals().update(config)
 
 def training_loss(model, X, Y):
     """
-    The loss of one micro-batch that training minimizes: add a loss term here. Evaluations report
-    the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price of
-    another matmul with the head and of (B, T, V) floats.
+    Return the loss of one micro-batch, which training minimizes: add a loss term here. Evaluations
+    report the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price
+    of another matmul with the head and of (B, T, V) floats.
     """
     return model(X, Y)[1]
 
@@ -190,18 +190,20 @@ if batch_size == 'auto':
         __file__, config, model_config, ckpt, console, parallel, stop)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 if ckpt is not None and not eval_only and (changed := start.changed_data(ckpt, config)):
-    console.say(f'NOTE: resumed with {changed}: the data order changes from here on, and some '
+    console.say(f'NOTE: resumed with {changed}: from here on the data is read otherwise, and some '
                 'windows may be read twice')
 if ckpt is not None and not eval_only and max_iters <= state.iter_num == state.last_eval_iter:
     console.say(f"{ckpt['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do')
     parallel.leave(0)
+
+# set-up: data loaders
 train_loader = start.load_split('train', data_sets, model_config, device, seed=seed)
 # evaluations read the same windows in every run, whatever its seed
 eval_loaders = {split: start.load_split(split, data_sets, model_config, device, seed=0, shift=False)
                 for split in ('train', 'val')}
 os.makedirs(out_dir, exist_ok=True)
-run_folder.lock()
+run_folder.lock()  # again, because the folder may have been missing at the first call
 
 # set-up: the model. From here on, model_config describes it. The settings that it was made from may
 # say something else after a resume, so their names are removed from this script's globals.
@@ -265,7 +267,7 @@ iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interv
 
 
 def autocast():
-    """Return the context of forward passes: matmuls in dtype, everything else in float32."""
+    """Return the context of forward passes: torch.autocast to dtype, or nothing for float32."""
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
@@ -333,7 +335,7 @@ def evaluate_splits():
 def within_memory(step):
     """
     Return step(). If a run in one process is out of memory, split its micro-batches, which keeps
-    the windows of an iteration, and try again. Several processes end with the flags to use.
+    the windows of an iteration, and try again. With several processes, raise UserError.
     """
     while True:
         try:
@@ -356,7 +358,7 @@ def report_evaluation(evaluated, best):
     console.say(report.evaluation_line(state.iter_num, evaluated, best))
     if eval_only:
         console.say(report.evaluation_lines(evaluated['val'], splits['val']))
-    takes_part = parallel.master or parallel.mode == 'fsdp'  # whose ranks gather weights together
+    takes_part = parallel.master or parallel.mode == 'fsdp'  # FSDP gathers weights on all ranks
     due = sample_interval and run_log.n_evaluations % sample_interval == 0
     sample = None
     if due and tokenizer and takes_part:
@@ -372,7 +374,7 @@ def save_checkpoint(best):
         scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=config,
         tokenizer=tokenizer.spec if tokenizer else meta.get('tokenizer'),
         torch_version=str(torch.__version__))
-    model_tensors = raw_model.state_dict(keep_vars=True)
+    model_tensors = raw_model.state_dict(keep_vars=True)  # keeps a tied tensor one object
     moments, param_groups = parallel.moments(opt)
     run_folder.save({'model': model_tensors, 'optimizer': moments} | state_tensors, param_groups,
                     facts, best,
@@ -426,8 +428,9 @@ while True:
             finished = True
 
     # save, and stop if there is nothing more to do
-    has_news = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
-    if save and has_news and not eval_only:
+    # before the first step there is nothing new, except loaded weights that are best or final
+    anything_new = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
+    if save and anything_new and not eval_only:
         save_checkpoint(best)
     if finished or stopping:
         break
@@ -436,7 +439,8 @@ while True:
     t0 = time.time()
     loss_sum += within_memory(forward_backward)
 
-    # clip and step, unless a gradient is not finite; all processes have the same averages
+    # clip and step, unless a gradient is not finite; gradients are averages over all processes, so
+    # all decide alike
     scaler.unscale_(opt)
     if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
         # kept for the next log line, with the iteration that they belong to

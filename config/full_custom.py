@@ -12,7 +12,7 @@ block_size = 512  # context length in tokens; the cost of attention grows with i
 vocab_size = 256  # at least the data set's; None: the data set's, above 1024 a multiple of 64
 
 # --- the model: parts; each wins over arch_preset, which fills those that are None or missing here
-# gpt2 | llama | team (same as llama) | hybrid (gpt2 with rope) | modern (for the speedruns) |
+# gpt2 | llama | team (same as llama) | hybrid (custom with rope) | modern (for the speedruns) |
 # custom (nanoGPT's)
 arch_preset = 'custom'
 normalization = 'rmsnorm'  # layernorm | layernorm_nobias (whatever bias says) | rmsnorm

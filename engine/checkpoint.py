@@ -253,7 +253,9 @@ def restore_tensors(sets, ckpt, parallel):
     """
     for kind, tensors in sets.items():
         if kind not in ckpt:
-            raise UserError(f"the checkpoint '{ckpt['path']}' has no '{kind}' to resume with")
+            raise UserError(f"the checkpoint '{ckpt['path']}' has no '{kind}', because its run was "
+                            'started without it: turn that setting off, or start a new run from '
+                            f"it with --init_from={ckpt['path']} and another --out_dir")
         for name, tensor in tensors.items():
             tensor.copy_(own_share(ckpt[kind][name], tensor, parallel))
 

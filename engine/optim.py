@@ -145,7 +145,7 @@ def build(name, model, settings, device_type):
     groups = parameter_groups(name, model, settings['weight_decay'])
     for group in groups:
         entry = OPTIMIZER[group['optimizer']]
-        rate = settings[entry.rate]
+        rate = settings[entry.rate] * group.get('lr_scale', 1.0)  # a group's own, if it has one
         group.update(entry.options(settings, device_type), lr=rate,
                      lr_scale=rate / settings['learning_rate'])
     if OPTIMIZER[name].rest is not None:

@@ -220,7 +220,7 @@ def load_split(split, data_sets, model_config, device, **kwargs):
 # -------------------------------------------------------------------------------------------------
 # the model
 
-# Settings that may differ from the checkpoint's. All others are fixed by training.
+# Keys of the model that may differ from the checkpoint's. All others are fixed by training.
 FREE = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
 
 
@@ -325,7 +325,7 @@ def crop(model, block_size, asked, pretrained):
 
 def changed_data(ckpt, config):
     """
-    Return, as text, the settings that make a resumed run read other windows; '' if there are none.
+    Return, as text, the settings that make a resumed run read its data otherwise; '' if none do.
     """
     if not is_ours(ckpt):  # nanoGPT's data order is random anyway
         return ''
@@ -340,7 +340,7 @@ def changed_data(ckpt, config):
 def data_settings(config):
     sequences = config['batch_size'] * config['gradient_accumulation_steps']
     return {'dataset': config['dataset'], 'seed': config['seed'],
-            'sequences per iteration': sequences}
+            'doc_mask': config.get('doc_mask', False), 'sequences per iteration': sequences}
 
 
 # -------------------------------------------------------------------------------------------------

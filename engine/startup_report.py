@@ -65,7 +65,7 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     too_large = estimate['peak'] * ranks_here > total_memory(device)
     # FSDP compiles block by block, and the mask is made outside the blocks
     masked = model.config.doc_mask_token is not None
-    flex = masked and compiled and parallel.mode != 'fsdp' and model.takes_flex(device.type)
+    flex = masked and compiled and parallel.mode != 'fsdp' and model.can_use_flex(device.type)
     return Costs(flops_per_token, tokens_per_iter, peak, peak_source, expected, compiled, why,
                  estimate, too_large, flex)
 

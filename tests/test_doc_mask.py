@@ -59,7 +59,7 @@ def test_flex_attention_is_the_dense_mask(options, monkeypatch):
     idx = torch.randint(1, 60, (3, 200))
     idx[0, [9, 10, 130]] = idx[1, 199] = 0
     dense, dense16 = (gradients_and_logits(model, model, idx, autocast) for autocast in (False, True))
-    monkeypatch.setattr(model, 'takes_flex', lambda device_type: True)
+    monkeypatch.setattr(model, 'can_use_flex', lambda device_type: True)
     monkeypatch.setattr('torch.nn.attention.flex_attention._validate_device', lambda *tensors: None)
     taken = []
 
@@ -84,7 +84,7 @@ def test_flex_attention_by_torchs_own_compiler_is_the_dense_mask(monkeypatch):
     documents = idx[:1].split([9, 1, 120, 70], dim=1)
     alone = torch.cat([model(document, all_logits=True)[0] for document in documents], dim=1)
     torch.testing.assert_close(dense[:1], alone, atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr(model, 'takes_flex', lambda device_type: True)
+    monkeypatch.setattr(model, 'can_use_flex', lambda device_type: True)
     monkeypatch.setattr('torch.nn.attention.flex_attention._validate_device', lambda *tensors: None)
     with torch.no_grad():
         flex = torch.compile(model)(idx, all_logits=True)[0]
@@ -98,7 +98,7 @@ def test_flex_attention_on_a_gpu_is_the_dense_mask():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**FLEX, position_encoding='rope', n_kv_head=2, doc_mask_token=0)).cuda().train()
     idx = torch.randint(0, 60, (3, 200), device='cuda')
-    assert model.takes_flex('cuda')
+    assert model.can_use_flex('cuda')
     dense, flex = (gradients_and_logits(model, forward, idx) for forward in (model, torch.compile(model)))
     torch.testing.assert_close(flex, dense, atol=1e-3, rtol=1e-2)
 
