@@ -25,7 +25,7 @@ from configurator import (
     PositiveInt,
     configure,
 )
-from data.tokenizer import find_tokenizer
+from data.tokenizer import Ids, find_tokenizer, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional
@@ -44,6 +44,7 @@ max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: NonNegativeFloat = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
 top_p: PositiveFloat = 1.0  # draw from the likeliest tokens that reach this probability; 1.0: all
+tokenizer = ''  # instead of the checkpoint's: gpt2, byte, a tokenizer.json, a data set's folder
 stop = True  # end a sample where the model says end of text
 slide: PositiveInt = 1  # past block_size the window moves this far; 1: as nanoGPT; more: faster
 seed = 1337  # the same seed, the same text
@@ -71,6 +72,8 @@ if metrics:
 if start.startswith('FILE:'):
     with open(start.removeprefix('FILE:'), encoding='utf-8') as f:
         start = f.read()
+if tokenizer:
+    tokenizer = tokenizer_by_name(tokenizer)
 
 
 @contextlib.contextmanager
@@ -85,9 +88,14 @@ def user_errors():
 # the model
 device, dtype = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
-tokenizer = find_tokenizer(ckpt)
 with user_errors():
     model = GPT.from_dict(ckpt)
+if not tokenizer:
+    tokenizer = find_tokenizer(ckpt, model.config.vocab_size)
+if tokenizer is None:
+    tokenizer = Ids({'name': 'ids', 'vocab_size': model.config.vocab_size})
+    print('the checkpoint names no tokenizer, so text is shown as ids; name one with --tokenizer: '
+          "gpt2, byte, a tokenizer.json, or a data set's folder", file=sys.stderr)
 # nanoGPT's checkpoints do not say how much of the vocabulary is padding
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)

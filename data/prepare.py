@@ -49,7 +49,7 @@ from data.documents import (
 )
 from data.loader import DTYPES, HERE, dtype_for, meta_json, read_meta
 from data.source import add_out_dir, hub_files, script_parser
-from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
+from data.tokenizer import get_tokenizer, tokenizer_by_name, train_bpe
 from engine.common import Locked, UserError, duration, replacing, try_lock
 
 SPLITS = 'train', 'val'
@@ -680,11 +680,7 @@ def named_tokenizer(name, vocab_size=None):
         raise UserError('--tokenizer=bpe needs --vocab_size, 4096 say')
     if name in ('char', 'bpe'):
         return name
-    if os.path.exists(name):
-        return tokenizer_from_file(name)
-    if '/' in name or name.endswith('.json'):
-        raise UserError(f'--tokenizer={name}: no such file')
-    return get_tokenizer(name)
+    return tokenizer_by_name(name)
 
 
 def prepare(args, sources, data_dir, tokenizer, vocab_size=None):

@@ -82,7 +82,8 @@ class Char(Tokenizer):
         single = all(isinstance(c, str) and len(c) == 1 for c in chars)
         if not chars or not single or len(set(chars)) != len(chars):
             needed = "tokenizer char needs 'chars', each of its characters once"
-            raise UserError(f'{needed}, not {chars!r:.60}')
+            remedy = 'name the folder of a data set that has them'
+            raise UserError(f'{needed}, not {chars!r:.60}: {remedy}')
         self.chars = ''.join(chars)
         self.vocab_size, self.table = len(chars), [c.encode('utf-8') for c in chars]
         self.spec = {'name': 'char', 'chars': self.chars}
@@ -103,6 +104,25 @@ class Char(Tokenizer):
 
     def encode(self, text):
         return self.encode_corpus(text).tolist()
+
+
+class Ids(Tokenizer):
+    """Ids written as numbers, for a model whose tokenizer is unknown."""
+    name = 'ids'
+
+    def __init__(self, spec):
+        self.vocab_size, self.spec = spec['vocab_size'], spec
+        self.id_of = {str(i): i for i in range(self.vocab_size)}
+        self.table = [f' {word}'.encode() for word in self.id_of]
+
+    def encode(self, text):
+        words = text.split() or ['0']  # a blank text is the default of --start
+        for word in words:
+            if word not in self.id_of:
+                problem = f'{word!r:.60} is no id in 0..{self.vocab_size - 1}'
+                remedy = "give ids, such as --start='1 2', or name the tokenizer with --tokenizer"
+                raise UserError(f'{problem}, and the tokenizer is unknown: {remedy}')
+        return [self.id_of[word] for word in words]
 
 
 class Tiktoken(Tokenizer):
@@ -252,6 +272,7 @@ def without_prefix(part):
 # finding and making tokenizers
 
 TOKENIZERS = {cls.name: cls for cls in (Byte, Char, HuggingFace)}
+GPT2_VOCAB_SIZES = range(50257, 50305)  # GPT-2's ids, padded to at most nanoGPT's 50304
 
 
 def get_tokenizer(spec):
@@ -268,12 +289,29 @@ def get_tokenizer(spec):
     return Tiktoken(spec)
 
 
+def tokenizer_by_name(name):
+    """
+    Return the tokenizer of a name such as gpt2, of a tokenizer.json, or of a folder that has one or
+    is a data set.
+    """
+    if os.path.exists(name):
+        return tokenizer_from_file(name)
+    if '/' in name or name.endswith('.json'):
+        raise UserError(f'--tokenizer={name}: no such file')
+    return get_tokenizer(name)
+
+
 def tokenizer_from_file(path):
     """
-    Return the tokenizer of a tokenizer.json, or of a folder with one. A tokenizer_config.json
-    beside it names the token that ends a text.
+    Return the tokenizer of a tokenizer.json, or of a folder that has one or is a data set. A
+    tokenizer_config.json beside it names the token that ends a text.
     """
     path = Path(path)
+    if path.is_dir() and not (path / 'tokenizer.json').exists():
+        meta = read_meta(path)
+        if 'tokenizer' not in meta:
+            raise UserError(f'{path} has no tokenizer.json, and no meta.json with a tokenizer')
+        return get_tokenizer(meta['tokenizer'])
     path = path / 'tokenizer.json' if path.is_dir() else path
     settings, eot = path.with_name('tokenizer_config.json'), None
     try:
@@ -308,10 +346,10 @@ def train_bpe(texts, vocab_size):
     return get_tokenizer({'name': 'huggingface', 'json': reader.to_str(), 'eot': '<|endoftext|>'})
 
 
-def find_tokenizer(ckpt):
+def find_tokenizer(ckpt, vocab_size):
     """
     Return the tokenizer that a checkpoint names. nanoGPT's checkpoints name none; use that of their
-    data set, or else GPT-2's.
+    data set, or GPT-2's if the model has as many ids. None: it is unknown.
     """
     if ckpt.get('tokenizer'):
         return get_tokenizer(ckpt['tokenizer'])
@@ -322,8 +360,11 @@ def find_tokenizer(ckpt):
             problem = f'its data set, {dataset!r:.100}, is no name of a folder in data/'
             raise UserError(f'{checkpoint}, and {problem}: refused')
         meta = read_meta(Path(__file__).resolve().parent / dataset)
-        if 'tokenizer' in meta:
-            return get_tokenizer(meta['tokenizer'])
+        tokenizer = get_tokenizer(meta['tokenizer']) if 'tokenizer' in meta else None
+        if tokenizer and tokenizer.vocab_size <= vocab_size:
+            return tokenizer
+    if vocab_size not in GPT2_VOCAB_SIZES:
+        return None
     print("the checkpoint names no tokenizer, so this assumes GPT-2's", file=sys.stderr)
     return get_tokenizer('gpt2')
 
@@ -338,13 +379,18 @@ def is_folder_name(name):
 # writing tokenizer.json files
 
 def to_hugging_face(tokenizer):
-    """Return a tokenizer of the library `tokenizers` that gives the same ids for the same text."""
+    """Return the text of a tokenizer.json that gives the same ids for the same text."""
     library = optional('tokenizers', 'writing a tokenizer.json')
     if 'json' in tokenizer.spec:
-        return library.Tokenizer.from_str(tokenizer.spec['json'])
-    if tokenizer.name == 'char':
-        return char_to_hugging_face(tokenizer, library)
-    return bpe_to_hugging_face(tokenizer, library)
+        result = library.Tokenizer.from_str(tokenizer.spec['json'])
+        if not result.num_special_tokens_to_add(is_pair=False):
+            return tokenizer.spec['json']
+        result.post_processor = None  # it starts each text with a token that ours leaves out
+    elif tokenizer.name == 'char':
+        result = char_to_hugging_face(tokenizer, library)
+    else:
+        result = bpe_to_hugging_face(tokenizer, library)
+    return result.to_str(pretty=True)
 
 
 def char_to_hugging_face(tokenizer, library):

@@ -38,7 +38,7 @@ LLAMA_PARTS = dict(
     ffn_type=('swiglu',),
     activation=tuple(ACTIVATIONS.values()),
     bias=(False,),
-    qkv_bias=(False,),
+    qkv_bias=(False, True),  # with zeros as the bias of the attention's output
     qk_norm=(False,),
 )
 LLAMA_KEYS = dict(
@@ -92,7 +92,10 @@ GPT2_KEYS = dict(
 GPT2_BLOCK = ('ln_1', 'ln_2', 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
 GPT2_MODULES = ('transformer.wte', 'transformer.wpe', 'transformer.ln_f', 'lm_head', *GPT2_BLOCK)
 
-FAMILIES = {family.model_type: family for family in [  # export chooses the first of the best fits
+# Export chooses the first of the best fits. So models with qkv_bias leave as LLaMA, not as Qwen2:
+# for qwen2 in config.json, AutoTokenizer ignores the tokenizer that the folder names and splits
+# text in Qwen2's way.
+FAMILIES = {family.model_type: family for family in [
     Family(
         'gpt2', 'GPT2LMHeadModel', GPT2_PARTS, GPT2_KEYS,
         defaults=dict(activation='gelu_new', weight_tying=True),
@@ -127,7 +130,7 @@ FAMILIES = {family.model_type: family for family in [  # export chooses the firs
         biased=('ln_1', 'ln_2', 'transformer.ln_f'),
     ),
     Family(
-        'mistral', 'MistralForCausalLM', LLAMA_PARTS,
+        'mistral', 'MistralForCausalLM', LLAMA_PARTS | dict(qkv_bias=(False,)),
         LLAMA_KEYS, LLAMA_DEFAULTS, LLAMA_MODULES,
     ),
 ]}

@@ -145,7 +145,7 @@ def read_settings(hf, block_size=None):
 
     if hf.get('head_dim') not in (None, settings['n_embd'] / settings['n_head']):
         raise unsupported(f"head_dim={hf['head_dim']}", 'hidden_size / num_attention_heads')
-    settings['bias'] = read_bias(hf)
+    settings |= read_bias(hf)
     settings |= read_rope(hf, settings.get('rope_theta', 10000.0))
     window = sliding_window(hf)
     if window and (block_size or 0) > window:
@@ -180,19 +180,18 @@ def check_sizes(settings, family):
 
 def read_bias(hf):
     """
-    Return whether the Linears have biases. Raise UserError if only some do, which GPTConfig cannot
-    express.
+    Return bias and qkv_bias. With attention_bias alone, the attention's output has a bias too;
+    read_state refuses it unless it is zeros. Raise UserError if only the MLPs have biases.
     """
     kind = hf['model_type']
     if kind == 'starcoder2':
-        return hf.get('use_bias', True)
-    attention, mlp = hf.get('attention_bias', False), hf.get('mlp_bias', False)
+        return dict(bias=hf.get('use_bias', True))
     if kind in ('qwen2', 'mistral'):  # these classes do not read attention_bias
-        attention = False
-    if mlp != attention or (attention and kind == 'qwen3'):
-        found = f"attention_bias={hf.get('attention_bias')} and mlp_bias={hf.get('mlp_bias')}"
-        raise unsupported(found, 'both or neither')
-    return attention
+        return dict(bias=False)
+    attention, mlp = hf.get('attention_bias', False), hf.get('mlp_bias', False)
+    if mlp and not attention:
+        raise unsupported('mlp_bias=True without attention_bias', 'both, neither or attention_bias')
+    return dict(bias=mlp, qkv_bias=attention and not mlp)
 
 
 def read_rope(hf, theta):
@@ -339,7 +338,9 @@ def config_json(model):
         num_key_value_heads=c.n_kv_head or c.n_head,
         head_dim=c.n_embd // c.n_head,
         sliding_window=None,
-        attention_bias=c.bias, mlp_bias=c.bias, use_bias=c.bias,
+        attention_bias=c.bias or c.qkv_bias,
+        mlp_bias=c.bias,
+        use_bias=c.bias,
     )
 
 
@@ -348,8 +349,10 @@ def tensors_there(model, family):
     c, state = model.config, model.state_dict()
     if c.weight_tying:
         del state['lm_head.weight']
+    # every class that has a bias for q, k and v has one for the attention's output
+    biased = (*family.biased, 'attn.c_proj') if c.qkv_bias else family.biased
     for name, weight in list(state.items()):
-        if name.endswith('.weight') and module_of(name, family) in family.biased:
+        if name.endswith('.weight') and module_of(name, family) in biased:
             bias = name.removesuffix('weight') + 'bias'
             state.setdefault(bias, weight.new_zeros(len(weight)))
 
@@ -378,9 +381,10 @@ def save_pretrained(model, folder, ckpt):
     if model.config.doc_mask_token is not None:
         print('NOTE: this format cannot express doc_mask: in a window of several '
               'documents, transformers gives different logits', file=sys.stderr)
-    tokenizer = find_tokenizer(ckpt) if ckpt else None
-    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
-        tokenizer = None  # find_tokenizer guessed, and guessed wrong
+    vocab_size = model.config.vocab_size
+    tokenizer = find_tokenizer(ckpt, vocab_size) if ckpt else None
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        tokenizer = None  # transformers would look up ids that the model lacks
     texts = config_files(model, hf, tokenizer)
     texts['README.md'] = model_card(model, ckpt or {}, hf['architectures'][0], tokenizer)
     tensors = tensors_there(model, FAMILIES[hf['model_type']])
@@ -420,8 +424,7 @@ def config_files(model, hf, tokenizer):
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False)
              for name, content in files.items()}
     if tokenizer:
-        original = tokenizer.spec.get('json')
-        texts['tokenizer.json'] = original or to_hugging_face(tokenizer).to_str(pretty=True)
+        texts['tokenizer.json'] = to_hugging_face(tokenizer)
     return texts
 
 

@@ -138,7 +138,7 @@ def test_the_hubs_own_gpt2_files_load(tmp_path, theirs):
     ('llama', dict(num_attention_heads=0), ['num_attention_heads=0']),
     ('llama', dict(rope_parameters={'rope_type': 'yarn', 'factor': 2}), ['rope_parameters', 'yarn', 'llama3']),
     ('llama', dict(head_dim=16), ['head_dim=16']),
-    ('llama', dict(attention_bias=True), ['attention_bias=True', 'mlp_bias=False']),
+    ('llama', dict(mlp_bias=True), ['mlp_bias=True', 'attention_bias']),
 ], ids=str)
 def test_a_setting_without_a_counterpart_is_refused_by_its_key(tmp_path, theirs, name, changes, parts):
     """A model that loads as another one."""
@@ -201,10 +201,12 @@ OURS = {  # name: (the class that it becomes, settings)
     'gpt2 qkv': ('GPT2', dict(bias=False, qkv_bias=True)),
     'llama': ('Llama', dict(arch_preset='llama', n_kv_head=2)),
     'llama 3': ('Llama', dict(arch_preset='llama') | LLAMA3_UNUSUAL),
-    'qwen2': ('Qwen2', dict(arch_preset='llama', qkv_bias=True)),
+    'llama qkv': ('Llama', dict(arch_preset='llama', qkv_bias=True, n_kv_head=2)),
     'qwen3': ('Qwen3', dict(arch_preset='llama', qk_norm=True, n_kv_head=2)),
+    'qwen3 qkv': ('Qwen3', dict(arch_preset='llama', qk_norm=True, qkv_bias=True)),
     'quick test': ('Qwen3', QUICK_TEST_PARTS),
     'arcee': ('Arcee', ARCEE),
+    'arcee qkv': ('Arcee', ARCEE | dict(qkv_bias=True)),
     'hybrid': ('Starcoder2', dict(arch_preset='hybrid')),
     'hybrid biased': ('Starcoder2', dict(arch_preset='hybrid', bias=True, n_kv_head=1)),
 }
