@@ -343,6 +343,10 @@ def train_bpe(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=['<|endoftext|>'],
         initial_alphabet=byte_level.alphabet(), show_progress=False)
     reader.train_from_iterator(texts, trainer)
+    found = reader.get_vocab_size()
+    if found < vocab_size:
+        print(f'NOTE: the BPE has {found} ids instead of vocab_size={vocab_size}, because the text '
+              'has no more pairs to merge', file=sys.stderr)
     return get_tokenizer({'name': 'huggingface', 'json': reader.to_str(), 'eot': '<|endoftext|>'})
 
 

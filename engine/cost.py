@@ -10,6 +10,7 @@ Describe a model: parameters, FLOPs, memory. Inspect, merge and export checkpoin
 """
 import contextlib
 import os
+import re
 import sys
 import weakref
 
@@ -260,8 +261,15 @@ def consolidate_checkpoint(source, path):
 
 
 def export_checkpoint(source, path, dtype):
-    """Write a checkpoint as a folder for transformers, or as a file for ONNX."""
+    """
+    Write a checkpoint as a folder for transformers, or as a file for ONNX. Raise UserError if the
+    path has any other extension; '.36b' in llama-1.36b is none.
+    """
     from engine.huggingface import load_weights, save_onnx
+    extension = os.path.splitext(path)[1]
+    if re.match(r'\.[A-Za-z]', extension) and extension != '.onnx':
+        raise UserError(f"--export='{path}' has the unknown extension '{extension}': use .onnx for "
+                        'ONNX, or a name without one, or that ends in /, for a Hugging Face folder')
     saved = load_weights(source)
     model = model_in(saved)
     if path.endswith('.onnx'):

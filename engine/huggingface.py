@@ -477,8 +477,9 @@ def onnx_program(model):
             module.attend = ATTENTION_BACKEND['manual']
     block_size = model.config.block_size
     example = torch.zeros(2, min(block_size, 8), dtype=torch.long)
-    length = torch.export.Dim('length', max=block_size)
-    shape = {0: torch.export.Dim('batch'), 1: length}
+    shape = {0: torch.export.Dim('batch')}
+    if block_size > 1:  # torch has no dimension of one possible size
+        shape[1] = torch.export.Dim('length', max=block_size)
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # it warns that torchvision is missing
     quiet = contextlib.redirect_stdout(io.StringIO())
     with warnings.catch_warnings(), quiet, torch.no_grad():

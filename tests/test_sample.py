@@ -21,7 +21,7 @@ from engine.text_metrics import (
     real_texts,
     repetition,
 )
-from model import GPT
+from model import GPT, GPTConfig
 
 SAMPLE = '--device=cpu --dtype=float32 --stop=False --max_new_tokens=50'.split()
 
@@ -56,6 +56,45 @@ def test_streamed_text_is_the_generated_text(finished, trained):
     prompt = torch.tensor([trained.tokenizer.encode('über ')])
     ids = trained.model.generate(prompt, 50, temperature=0.8, top_k=200, seed=1337)[0].tolist()
     assert done.stdout.decode() == trained.tokenizer.decode(ids) + '\n'
+
+
+@pytest.fixture(scope='module')
+def nameless(tmp_path_factory):
+    """A checkpoint as nanoGPT writes it, of 65 ids, beside a data set that has their characters."""
+    folder = tmp_path_factory.mktemp('nameless')
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=65, dropout=0.0)
+    torch.save({'model': GPT(GPTConfig(**sizes)).state_dict(), 'model_args': sizes}, folder / 'ckpt.pt')
+    chars = ''.join(map(chr, range(58, 123)))
+    meta = {'vocab_size': 65, 'tokenizer': {'name': 'char', 'chars': chars}}
+    write_dataset(folder / 'chars', {'train': bytes(65), 'val': bytes(65)}, meta)
+    return folder
+
+
+def test_an_unknown_tokenizer_shows_ids(nameless):
+    """It was taken as GPT-2's: plausible nonsense out of a model of 65 ids. A data set's folder names the right one."""
+    flags = [f'--out_dir={nameless}', *SAMPLE, '--num_samples=1']
+    as_ids = command('sample.py', *flags, '--start=7 8')
+    assert as_ids.returncode == 0 and '--tokenizer' in as_ids.stderr, as_ids.stderr
+    ids = list(map(int, as_ids.stdout.split()))
+    assert len(ids) == 52 and ids[:2] == [7, 8] and max(ids) < 65
+    as_text = command('sample.py', *flags, '--start=AB', f'--tokenizer={nameless}/chars')
+    assert as_text.stdout == ''.join(chr(58 + i) for i in ids) + '\n', as_text.stderr
+    assert command('sample.py', *flags).returncode == 0, 'without a prompt'
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--start=!', ["'!'", '0..64', '--tokenizer']),
+    ('--start=65', ["'65'", '0..64']),
+    ('--start=' + '9' * 5000, ['0..64']),
+    ('--tokenizer=char', ["'chars'", 'folder']),
+    ('--tokenizer=nowhere.json', ['nowhere.json', 'no such file']),
+    ('--tokenizer=tests', ['tests', 'tokenizer.json', 'meta.json']),
+])
+def test_mistakes_with_an_unknown_tokenizer_are_one_line(nameless, flag, words):
+    """Text cannot become ids without a tokenizer; nor can a long number become an int."""
+    done = command('sample.py', f'--out_dir={nameless}', *SAMPLE, flag)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    one_line(done.stderr.splitlines()[-1], 'sample.py: ', *words)
 
 
 @pytest.mark.parametrize('slide, says', [(1, 'parameters'), (17, 'slide=17')])

@@ -4,9 +4,16 @@ import json
 import pytest
 import torch
 
-from conftest import TEXTS, llama3_json, llama_json, one_line, tokenizer_named
+from conftest import (
+    TEXTS,
+    llama3_json,
+    llama_json,
+    one_line,
+    some_text,
+    tokenizer_named,
+)
 from data.documents import cut_before
-from data.tokenizer import get_tokenizer, tokenizer_from_file
+from data.tokenizer import find_tokenizer, get_tokenizer, tokenizer_from_file, train_bpe
 
 KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
 
@@ -146,3 +153,24 @@ def test_a_character_outside_the_vocabulary_is_named():
             get_tokenizer({'name': 'char', 'chars': chars})
 
 
+@pytest.mark.parametrize('vocab_size', [65, 256, 50256, 50305, 100277])
+def test_another_vocabulary_does_not_suggest_gpt2(vocab_size):
+    """A checkpoint that names no tokenizer was taken as GPT-2's, and a model of 65 ids sampled plausible nonsense."""
+    assert find_tokenizer({'config': {}}, vocab_size) is None
+
+
+@pytest.mark.parametrize('vocab_size', [50257, 50304])
+def test_gpt2s_vocabulary_suggests_gpt2(vocab_size, capsys):
+    """nanoGPT's checkpoints name no tokenizer, and most have GPT-2's ids, padded to 50,304."""
+    tokenizer_named('gpt2')  # skips without tiktoken's file
+    assert find_tokenizer({'config': {}}, vocab_size).name == 'gpt2'
+    one_line(capsys.readouterr().err, "assumes GPT-2's")
+
+
+def test_a_bpe_of_fewer_ids_than_asked_for_is_noted(capsys):
+    """--vocab_size=600 made 285 ids without a word."""
+    pytest.importorskip('tokenizers')
+    assert train_bpe(['the cat sat on the mat'], 600).vocab_size < 300
+    one_line(capsys.readouterr().err, 'vocab_size=600', 'ids')
+    assert train_bpe([some_text()], 400).vocab_size == 400
+    assert capsys.readouterr().err == ''
