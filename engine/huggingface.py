@@ -349,7 +349,7 @@ def tensors_there(model, family):
     c, state = model.config, model.state_dict()
     if c.weight_tying:
         del state['lm_head.weight']
-    # every class that has a bias for q, k and v has one for the attention's output
+    # the classes that we export to have a bias for the attention's output if q, k and v have one
     biased = (*family.biased, 'attn.c_proj') if c.qkv_bias else family.biased
     for name, weight in list(state.items()):
         if name.endswith('.weight') and module_of(name, family) in biased:
