@@ -37,7 +37,7 @@ from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, Positi
 from data.loader import find_datasets, write_dataset
 from engine import optim
 from engine.common import UserError
-from engine.cost import memory_estimate, meta_model
+from engine.cost import add_process, memory_estimate, meta_model
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.plan import plan_ranks
 from engine.side import Side, SideError
@@ -272,7 +272,7 @@ def find_peak(config, dtype, device):
         flops, source = config['peak_tflops'] * 1e12, 'as given'
     else:
         flops, source = peak_flops(device, dtype)
-    print(f'peak: {flops / 1e12:.2f} TFLOP/s ({source})', flush=True)
+    print(f'peak: {flops / 1e12:.4g} TFLOP/s ({source})', flush=True)
     return flops, source
 
 
@@ -421,11 +421,9 @@ def estimate_figures(side, model_config):
     s = side.s
     sizes = memory_estimate(model_config, s['batch_size'], s['dtype'], torch.device(s['device']),
                             s['accumulation'], optimizer=s['optimizer'])
-    peak = sizes.pop('peak')
-    if s['device'] == 'cpu':  # the measured peak includes what malloc loses, and the process itself
+    if s['device'] == 'cpu':
         base = side.info['base']
-        sizes |= dict(holes=round(0.2 * peak), process=base.get('resident', base['peak']))
-    sizes['peak'] = sum(sizes.values())
+        add_process(sizes, base.get('resident', base['peak']))
     rows = {f'estimated: {part}': f'{size / GIB:.2f} GiB' for part, size in sizes.items() if size}
     return rows, dict(memory_estimate=sizes)
 

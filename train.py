@@ -40,7 +40,6 @@ from engine.compile import compile_model
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
 from engine.startup_report import measure_costs, startup_report
-from model import GPT
 
 # -------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -187,7 +186,7 @@ if not parallel.all_equal(-1 if ckpt is None else state.iter_num):
                     f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = start.auto_batch_size(
-        __file__, config, model_config, ckpt, console, parallel, stop)
+        __file__, config, model_config, ckpt, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 if ckpt is not None and not eval_only and (changed := start.changed_data(ckpt, config)):
     console.say(f'NOTE: resumed with {changed}: from here on the data is read otherwise, and some '
@@ -210,7 +209,7 @@ run_folder.lock()  # again, because the folder may have been missing at the firs
 has_loaded_weights = raw_model is not None
 if not has_loaded_weights:
     torch.manual_seed(seed)
-    raw_model = GPT(model_config)
+    raw_model = start.new_model(model_config)
 raw_model.train()
 config.update({key: value for key, value in asdict(model_config).items() if key in config})
 for key in asdict(model_config):
@@ -323,10 +322,9 @@ def forward_backward():
 
 
 def evaluate_splits():
-    """Return evaluate()'s result, or None if a signal came."""
+    """Return evaluate()'s result, or None if a signal came or the data cannot be read."""
     started = time.time()
-    evaluated = evaluate(raw_model, splits, batches.batch_size, parallel, autocast,
-                         should_stop=lambda: parallel.all_max(stop.number),
+    evaluated = evaluate(raw_model, splits, batches.batch_size, parallel, autocast, stop,
                          progress=console.progress)
     iteration_report.eval_seconds = time.time() - started
     return evaluated
@@ -404,7 +402,7 @@ while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    stopping = parallel.all_max(stop.number)  # if one process got a signal, all stop
+    stopping = parallel.all_max(stop.status)  # if one process has to stop, all do
     finished = state.iter_num >= max_iters or eval_only
     log_due = iteration_report.due(state.iter_num, log_interval)
     save = bool(stopping) or save_interval > 0 and state.iter_num % save_interval == 0
@@ -413,7 +411,7 @@ while True:
     # evaluate; all processes take this branch together
     if (state.iter_num % eval_interval == 0 or finished) and not stopping:
         evaluated = within_memory(evaluate_splits)
-        if evaluated is None:  # a signal arrived
+        if evaluated is None:  # a process has to stop
             continue
         if not math.isfinite(evaluated['val']['loss']):
             run_log.not_finite('val loss')
@@ -458,6 +456,8 @@ while True:
         run_log.not_finite('loss or gradient')
         break
     opt.zero_grad(set_to_none=True)
+    if state.iter_num + 1 < max_iters:
+        stop.try_reading(batches.fetch)  # here, so that all processes agree to stop and save
 
     # log; reading the loss waits for the device, so the time is taken after that
     iteration_report.n_since_log += 1
@@ -471,13 +471,15 @@ while True:
         iteration_report.add(mean_loss, lr, float(grad_norm), gradients, more)
         gradients = {}
     state.iter_num += 1
+    if state.iter_num == first_iter + 1:
+        stop.listen()  # before the first step there was nothing to save
 
 batches.close()
 if run_log.outcome != 'not finite':
     complete = state.iter_num >= max_iters or eval_only
     run_log.outcome = 'finished' if complete else 'stopped early'
 if stopping:
-    run_log.outcome = signal.Signals(stopping).name
+    run_log.outcome = signal.Signals(stopping - 128).name if stopping > 128 else 'failed'
 run_log.close()
 exit_code = 1 if run_log.outcome == 'not finite' else 0
-parallel.leave(128 + stopping if stopping else exit_code)
+parallel.leave(stopping or exit_code)

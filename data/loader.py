@@ -8,6 +8,7 @@ tokens and crc32 of each file. Two other formats are also read: nanoGPT's folder
 meta.pkl or no meta at all) and llm.c's shards (a header of 256 int32 before the ids).
 """
 import ast
+import collections
 import functools
 import hashlib
 import itertools
@@ -464,31 +465,31 @@ class Loader:
         """
         return self.to_device(*self.read(*self.locate(indices)))
 
-    def stream(self, index_arrays):
+    def stream(self, index_arrays, ahead=1):
         """
-        Yield batch(indices) for each array of an iterable, read ahead in a thread. An error in the
-        thread is raised by the next() that reaches its group.
+        Yield batch(indices) for each array of an iterable, read in a thread at least `ahead`
+        batches ahead. An error in the thread is raised by the next() that reaches its group.
         """
         index_arrays = iter(index_arrays)
         with ThreadPoolExecutor(1) as pool:
             reading = None
-            while group := self.next_group(index_arrays):
-                ahead = pool.submit(self.read_group, group)
+            while group := self.next_group(index_arrays, ahead):
+                next_reading = pool.submit(self.read_group, group)
                 if reading:
                     yield from itertools.starmap(self.to_device, reading.result())
-                reading = ahead
+                reading = next_reading
             if reading:
                 yield from itertools.starmap(self.to_device, reading.result())
 
-    def next_group(self, index_arrays):
+    def next_group(self, index_arrays, ahead):
         """
-        Return up to 16 small batches to be read together, because waking a thread takes longer than
-        reading one.
+        Return `ahead` batches to be read together, or up to 16 small ones, because waking a thread
+        takes longer than reading one.
         """
         group = list(itertools.islice(index_arrays, 1))
         if group:
             n = min(16, 2**18 // (len(group[0]) * self.block_size))
-            group += itertools.islice(index_arrays, max(0, n - 1))
+            group += itertools.islice(index_arrays, max(n, ahead) - 1)
         return group
 
     def read_group(self, group):
@@ -565,7 +566,8 @@ class MicroBatches:
 
     def start(self, iter_num):
         self.per_rank = max(1, self.accumulation_steps // self.world_size)
-        self.batches = self.loader.stream(self.indices(iter_num))
+        self.batches = self.loader.stream(self.indices(iter_num), self.per_rank)
+        self.fetched = collections.deque()
 
     def indices(self, iter_num):
         for i in itertools.count(iter_num):
@@ -577,7 +579,16 @@ class MicroBatches:
         return self
 
     def __next__(self):
-        return next(self.batches)
+        self.fetch()
+        return self.fetched.popleft()
+
+    def fetch(self):
+        """
+        Read all micro-batches of the next iteration, unless that is done. Then none of them can
+        fail when other ranks are already computing theirs.
+        """
+        if not self.fetched:
+            self.fetched.extend(itertools.islice(self.batches, self.per_rank))
 
     def smaller(self):
         """

@@ -192,21 +192,40 @@ def end_with_parent():
 
 class StopSignal:
     """
-    Record the first SIGINT, SIGTERM or SIGHUP as `number` (0: none yet), for a loop to check. A
-    second signal more than 2 seconds later ends the process at once.
+    Tell a loop to save and end. Before listen(), SIGINT, SIGTERM and SIGHUP end the process at
+    once, even in a long call into C++. After it, the first one sets `status`, the exit status to
+    end with (0: none yet), and a second one more than 2 seconds later ends the process at once. A
+    signal that nohup ignores stays ignored.
     """
     def __init__(self, notice=''):
-        self.number, self.time, self.notice = 0, 0.0, notice
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(getattr(signal, name), self.receive)
+        self.status, self.time, self.notice = 0, 0.0, notice
+        self.handle(signal.SIG_DFL)
+
+    def listen(self):
+        self.handle(self.receive)
+
+    def handle(self, action):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, action)
 
     def receive(self, number, frame):
-        if self.number:  # torchrun forwards signals, so one sent to the whole job arrives twice
+        if self.time:  # torchrun forwards signals, so one sent to the whole job arrives twice
             if time.time() - self.time > 2:
                 os._exit(128 + number)
             return
-        self.number, self.time = number, time.time()
+        self.status, self.time = 128 + number, time.time()
         with contextlib.suppress(OSError):  # the terminal may be gone
             text = f'{signal.Signals(number).name}: {self.notice}\n' if self.notice else ''
             os.write(1, text.encode())  # print is not reentrant
+
+    def try_reading(self, read):
+        """
+        Return read(). If it fails, because a file is gone or damaged, print the error, set `status`
+        to 2 and return None.
+        """
+        try:
+            return read()
+        except (OSError, UserError) as e:
+            print_error(str(e))
+            self.status = 2

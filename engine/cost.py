@@ -123,6 +123,17 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='non
     return sizes | {'peak': sum(sizes.values())}
 
 
+def add_process(sizes, process):
+    """
+    Add to a memory_estimate() for a CPU, where the memory of the whole process is measured, what it
+    takes beyond tensors: `process` bytes, and the holes that malloc leaves between tensors, about a
+    fifth of their size (PARAMETER_FORMULAS.md).
+    """
+    tensors = sizes.pop('peak')
+    sizes |= dict(holes=round(0.2 * tensors), process=process)
+    sizes['peak'] = tensors + sizes['holes'] + process
+
+
 def gathered_bytes(model, dtype):
     """
     Return the bytes that FSDP holds unsharded: embeddings and head in float32, with their gradients

@@ -38,7 +38,7 @@ def bytes_per_id(tokenizer, vocab_size):
 
 
 @torch.no_grad()
-def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progress):
+def evaluate(model, splits, batch_size, parallel, autocast, stop, progress):
     """
     Evaluate {split: Split} with all processes sharing the work. Return {split: {'loss',
     'standard_error', 'perplexity', 'bits_per_byte'}} on all of them. Loss is in nats per token.
@@ -46,8 +46,8 @@ def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progres
     'val' also has 'window_losses', in text order, and 'by_position', the loss in ranges of the
     context. Means over windows use float64, so batch size and number of processes do not matter.
 
-    Return None if should_stop() is true between two batches. progress(text) is called after each
-    batch.
+    Return None if a batch cannot be read or a signal arrives, which `stop`, a StopSignal, records.
+    progress(text) is called after each batch.
     """
     was_training = model.training
     model.eval()
@@ -55,7 +55,7 @@ def evaluate(model, splits, batch_size, parallel, autocast, should_stop, progres
         out = {}
         for name, split in splits.items():
             losses = window_losses(model, name, split, batch_size, parallel, autocast,
-                                   should_stop, progress)
+                                   stop, progress)
             if losses is None:
                 return None
             out[name] = summary(split, losses, detailed=name == 'val')
@@ -71,10 +71,10 @@ def stretches(block_size):
     return list(zip(starts, np.diff([*starts, block_size]).tolist()))
 
 
-def window_losses(model, name, split, batch_size, parallel, autocast, should_stop, progress):
+def window_losses(model, name, split, batch_size, parallel, autocast, stop, progress):
     """
     Return the mean losses of a split's windows, (n, ranges of the context) float32 on the device,
-    or None if should_stop() is true. Ranks take batches in turn. The last batch may go beyond n,
+    or None if a process has to stop. Ranks take batches in turn. The last batch may go beyond n,
     because all batches keep one shape for the compiler.
     """
     loader, n = split.loader, split.n
@@ -85,9 +85,11 @@ def window_losses(model, name, split, batch_size, parallel, autocast, should_sto
     batches = loader.stream((at + np.arange(batch_size)) % loader.n_windows for at in first)
     n_bytes = crc = 0
     with autocast():  # outside the loop, so that weights are cast once
-        for i, (X, Y) in enumerate(batches):
-            if should_stop():
+        for i in range(steps):
+            batch = stop.try_reading(lambda: next(batches))
+            if parallel.all_max(stop.status):
                 return None
+            X, Y = batch
             parts = model(X, Y, reduction='none')[1].split(sizes, dim=1)
             at = slice(first[i], first[i] + batch_size)
             losses[at] = torch.stack([part.mean(1) for part in parts], dim=1)

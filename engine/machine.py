@@ -77,7 +77,8 @@ DENSE_PEAKS = {
 def peak_flops(device, dtype):
     """
     Return (FLOP/s, source): the datasheet's dense peak or, for an unknown device, the measured
-    speed of a large matmul.
+    speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048 elsewhere, or smaller where that
+    would take more than half a second.
     """
     name = device_name(device) if device.type == 'cuda' else ''
     for known, tflops in DENSE_PEAKS.items():
@@ -86,10 +87,18 @@ def peak_flops(device, dtype):
         full_size = not re.search('Laptop|MIG', name)
         if has_units and full_size and re.search(rf'\b{known}\b', name):
             return tflops * 1e12, f'dense {dtype} peak of {known}'
-    n = 8192 if device.type == 'cuda' else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    seconds = shortest_time(lambda: a @ b, 0.3)
+    n, largest = 64, 8192 if device.type == 'cuda' else 2048
+    while n < largest and 8 * matmul_time(n, device, dtype, 0.0) < 0.5:  # twice as large
+        n *= 2
+    seconds = matmul_time(n, device, dtype, 0.3)
     return 2 * n ** 3 / seconds, f'measured, {n} x {n} {dtype} matmul'
+
+
+def matmul_time(n, device, dtype, seconds):
+    """Return the shortest time of an n x n matmul, repeated for at least `seconds`."""
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    a @ b  # the first one loads libraries
+    return shortest_time(lambda: a @ b, seconds)
 
 
 def peak_bandwidth(device):
@@ -103,10 +112,11 @@ def peak_bandwidth(device):
 
 def shortest_time(work, seconds):
     """
-    Return the shortest time of work(), called for at least `seconds`. work() returns a tensor.
+    Return the shortest time of work(), called once and for at least `seconds`. work() returns a
+    tensor.
     """
     best, spent = math.inf, 0.0
-    while spent < seconds:
+    while best == math.inf or spent < seconds:
         t0 = time.perf_counter()
         work().flatten()[0].item()  # reading a value waits for the device
         dt = time.perf_counter() - t0

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from engine.common import duration, first_line, replacing
+from engine.common import duration, first_line, printable, replacing
 from engine.machine import memory
 from engine.parallel import Parallel
 
@@ -24,7 +24,10 @@ QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
 
 
 class Console:
-    """print() on rank 0 only. A terminal that closes does not end the run."""
+    """
+    print() on rank 0 only, with control characters escaped. A terminal that closes does not end the
+    run.
+    """
     def __init__(self, speaks=True):
         self.speaks, self.last_line = speaks, time.time()
         sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
@@ -32,7 +35,7 @@ class Console:
     def say(self, text):
         if self.speaks:
             try:
-                print(text, flush=True)
+                print(printable(text), flush=True)
             except OSError:
                 sys.stdout = open(os.devnull, 'w')
         self.last_line = time.time()
@@ -100,9 +103,10 @@ class WandbSink:
             self.run = wandb.init(**arguments, settings=limits)
         except Exception as e:  # no network, no key, no such project
             self.run = wandb.init(**arguments, mode='offline')
-            console.say(f"WARNING: wandb's server cannot be used ({first_line(e)[:200]}), so this "
-                        'run is recorded offline; to send it later: wandb sync '
-                        f'{os.path.dirname(self.run.dir)}')
+            reason = first_line(e).replace('<no message>', 'it gave no reason')[:200]
+            console.say(f"WARNING: wandb's server {wandb.setup().settings.base_url} cannot be used "
+                        f'({reason}), so this run is recorded offline; to send it later: wandb '
+                        f'sync {os.path.dirname(self.run.dir)}')
 
     def numbers(self, values, sample, step):
         if sample is not None:
@@ -150,6 +154,10 @@ class TensorBoardSink:
 SINKS = {'wandb': WandbSink, 'tensorboard': TensorBoardSink}  # by the setting NAME_log
 
 
+# numbers of the run log that sinks do not plot: the iteration of 'gradients', and the norm there
+BOOKKEEPING = 'gradients/iter', 'gradients/norm_at_iter'
+
+
 def numbers_in(entry, prefix=''):
     """
     Flatten an entry of the run log to {name: number}. Nested names are joined:
@@ -179,7 +187,7 @@ class RunLog:
         self.start, self.outcome, self.sinks = time.time(), 'failed', []
         self.written, self.cost = 0.0, 0.0  # when the file was written last, and how long it took
         start_time = time.strftime('%Y%m%d_%H%M%S')
-        while os.path.exists(os.path.join(out_dir, f'run_{start_time}.json')):
+        while console.speaks and os.path.exists(f'{out_dir}/run_{start_time}.json'):
             time.sleep(0.1)  # a run that started in the same second has this name
             start_time = time.strftime('%Y%m%d_%H%M%S')
         self.path = os.path.join(out_dir, f'run_{start_time}.json')
@@ -219,7 +227,9 @@ class RunLog:
         the time.
         """
         self.data[kind].append(entry)
-        self.tell('numbers', numbers_in(entry), entry.get('sample'), entry['iter'])
+        numbers = numbers_in(entry)
+        shown = {name: n for name, n in numbers.items() if name not in BOOKKEEPING}
+        self.tell('numbers', shown, entry.get('sample'), entry['iter'])
         if time.time() - self.written > 100 * self.cost:
             self.write()
 

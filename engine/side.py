@@ -23,7 +23,7 @@ import torch
 
 import model as our_model
 from data.loader import Loader
-from engine.common import UserError, first_line, out_of_memory
+from engine.common import UserError, end_with_parent, first_line, out_of_memory
 from engine.machine import limit_memory, memory, synchronize
 from engine.parallel import Parallel
 from engine.report import gradient_statistics
@@ -253,6 +253,7 @@ def serve(pipe, s, t_spawn):
     Run one side: set up, describe it to the parent, then take a step per request. Errors are sent
     to the parent; a bug in our code also prints its traceback.
     """
+    end_with_parent()
     device = torch.device(s['device'])
     try:
         if s['what'] == 'fits':
@@ -271,7 +272,7 @@ def serve(pipe, s, t_spawn):
             else:
                 times = step(parts=request == 'parts')
                 pipe.send(dict(times=times, memory=memory(device)))
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         pass  # the parent has died
     except (Exception, SystemExit) as e:
         expected = s['versus'] or out_of_memory(e) or isinstance(e, (ValueError, OSError))

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, fields
 
 from configurator import ON_COMMAND_LINE, check_value, configure
@@ -17,7 +16,14 @@ from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_me
 from data.tokenizer import get_tokenizer
 from engine import optim
 from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
-from engine.common import UserError, first_line, optional
+from engine.common import (
+    UserError,
+    end_with_parent,
+    first_line,
+    optional,
+    out_of_memory,
+    printable,
+)
 from engine.huggingface import load_weights
 from model import GPT, PRESETS, GPTConfig
 
@@ -143,7 +149,7 @@ def prepare_file(name, folder, console):
                 '--dataset=NAME')
     script = os.path.join(ROOT, 'data', 'prepare.py')
     flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokenizer}']
-    if subprocess.run([sys.executable, script, *flags]).returncode:
+    if run_script(script, *flags):
         raise SystemExit(2)  # prepare.py has printed the error
 
 
@@ -170,9 +176,15 @@ def run_recipe(name, folder, console):
                         f"{facts['needs_flags']}")
     size = f'a download of {megabytes} MB' if megabytes else 'no download'
     console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
-    if subprocess.run([sys.executable, script]).returncode:
+    if run_script(script):
         raise UserError(f"data set '{name}' could not be prepared, see above; to try again: "
                         f'{command}')
+
+
+def run_script(script, *flags):
+    """Run a Python script, which ends when this process does. Return its exit status."""
+    command = [sys.executable, script, *flags]
+    return subprocess.run(command, preexec_fn=end_with_parent).returncode
 
 
 def read_metas(data_sets):
@@ -199,7 +211,7 @@ def load_tokenizer(meta, console, parallel):
         except (ValueError, ImportError) as e:
             if parallel.local_rank == 0:  # it may be missing on this node only
                 print("WARNING: the data set's tokenizer cannot be loaded, so there are no samples "
-                      f'and no bits per byte: {first_line(e)}', flush=True)
+                      f'and no bits per byte: {printable(first_line(e))}', flush=True)
     missing = parallel.all_max(int(tokenizer is None))
     if missing and tokenizer:  # all processes must evaluate and sample alike
         console.say('WARNING: a process cannot load the tokenizer of this data set, so there are '
@@ -260,6 +272,17 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         console.say(f'WARNING: {message}: its ids mean something else here')
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
+
+
+def new_model(model_config):
+    """Return a model with new weights. Raise UserError if they do not fit into memory."""
+    try:
+        return GPT(model_config)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError('out of memory for the weights; lower --n_layer, --n_embd, --d_ff, '
+                        f'--vocab_size or --block_size ({first_line(e)[:200]})') from e
 
 
 def check_overwrite(config, used, console):
@@ -346,7 +369,7 @@ def data_settings(config):
 # -------------------------------------------------------------------------------------------------
 # batch_size='auto'
 
-def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop):
+def auto_batch_size(script, config, model_config, ckpt, console, parallel):
     """
     Return (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's if
     there is one, otherwise the largest micro-batch that bench.py finds, with as many sequences per
@@ -376,26 +399,20 @@ def auto_batch_size(script, config, model_config, ckpt, console, parallel, stop)
         settings |= {key: config[key] for key in ('dataset', 'device', 'dtype', 'optimizer')}
         settings |= dict(batch_size=batch_size,
                          gradient_accumulation_steps=accumulation_steps // parallel.world_size)
-        found = largest_that_fits(settings, stop)
+        found = largest_that_fits(settings)
     found = parallel.all_max(found)
-    if stop.number:
-        raise SystemExit(128 + stop.number)
     if not found:
         raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
     return found, accumulation_steps * batch_size // found
 
 
-def largest_that_fits(settings, stop):
-    """Return the batch size that bench.py finds, or 0 if there is none or a signal came."""
+def largest_that_fits(settings):
+    """Return the batch size that bench.py finds, or 0 if there is none."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'found.json')
         flags = [f'--{key}={value}' for key, value in settings.items()]
-        search = subprocess.Popen([sys.executable, os.path.join(ROOT, 'bench.py'),
-                                   '--find_batch_size=True', f'--json={path}', *flags])
-        while search.poll() is None and not stop.number:
-            time.sleep(0.1)
-        search.terminate()
-        if not os.path.exists(path):
+        bench = os.path.join(ROOT, 'bench.py')
+        if run_script(bench, '--find_batch_size=True', f'--json={path}', *flags):
             return 0
         with open(path, encoding='utf-8') as f:
             return json.load(f)['batch_size']

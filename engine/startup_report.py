@@ -5,7 +5,7 @@ import torch
 
 from engine.common import duration, first_line
 from engine.compile import choose_compile
-from engine.cost import memory_estimate
+from engine.cost import add_process, memory_estimate
 from engine.machine import device_name, memory, peak_flops, total_memory
 from engine.optim import describe
 from engine.parallel import MODES
@@ -98,7 +98,7 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
                   f"{total_memory(device) / GIB:.0f} GiB, {settings['dtype']}, "
                   f'{MODES[parallel.mode]}, compile {costs.compiled} '
                   f'({costs.compile_reason})',
-        'peak': f'{costs.peak / 1e12:.2f} TFLOP/s per device ({costs.peak_source})',
+        'peak': f'{costs.peak / 1e12:.4g} TFLOP/s per device ({costs.peak_source})',
         'FLOPs per token': flops_line(model),
         'memory': memory_line(costs.estimate, costs.compiled),
         'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(costs.expected)} '
@@ -161,9 +161,7 @@ def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype
         estimate[kind] = sum(parallel.local(t).nbytes for t in tensors.values())
         estimate['peak'] += estimate[kind]
     if device.type == 'cpu':
-        estimate['holes'] = round(0.2 * estimate['peak'])  # malloc's; see PARAMETER_FORMULAS.md
         there = estimate['weights'] + sum(estimate[kind] for kind in state_tensors)
         there += bool(opt.state) * estimate['moments']
-        estimate['process'] = present.get('resident', present['peak']) - there
-        estimate['peak'] += estimate['holes'] + estimate['process']
+        add_process(estimate, present.get('resident', present['peak']) - there)
     return estimate

@@ -1,16 +1,22 @@
 """Weights & Biases and TensorBoard: they show what the run log has, and a run does not depend on them."""
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from conftest import assert_equal_states, checkpoint, refused, run_logs, succeeded, train
+from engine import report
+from engine.checkpoint import State
+from engine.report import Console
 
 ALWAYS_LOGGED = {'loss', 'lr', 'val/loss', 'train/loss', 'val/bits_per_byte', 'gradients/norm', 'gradients/layers/wte',
                  'mfu/mfu_percent', 'memory/peak'}
+BOOKKEEPING = {'gradients/iter', 'gradients/norm_at_iter'}
 
 
 def numbers(entry, prefix=''):
@@ -25,11 +31,14 @@ def numbers(entry, prefix=''):
 
 
 def logged(out_dir):
-    """{iteration: {name: number}} of the run log."""
+    """{iteration: {name: number}} of the run log, without what sinks need not plot."""
     log, steps = run_logs(out_dir)[-1], {}
     for entry in log['eval_steps'] + log['training_iterations']:
         steps.setdefault(entry['iter'], {}).update(numbers(entry))
-    assert ALWAYS_LOGGED <= steps[0].keys()
+    assert ALWAYS_LOGGED | BOOKKEEPING <= steps[0].keys()
+    for values in steps.values():
+        for name in BOOKKEEPING & values.keys():
+            del values[name]
     return steps
 
 
@@ -130,3 +139,40 @@ def test_tensorboard_that_is_missing_is_one_line(text_set, tmp_path):
     done = train(text_set, tmp_path / 'out', '--tensorboard_log=True', before=missing('tensorboard'))
     refused(done, 'pip install tensorboard')
     assert not (tmp_path / 'out').exists()
+
+
+class NotFound(http.server.BaseHTTPRequestHandler):
+    """Answers with status 404 and nothing else, as a server does that is not W&B's."""
+    def do_POST(self):
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_wandb_without_a_reason_names_the_server(text_set, tmp_path):
+    """A wrong WANDB_BASE_URL is answered with '(<no message>)'."""
+    pytest.importorskip('wandb')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}'
+        env = {'HOME': str(tmp_path), 'WANDB_BASE_URL': url, 'WANDB_API_KEY': 'a' * 40}
+        done = train(text_set, tmp_path / 'out', '--max_iters=1', '--wandb_log=True', env=env)
+        server.shutdown()
+    succeeded(done, f'server {url} cannot be used', 'recorded offline')
+    assert 'no message' not in done.stdout
+
+
+def test_the_console_escapes_control_characters(capsys):
+    """A model's text, a data set's name or a setting rewrites what the terminal shows."""
+    Console().say('a\x1b[2Jb\r\tc\nd')
+    assert capsys.readouterr().out == 'a\\x1b[2Jb\\r\tc\nd\n'
+
+
+def test_only_rank_0_waits_for_a_free_log_name(tmp_path, monkeypatch):
+    """Every rank waits for a name of the log that only rank 0 writes."""
+    monkeypatch.setattr(report.time, 'strftime', lambda form: '20260101_000000')
+    monkeypatch.setattr(report.time, 'sleep', pytest.fail)
+    (tmp_path / 'run_20260101_000000.json').touch()
+    report.RunLog(str(tmp_path), {}, {}, State(), 1, Console(speaks=False))

@@ -7,6 +7,7 @@ import torch
 
 from conftest import ROOT, command, ids_of, losses, refused, succeeded, train
 from data.loader import find_datasets, read_meta
+from engine import machine
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -103,3 +104,17 @@ def test_the_readme_example_runs_as_printed(tmp_path):
     succeeded(done, 'maxout')
     first, *_, last = losses(copy / 'out').values()
     assert last < first - 1
+
+
+@pytest.mark.parametrize('flops, size', [(1e12, 2048), (1e9, 512), (1e6, 64), (1e3, 64)])
+def test_a_slow_machine_measures_its_peak_with_a_smaller_matmul(monkeypatch, flops, size):
+    """A CPU without float16 units spends minutes on one matmul."""
+    monkeypatch.setattr(machine, 'matmul_time', lambda n, *_: 2 * n ** 3 / flops)
+    measured, source = machine.peak_flops(torch.device('cpu'), 'float16')
+    assert measured == pytest.approx(flops) and f' {size} x {size} ' in source
+
+
+def test_a_low_peak_is_not_shown_as_zero(text_set, tmp_path):
+    """The peak of a slow machine is shown as 0.00 TFLOP/s."""
+    done = train(text_set, tmp_path, '--max_iters=1', '--peak_tflops=0.0003')
+    succeeded(done, ' 0.0003 TFLOP/s per device')

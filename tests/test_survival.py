@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -15,6 +16,7 @@ from conftest import (
     BYTE,
     LIMITED,
     PYTHON,
+    ROOT,
     SMALL_DISK,
     TORCHRUN,
     Bomb,
@@ -37,8 +39,11 @@ from conftest import (
     train,
     train_mode,
 )
-from data.loader import write_dataset
+from data.loader import find_datasets, write_dataset
 from engine.checkpoint import load_checkpoint
+from engine.common import UserError
+from engine.start import new_model
+from model import GPTConfig
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc or limits on data segments')
 
@@ -449,3 +454,121 @@ def test_out_of_memory_that_cannot_be_helped_is_one_line(text_set, tmp_path):
     done = train(text_set, two, *BIG, launcher=limit_data(900_000, TORCHRUN))
     assert done.returncode and '--batch_size=6 --gradient_accumulation_steps=4' in done.stderr
     assert contents(one) == contents(two) == {}
+
+
+# before the first step, and without data
+
+UNTIL_STEP = """
+from engine.common import StopSignal
+stop = StopSignal()
+{listen}
+print('ready', flush=True)
+{work}
+print('status', stop.status)
+"""
+LONG_CALL = 'sum(range(10 ** 12))'  # in C, so that Python's own handlers would wait for its end
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize('listens', [False, True])
+def test_signals_end_a_process_at_once_until_there_is_something_to_save(signum, listens):
+    """A signal waits for the compiler, which takes minutes; clusters kill a job 30 s after it."""
+    code = UNTIL_STEP.format(listen='stop.listen()' if listens else '',
+                             work='while not stop.status: pass' if listens else LONG_CALL)
+    process = subprocess.Popen([*PYTHON, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(signum)
+    rest = process.communicate(timeout=60)[0]
+    if listens:
+        assert process.returncode == 0 and rest.endswith(f'status {128 + signum}\n')
+    else:
+        assert process.returncode == -signum and not rest
+
+
+@pytest.mark.parametrize('listens', [False, True])
+def test_a_signal_that_nohup_ignores_stays_ignored(listens):
+    """A run under nohup ends when its terminal closes."""
+    code = UNTIL_STEP.format(listen='stop.listen()' * listens, work='import os; os.kill(os.getpid(), 1)')
+    code = f'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}'
+    done = subprocess.run([*PYTHON, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'ready\nstatus 0\n', done.stderr
+
+
+@linux_only
+def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
+    """A signal waits until a text is prepared, or leaves prepare.py at work alone."""
+    book = tmp_path / 'book.txt'
+    book.write_bytes(b'all work and no play makes a dull line\n' * 400_000)
+    folder = find_datasets(str(book))[0][2]
+    process = begin(book, tmp_path / 'out')
+    try:
+        assert any(line.startswith('preparing ') for line in process.stdout)
+        while not (preparing := children(process.pid)):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        until = time.time() + 60
+        while any(os.path.exists(f'/proc/{pid}') for pid in preparing) and time.time() < until:
+            time.sleep(0.1)
+        assert not any(os.path.exists(f'/proc/{pid}') for pid in preparing)
+        assert not (folder / 'meta.json').exists() and not (tmp_path / 'out').exists()
+    finally:
+        process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('mode', ['one', 'ddp'])
+def test_a_signal_before_the_first_step_leaves_the_checkpoint_as_it_is(text_set, finished, tmp_path, signum, mode):
+    """A run saves a second time what it has just loaded, or waits for its first evaluation."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    before = contents(out_dir)
+    flags = '--init_from=resume', '--max_iters=30', '--eval_interval=10', '--eval_iters=1000000'
+    process = begin(text_set, out_dir, *flags, launcher=launcher_of(mode))
+    assert any(line.startswith('expected:') for line in process.stdout)
+    process.send_signal(signum)
+    process.communicate(timeout=60)
+    assert process.returncode == (-signum if mode == 'one' else 1)
+    assert contents(out_dir) == before
+
+
+GONE = """
+import os
+pread, left = os.pread, {reads}
+
+def read_what_is_left(fd, *args):
+    global left
+    path = os.readlink(f'/proc/self/fd/{{fd}}')
+    left -= path.endswith({name!r})
+    if left < 0:
+        raise FileNotFoundError(2, 'No such file or directory', path)
+    return pread(fd, *args)
+
+if os.environ.get('RANK') != '0':
+    os.pread = read_what_is_left
+"""
+
+
+@linux_only
+@pytest.mark.parametrize('mode, name, reads', [
+    ('one', 'train.bin', 100),
+    ('one', 'val.bin', 10),  # in its second evaluation
+    ('ddp', 'train.bin', 100),
+    ('fsdp', 'val.bin', 5),
+])
+def test_a_run_whose_data_vanish_saves_before_it_ends(text_set, modes, tmp_path, mode, name, reads):
+    """What was trained since the last checkpoint is lost, or other ranks wait for the one that cannot read."""
+    flags = '--eval_interval=7', '--always_save_checkpoint=False'
+    done = train_mode(mode, text_set, tmp_path, *flags, before=GONE.format(name=name, reads=reads))
+    refused(done, 'No such file', text_set / name)
+    assert 'saved' in done.stdout and 0 < checkpoint(tmp_path)['iter_num'] < 20
+    assert run_logs(tmp_path)[0]['summary']['outcome'] == 'failed'
+    succeeded(train_mode(mode, text_set, tmp_path, '--init_from=resume'))
+    assert_equal_states(checkpoint(modes(mode)[0]), checkpoint(tmp_path))
+
+
+def test_weights_that_do_not_fit_into_memory_name_the_keys():
+    """A model that is too large is answered with a smaller batch size."""
+    with pytest.raises(UserError) as e:
+        new_model(GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2 ** 24))  # 10^15 weights
+    one_line(e.value, 'memory', '--n_embd', '--n_layer')
