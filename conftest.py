@@ -23,6 +23,7 @@ import torch
 from data.loader import read_meta, write_dataset
 from data.tokenizer import get_tokenizer, train_bpe
 from tests import warm
+from tests.warm import HANGS
 
 ROOT = Path(__file__).resolve().parent
 BYTE = {'vocab_size': 256, 'tokenizer': {'name': 'byte'}}
@@ -65,7 +66,7 @@ def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher
     if launcher is None:
         return warm.run(argv, cwd, env, processes, before, text)
     assert processes == 1 and not before, 'only tests/warm.py knows these'
-    return subprocess.run([*launcher, *argv], cwd=cwd, env=env, capture_output=True, text=text, timeout=300)
+    return subprocess.run([*launcher, *argv], cwd=cwd, env=env, capture_output=True, text=text, timeout=HANGS)
 
 
 TINY = """

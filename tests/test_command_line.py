@@ -11,10 +11,11 @@ from test_configurator import refusal
 
 from configurator import RANGES, read_block
 from conftest import ROOT
+from tests.warm import HANGS
 
 
 def command(*args):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_train_help_lists_every_key_of_its_block():

@@ -22,6 +22,7 @@ from data.loader import write_dataset
 from engine.common import UserError
 from engine.cost import meta_model
 from engine.study import Evaluation
+from tests.warm import HANGS
 
 
 @pytest.fixture(scope='module')
@@ -286,7 +287,7 @@ def test_batch_sizes_are_compared_on_the_same_windows(text_set, tmp_path):
 
 # kills
 
-LONG = '--n_head=1,2', '--seed=5', '--max_iters=60', '--lr_decay_iters=60', '--save_interval=5'
+LONG = '--n_head=1,2', '--seed=5', '--max_iters=120', '--lr_decay_iters=120', '--save_interval=5'
 
 
 @pytest.fixture(scope='module')
@@ -313,7 +314,7 @@ def start_and_kill(text_set, out_dir, sent):
     child, = children(process.pid)
     process.send_signal(sent)
     process.wait()
-    until = time.time() + 60
+    until = time.time() + HANGS
     while os.path.exists(f'/proc/{child}') and time.time() < until:  # after kill -9 the child still saves
         time.sleep(0.05)
     assert not os.path.exists(f'/proc/{child}')
@@ -333,7 +334,7 @@ def test_killed_anywhere_the_same_command_resumes(text_set, tmp_path, uninterrup
     assert '2 runs, 1 of them finished' in console
     rows = results(tmp_path)['rows']
     assert [row['val_loss'] for row in rows] == [row['val_loss'] for row in uninterrupted]
-    assert [row['iterations'] for row in rows] == [60, 60]
+    assert [row['iterations'] for row in rows] == [120, 120]
     assert len(logs(tmp_path / 'n_head=1,seed=5')) == 1
 
 

@@ -10,6 +10,7 @@ import pytest
 from configurator import configure
 from conftest import ROOT
 from engine.common import UserError
+from tests.warm import HANGS
 
 SCRIPT = '''"""A script with settings."""
 from typing import Literal
@@ -60,7 +61,7 @@ def script(tmp_path):
     def run(*args, **env):
         env = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1'} | env
         return subprocess.run([sys.executable, 'script.py', *args], cwd=tmp_path, env=env,
-                              capture_output=True, text=True, timeout=60)
+                              capture_output=True, text=True, timeout=HANGS)
     return run
 
 

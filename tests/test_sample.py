@@ -22,6 +22,7 @@ from engine.text_metrics import (
     repetition,
 )
 from model import GPT, GPTConfig
+from tests.warm import HANGS
 
 SAMPLE = '--device=cpu --dtype=float32 --stop=False --max_new_tokens=50'.split()
 
@@ -102,7 +103,7 @@ def test_interactive_answers_prompt_after_prompt(finished, slide, says):
     """One prompt, then the end; or the end at the first mistake."""
     flags = [f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', f'--slide={slide}']
     done = subprocess.run([sys.executable, 'sample.py', '--interactive=True', *flags], cwd=ROOT,
-                          input='first\nsecond\n', capture_output=True, text=True, timeout=120)
+                          input='first\nsecond\n', capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0 and done.stdout.count('> ') == 3, done.stderr
     assert done.stderr.count(says) == (1 if slide == 1 else 2)
     assert ('first' in done.stdout and 'second' in done.stdout) == (slide == 1)
@@ -112,7 +113,7 @@ def test_a_reader_that_has_had_enough_is_no_error(finished):
     """`sample.py | head -1` printed a traceback."""
     sample = f'{sys.executable} sample.py --out_dir={finished[0]} --device=cpu --max_new_tokens=100'
     done = subprocess.run(['bash', '-c', f'set -o pipefail; {sample} --num_samples=500 | true'], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     one_line(done.stderr, 'parameters')
 

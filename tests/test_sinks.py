@@ -13,6 +13,7 @@ from conftest import assert_equal_states, checkpoint, refused, run_logs, succeed
 from engine import report
 from engine.checkpoint import State
 from engine.report import Console
+from tests.warm import HANGS
 
 ALWAYS_LOGGED = {'loss', 'lr', 'val/loss', 'train/loss', 'val/bits_per_byte', 'gradients/norm', 'gradients/layers/wte',
                  'mfu/mfu_percent', 'memory/peak'}
@@ -64,7 +65,7 @@ def wandb_run(watched):
     """(the folder of the run that wandb wrote, the records in it as wandb's own reader prints them)."""
     folder, = (watched / 'wandb').glob('offline-run-*')
     reader = [Path(sys.executable).parent / 'wandb', 'leet', 'inspect', '--json', folder]
-    printed = subprocess.run(reader, capture_output=True, text=True, timeout=100, check=True).stdout
+    printed = subprocess.run(reader, capture_output=True, text=True, timeout=HANGS, check=True).stdout
     return folder, [json.loads(line) for line in printed.splitlines()]
 
 
