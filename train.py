@@ -144,7 +144,7 @@ parallel = Parallel(use_zero1, use_fsdp)
 console = report.Console(speaks=parallel.master)
 stop = StopSignal('finishing this iteration and saving; repeat the signal to quit at once'
                   if parallel.master else '')
-if eval_only:
+if eval_only:  # the data set and batch size come from the checkpoint unless given
     config.update(start.settings_of_run(__file__, config, given))
     globals().update(config)
 for note in start.check_settings(config, given, parallel):
@@ -171,7 +171,7 @@ run_folder = RunFolder(out_dir, sharded_checkpoint, parallel)
 run_folder.lock()
 meta = start.read_metas(data_sets)
 tokenizer = start.load_tokenizer(meta, console, parallel)
-data_vocab = meta.get('vocab_size', None if meta else 50257)
+data_vocab = meta.get('vocab_size') if meta else 50257  # no meta.json: GPT-2's ids
 if doc_mask and getattr(tokenizer, 'eot', None) is None:
     raise UserError('doc_mask needs an end-of-text token between documents, and the tokenizer of '
                     f"data set '{dataset}' has none")
@@ -188,10 +188,11 @@ if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = start.auto_batch_size(
         __file__, config, model_config, ckpt, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
-if ckpt is not None and not eval_only and (changed := start.changed_data(ckpt, config)):
+resuming = ckpt is not None and not eval_only
+if resuming and (changed := start.changed_data(ckpt, config)):
     console.say(f'NOTE: resumed with {changed}: from here on the data is read otherwise, and some '
                 'windows may be read twice')
-if ckpt is not None and not eval_only and max_iters <= state.iter_num == state.last_eval_iter:
+if resuming and state.last_eval_iter == state.iter_num >= max_iters:
     console.say(f"{ckpt['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do')
     parallel.leave(0)
@@ -235,7 +236,6 @@ del ckpt  # free its memory
 # set-up: batches and evaluation
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
                        parallel.world_size, state.iter_num)
-tokens_per_iter = gradient_accumulation_steps * batch_size * model_config.block_size
 id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
 splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
           for split, loader in eval_loaders.items()}
@@ -254,13 +254,13 @@ for title, text in startup.items():
 if costs.too_large:
     console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '
                 '--activation_checkpointing=True')
-if costs.expected > 3600:
-    console.say(f'NOTE: on this device the run will take {duration(costs.expected)} or more; '
-                f'{report.QUICK_LOOK}')
+if costs.expected_seconds > 3600:
+    console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
+                f'more; {report.QUICK_LOOK}')
 
 # set-up: logs
 facts = startup | costs.as_numbers(raw_model)
-run_log = report.RunLog(out_dir, config, facts, state, tokens_per_iter, console)
+run_log = report.RunLog(out_dir, config, facts, state, costs.tokens_per_iter, console)
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel)
 
@@ -348,10 +348,10 @@ def within_memory(step):
             torch.compiler.reset()  # or it recompiles for dynamic batch sizes, which is slower
         config.update(batch_size=batches.batch_size,
                       gradient_accumulation_steps=batches.accumulation_steps)
-        run_log.add_out_of_memory(batches, tokens_per_iter)
+        run_log.add_out_of_memory(batches)
 
 
-def report_evaluation(evaluated, best):
+def report_evaluation(evaluated, best, lr):
     """Print and log an evaluation, with a text sample if one is due."""
     console.say(report.evaluation_line(state.iter_num, evaluated, best))
     if eval_only:
@@ -390,7 +390,6 @@ def try_compiler():
 
 if compiled:
     compiled = config['compile'] = within_memory(try_compiler)
-    run_log.data['startup_info']['compiled'] = compiled
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
@@ -402,14 +401,14 @@ while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
         group['lr'] = lr * group['lr_scale']
-    stopping = parallel.all_max(stop.status)  # if one process has to stop, all do
+    stop_status = parallel.all_max(stop.status)  # if one process has to stop, all do
     finished = state.iter_num >= max_iters or eval_only
     log_due = iteration_report.due(state.iter_num, log_interval)
-    save = bool(stopping) or save_interval > 0 and state.iter_num % save_interval == 0
+    save = bool(stop_status) or save_interval > 0 and state.iter_num % save_interval == 0
     best = False
 
     # evaluate; all processes take this branch together
-    if (state.iter_num % eval_interval == 0 or finished) and not stopping:
+    if (state.iter_num % eval_interval == 0 or finished) and not stop_status:
         evaluated = within_memory(evaluate_splits)
         if evaluated is None:  # a process has to stop
             continue
@@ -418,7 +417,7 @@ while True:
             break
         losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
-        report_evaluation(evaluated, best)
+        report_evaluation(evaluated, best, lr)
         save = save or best or always_save_checkpoint
         if patience and state.stale_evals >= patience and not eval_only:
             console.say(f'stopping early: val loss has not fallen for {state.stale_evals} '
@@ -430,7 +429,7 @@ while True:
     anything_new = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
     if save and anything_new and not eval_only:
         save_checkpoint(best)
-    if finished or stopping:
+    if finished or stop_status:
         break
 
     # forward and backward, in micro-batches
@@ -478,8 +477,8 @@ batches.close()
 if run_log.outcome != 'not finite':
     complete = state.iter_num >= max_iters or eval_only
     run_log.outcome = 'finished' if complete else 'stopped early'
-if stopping:
-    run_log.outcome = signal.Signals(stopping - 128).name if stopping > 128 else 'failed'
+if stop_status:
+    run_log.outcome = signal.Signals(stop_status - 128).name if stop_status > 128 else 'failed'
 run_log.close()
 exit_code = 1 if run_log.outcome == 'not finite' else 0
-parallel.leave(stopping or exit_code)
+parallel.leave(stop_status or exit_code)

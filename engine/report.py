@@ -253,7 +253,7 @@ class RunLog:
             entry['sample'] = sample
         self.add('eval_steps', entry)
 
-    def add_out_of_memory(self, batches, tokens_per_iter):
+    def add_out_of_memory(self, batches):
         """Record that micro-batches are smaller from here on."""
         changed = dict(batch_size=batches.batch_size,
                        gradient_accumulation_steps=batches.accumulation_steps)
@@ -261,8 +261,8 @@ class RunLog:
         self.data.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
         self.console.say(f'out of memory at iteration {iter_num}: retrying, from here on '
                          f'with batch_size={batches.batch_size} and gradient_accumulation_steps='
-                         f'{batches.accumulation_steps}, the same {tokens_per_iter:,} tokens per '
-                         'iteration')
+                         f'{batches.accumulation_steps}, the same {self.tokens_per_iter:,} tokens '
+                         'per iteration')
 
     def not_finite(self, what):
         """Record that the run ends because `what` is not finite. No checkpoint is saved."""
@@ -364,8 +364,9 @@ class IterationReport:
         left = self.seconds_left(seconds)
         speed, used = self.run_log.tokens_per_iter / seconds, memory(self.parallel.device)
         achieved = costs.flops_per_token * speed / self.parallel.world_size
-        mfu = dict(mfu_percent=100 * achieved / costs.peak, achieved_tflops=achieved / 1e12,
-                   hardware_peak_tflops=costs.peak / 1e12, tokens_per_sec=speed,
+        mfu_percent = 100 * achieved / costs.peak_flops
+        mfu = dict(mfu_percent=mfu_percent, achieved_tflops=achieved / 1e12,
+                   hardware_peak_tflops=costs.peak_flops / 1e12, tokens_per_sec=speed,
                    flops_per_token=costs.flops_per_token)
         if math.isfinite(grad_norm + gradients.get('norm', 0.0)):
             norms = gradients | dict(norm=grad_norm)
@@ -380,7 +381,7 @@ class IterationReport:
         done = 100 * (state.iter_num + 1) / self.max_iters
         self.run_log.console.say(
             f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
-            f'{1000 * seconds:.0f} ms, {speed:,.0f} tok/s, mfu {100 * achieved / costs.peak:.1f}%'
+            f'{1000 * seconds:.0f} ms, {speed:,.0f} tok/s, mfu {mfu_percent:.1f}%'
             f'{self.peak_note(achieved)}, grad norm {grad_norm:.2f}, '
             f"{''.join(f'{name} {value:.4g}, ' for name, value in more.items())}"
             f'{max(used.values()) / GIB:.2f} GiB, {duration(left)} left')
@@ -409,7 +410,7 @@ class IterationReport:
 
     def peak_note(self, achieved):
         note = ' of measured' if self.costs.peak_source.startswith('measured') else ''
-        if achieved <= self.costs.peak:
+        if achieved <= self.costs.peak_flops:
             return note
         if self.costs.peak_source.startswith('dense'):
             return note + ' (over 100 %: a bug, please report it)'

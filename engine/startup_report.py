@@ -9,10 +9,9 @@ from engine.cost import add_process, memory_estimate
 from engine.machine import device_name, memory, peak_flops, total_memory
 from engine.optim import describe
 from engine.parallel import MODES
+from model import REGISTRY
 
 GIB = 2 ** 30
-ARCHITECTURE = ('normalization', 'activation', 'position_encoding', 'attention_backend',
-                'norm_position', 'ffn_type')
 
 
 @dataclass
@@ -20,9 +19,9 @@ class Costs:
     """The estimated cost of a run; see measure_costs()."""
     flops_per_token: float  # to train
     tokens_per_iter: int
-    peak: float  # FLOP/s per device
+    peak_flops: float  # per second and device
     peak_source: str
-    expected: float  # expected seconds at half of the peak
+    expected_seconds: float  # at half of the peak
     compiled: bool
     compile_reason: str
     estimate: dict  # bytes
@@ -35,7 +34,7 @@ class Costs:
         return dict(total_params=model.get_num_params(False), trainable_params=trainable,
                     non_embedding_params=model.get_num_params(),
                     tokens_per_iter=self.tokens_per_iter, flops_per_token=self.flops_per_token,
-                    hardware_peak_tflops=self.peak / 1e12, peak_source=self.peak_source,
+                    hardware_peak_tflops=self.peak_flops / 1e12, peak_source=self.peak_source,
                     memory_estimate=self.estimate, torch_version=str(torch.__version__))
 
 
@@ -75,10 +74,10 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     """Return {title: text} about the model, the data, the expected speed and the cost."""
     c, max_iters = model.config, settings['max_iters']
     sequences = batches.batch_size * batches.accumulation_steps
-    tokens = sequences * c.block_size
+    tokens = costs.tokens_per_iter
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
-    at_half_peak = 0.5 * costs.peak * parallel.world_size / costs.flops_per_token
+    at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
     device = parallel.device
     return {
         'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
@@ -88,7 +87,7 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
         'parameters': f'{model.get_num_params(False):,} total, {n_trainable:,} trainable, '
                       f'{model.get_num_params():,} non-embedding',
         'shape': f'{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, '
-                 f'{c.n_kv_head or c.n_head} kv heads, sequence {c.block_size}, '
+                 f'{c.kv_heads} kv heads, sequence {c.block_size}, '
                  f'vocabulary {c.vocab_size}',
         'batch': f'{batches.batch_size} sequences x {batches.per_rank} accumulation x '
                  f'{parallel.world_size} processes = {sequences} sequences, {tokens:,} tokens per '
@@ -98,11 +97,11 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
                   f"{total_memory(device) / GIB:.0f} GiB, {settings['dtype']}, "
                   f'{MODES[parallel.mode]}, compile {costs.compiled} '
                   f'({costs.compile_reason})',
-        'peak': f'{costs.peak / 1e12:.4g} TFLOP/s per device ({costs.peak_source})',
+        'peak': f'{costs.peak_flops / 1e12:.4g} TFLOP/s per device ({costs.peak_source})',
         'FLOPs per token': flops_line(model),
         'memory': memory_line(costs.estimate, costs.compiled),
-        'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: {duration(costs.expected)} '
-                    'for the run with its evaluations',
+        'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: '
+                    f'{duration(costs.expected_seconds)} for the run with its evaluations',
     }
 
 
@@ -116,7 +115,7 @@ def data_line(dataset, data_sets, train_loader, val_loader, tokenizer, total_tok
 
 
 def architecture_line(c, flex):
-    parts = [str(getattr(c, kind)) for kind in ARCHITECTURE]
+    parts = [str(getattr(c, kind)) for kind in REGISTRY]
     parts += ['biases' if c.bias else 'no biases', 'tied' if c.weight_tying else 'untied']
     parts += [key for key in ('qk_norm', 'zero_init_residual') if getattr(c, key)]
     if c.logit_softcap:
