@@ -126,9 +126,7 @@ def read_file(path, **kwargs):
     the file and the problem.
     """
     with reading(path):
-        check_zip(path, skip_tensors=True)
-        content = torch.load(path, map_location='cpu', weights_only=True, **kwargs)
-        check(content, dict)
+        content = load_zip(path, **kwargs)
         expected = content.pop('checksums', {})
         check(expected, {str: int}, 'checksums')
         tensors = distinct_tensors(content)
@@ -137,6 +135,14 @@ def read_file(path, **kwargs):
         for name, tensor in tensors.items():
             if expected.get(name) not in (None, checksum(tensor)):
                 raise ValueError(f"'{name}' does not match its checksum")
+    return content
+
+
+def load_zip(path, **kwargs):
+    """Return the dict in a checkpoint file, with tensors that are not verified yet."""
+    check_zip(path, skip_tensors=True)
+    content = torch.load(path, map_location='cpu', weights_only=True, **kwargs)
+    check(content, dict)
     return content
 
 
@@ -200,21 +206,19 @@ def checksum(tensor):
 
 def read_facts(path):
     """
-    Return the plain values in a checkpoint quickly, without reading tensors or verifying checksums.
-    Raise UserError if the file cannot be read.
+    Return the plain values in a checkpoint quickly, without reading tensors. UserError names the
+    file and the problem.
     """
     path = os.path.join(path, 'info.pt') if os.path.isdir(path) else path
     with reading(path):
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        return checked_facts(content)
+        return checked_facts(load_zip(path, mmap=True))
 
 
 def checked_facts(content):
     """
-    Check the plain values in a checkpoint dict and return it. nanoGPT has tensors and names in
-    place of some; they become floats and dicts. Raise ValueError, which names the field.
+    Check the plain values in a checkpoint dict and return it. Where nanoGPT has a tensor, or an
+    earlier version a tokenizer's name, they become a float and a dict. ValueError names the field.
     """
-    check(content, dict)
     if isinstance(content.get('best_val_loss'), torch.Tensor):
         content['best_val_loss'] = float(content['best_val_loss'])
     if isinstance(content.get('tokenizer'), str):
