@@ -1038,7 +1038,7 @@ def test_muon_is_torchs_on_the_matrices_of_blocks_beside_adamw(parts):
         torch.optim.Muon(hidden, lr=0.02, momentum=0.7, weight_decay=0.3),
         torch.optim.AdamW(matrices, lr=1e-3, betas=(0.8, 0.9), weight_decay=0.3, fused=True),
         torch.optim.AdamW(vectors, lr=1e-3, betas=(0.8, 0.9), weight_decay=0.0, fused=True)]
-    with optim.fast_bfloat16(optimizer.param_groups):
+    with optim.WholeMatrices(optim.dtype_of_matmuls(optimizer.param_groups)):
         expected = train_steps(reference, by_hand, 3)
     assert_equal(train_steps(model, [optimizer], 3), expected)
 

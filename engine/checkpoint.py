@@ -10,14 +10,19 @@ contains
 
     rank_0000.pt, ...   {'set/name': (shape, first row, rows)}: the tensors of one process
     info.pt             everything else; it is written last
+
+Every file also has 'checksums', {name: CRC-32} of its tensors. To change a tensor by hand, remove
+that key before saving the dict again.
 """
 import contextlib
+import errno
 import math
 import os
 import pickle
 import shutil
 import socket
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -31,6 +36,8 @@ from engine.common import (
     sync_folder,
     try_lock,
 )
+from engine.optim import OPTIMIZER
+from engine.schema import check
 
 PLAIN = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 SHARDED = 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
@@ -79,30 +86,157 @@ class State:
 # -------------------------------------------------------------------------------------------------
 # reading
 
-def check_crcs(path):
-    """Raise ValueError if a zip file written by torch.save does not match its checksums."""
-    with zipfile.ZipFile(path) as z:
-        damaged = z.testzip()  # torch.load does not verify the checksums
-    if damaged is not None:
-        raise ValueError(f"'{damaged}' inside it does not match its checksum")
+# The plain values in a checkpoint, ours or nanoGPT's; see engine/schema.py
+POSITIVE = range(1, 2 ** 63)
+FACTS = {
+    'iter_num?': int,
+    'best_val_loss?': (float, math.inf),
+    'stale_evals?': int,
+    'last_eval_iter?': range(-1, 2 ** 63),
+    'train_seconds?': float,
+    'losses?': {str: {str: object}},
+    'tokenizer?': ({'name': str}, None),
+    'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,
+                'optimizer?': str, 'compile?': bool},
+}
+WEIGHTS = {'model_args': {str: object}, 'model': {str: torch.Tensor}}
+MOMENTS = {
+    'state': {int: {str: object}},
+    'param_groups': [{'params': [int]}],
+}
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever goes wrong in reading a checkpoint into a UserError that names its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError as e:
+        raise UserError(f"checkpoint '{path}' is refused: it contains objects other than "
+                        'tensors and plain values, which could run code') from e
+    except Exception as e:  # zip, pickle and torch raise different types
+        raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
 
 
 def read_file(path, **kwargs):
-    """Return the dict in a checkpoint file, on the CPU, after verifying its checksums."""
-    check_crcs(path)
-    return torch.load(path, map_location='cpu', weights_only=True, **kwargs)
+    """
+    Return the dict in a checkpoint file, on the CPU, after verifying its checksums. UserError names
+    the file and the problem.
+    """
+    with reading(path):
+        content = load_zip(path, **kwargs)
+        expected = content.pop('checksums', {})
+        check(expected, {str: int}, 'checksums')
+        tensors = distinct_tensors(content)
+        if not tensors.keys() <= expected.keys():  # of nanoGPT or an earlier version
+            check_zip(path)
+        for name, tensor in tensors.items():
+            if expected.get(name) not in (None, checksum(tensor)):
+                raise ValueError(f"'{name}' does not match its checksum")
+    return content
+
+
+def load_zip(path, **kwargs):
+    """Return the dict in a checkpoint file, with tensors that are not verified yet."""
+    check_zip(path, skip_tensors=True)
+    content = torch.load(path, map_location='cpu', weights_only=True, **kwargs)
+    check(content, dict)
+    return content
+
+
+def check_zip(path, skip_tensors=False):
+    """
+    Raise ValueError if an entry of the zip file that torch.save writes is damaged. torch.load does
+    not verify these checksums.
+    """
+    with zipfile.ZipFile(path) as z:
+        for entry in z.infolist():
+            # torch.load does not read an entry that is marked as a folder, and returns other bytes
+            damaged = entry.external_attr & 0x10
+            if not (skip_tensors and '/data/' in entry.filename):
+                damaged = damaged or not is_whole(z, entry)
+            if damaged:
+                raise ValueError(f"'{entry.filename}' inside it does not match its checksum")
+
+
+def is_whole(z, entry):
+    """Return whether the bytes of an entry in an open zip file match their checksum."""
+    try:
+        with z.open(entry) as f:
+            while f.read(2 ** 20):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
+def distinct_tensors(value):
+    """
+    Return {name: tensor} of the tensors in nested dicts, lists and tuples. A tied tensor has only
+    its first name, such as 'model/lm_head.weight'. Raise ValueError for tensors that are not dense.
+    """
+    found, seen = {}, set()
+    for name, t in tensors_in(value):
+        if t.layout != torch.strided or t.is_meta or t.is_quantized:
+            raise ValueError(f"'{name}' must be a dense tensor")
+        identity = t.data_ptr(), t.dtype, t.shape, t.stride()
+        if identity not in seen:
+            found[name] = t
+        seen.add(identity)
+    return found
+
+
+def tensors_in(value, name=''):
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from tensors_in(inner, f'{name}/{key}' if name else str(key))
+
+
+def checksum(tensor):
+    """Return the CRC-32 of a tensor's bytes."""
+    tensor = tensor.detach().cpu().reshape(-1)
+    return zlib.crc32(tensor.view(torch.uint8).numpy())
 
 
 def read_facts(path):
     """
-    Return the plain values in a checkpoint quickly, without reading tensors or verifying checksums.
-    Raise UserError if the file cannot be read.
+    Return the plain values in a checkpoint quickly, without reading tensors. UserError names the
+    file and the problem.
     """
     path = os.path.join(path, 'info.pt') if os.path.isdir(path) else path
-    try:
-        return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
-    except Exception as e:  # zip, pickle and torch raise different types
-        raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
+    with reading(path):
+        return checked_facts(load_zip(path, mmap=True))
+
+
+def checked_facts(content):
+    """
+    Check the plain values in a checkpoint dict and return it. Where nanoGPT has a tensor, or an
+    earlier version a tokenizer's name, they become a float and a dict. ValueError names the field.
+    """
+    if isinstance(content.get('best_val_loss'), torch.Tensor):
+        content['best_val_loss'] = float(content['best_val_loss'])
+    if isinstance(content.get('tokenizer'), str):
+        content['tokenizer'] = {'name': content['tokenizer']}
+    check(content, FACTS)
+    return content
+
+
+def check_weights(ckpt):
+    """Raise ValueError unless a checkpoint dict has finite weights for all of its layers."""
+    check(ckpt, WEIGHTS)
+    # a model of any size could be built otherwise
+    check(ckpt['model_args'], {'n_layer?': range(1, len(ckpt['model']) + 1)}, 'model_args')
+    for name, weight in distinct_tensors({'model': ckpt['model']}).items():
+        if not weight.is_floating_point():
+            raise ValueError(f"'{name}' must have floating-point numbers, not {weight.dtype}")
+        if not weight.isfinite().all():
+            raise ValueError(f"'{name}' has numbers that are not finite")
 
 
 def newest_checkpoint(folder):
@@ -141,16 +275,11 @@ def load_checkpoint(path, moments=True):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at '{path}'")
-    try:
+    with reading(path):
         ckpt = load_sharded(path, moments) if os.path.isdir(path) else read_file(path)
-        if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(key), dict)
-                                                 for key in ('model', 'model_args')):
-            raise ValueError("it has no 'model' and 'model_args'")
-    except pickle.UnpicklingError as e:
-        raise UserError(f"checkpoint '{path}' is refused: it contains objects other than "
-                        'tensors and plain values, which could run code') from e
-    except Exception as e:  # zip, pickle and torch raise different types
-        raise UserError(f"checkpoint '{path}' cannot be used: {first_line(e)}") from e
+        checked_facts(ckpt)
+        check_weights(ckpt)
+        check(ckpt, {'optimizer?': MOMENTS})
     ckpt['path'] = path
     return ckpt
 
@@ -165,19 +294,27 @@ class Pieces:
     def __init__(self, shape):
         self.shape, self.parts = torch.Size(shape), []  # [(first row, its rows)]
 
+    def slices(self, first, n):
+        """
+        Return the slices of parts that hold rows first to first + n - 1, without reading them.
+        Raise ValueError if some rows are missing.
+        """
+        slices, at = [], first
+        for start, part in sorted(self.parts, key=lambda p: p[0]):
+            low, high = max(at, start), min(first + n, start + len(part))
+            if low == at and low < high:
+                slices.append(part[low - start:high - start])
+                at = high
+        if at != first + n:
+            raise ValueError(f'rows {at} to {first + n - 1} of a tensor are missing')
+        return slices
+
     def rows(self, first, n):
         """Return rows first to first + n - 1 as one tensor, or a 0-dim tensor unchanged."""
         if not self.shape:
             return self.parts[0][1].clone()
-        pieces, at = [], first
-        for start, part in sorted(self.parts, key=lambda p: p[0]):
-            low, high = max(at, start), min(first + n, start + len(part))
-            if low == at and low < high:
-                pieces.append(part[low - start:high - start])
-                at = high
-        if at != first + n:
-            raise ValueError(f'rows {at} to {first + n - 1} of a tensor are missing')
-        return torch.cat(pieces) if pieces else self.parts[0][1][:0].clone()
+        slices = self.slices(first, n)
+        return torch.cat(slices) if slices else self.parts[0][1][:0].clone()
 
     def whole(self):
         return self.rows(0, self.shape[0] if self.shape else 1)
@@ -190,13 +327,18 @@ def load_sharded(path, moments):
         raise ValueError('an older version wrote this folder; in a checkout of that version '
                          '(git worktree add ../plainGPT-old 3e9c4cc), convert it to one file: '
                          f'python model.py --ckpt={os.path.abspath(path)} --consolidate=ckpt.pt')
+    check(ckpt, {'n_files': POSITIVE, 'names': {str: str}, 'param_groups': list})
     sets = {}
     for number in range(ckpt.pop('n_files')):
-        file = os.path.join(path, f'rank_{number:04d}.pt')
-        for key, (shape, first, rows) in read_file(file, mmap=True).items():
+        part = read_part(os.path.join(path, f'rank_{number:04d}.pt'))
+        for key, (shape, first, rows) in part.items():
             kind, _, name = key.partition('/')
             pieces = sets.setdefault(kind, {}).setdefault(name, Pieces(shape))
             pieces.parts.append((first, rows))
+    for kind, tensors in sets.items():
+        for name, pieces in tensors.items():
+            if pieces.shape:
+                pieces.slices(0, pieces.shape[0])  # none may be missing
     state = {}
     moment_pieces = sets.pop('optimizer', {})
     for name in sorted(moment_pieces, key=number_of):
@@ -212,6 +354,19 @@ def load_sharded(path, moments):
     return ckpt
 
 
+def read_part(path):
+    """Return {'set/name': (shape, first row, rows)} from the file of one process."""
+    part = read_file(path, mmap=True)
+    with reading(path):
+        check(part, {str: tuple})
+        for name, (shape, first, rows) in part.items():
+            check(dict(shape=shape, first=first, rows=rows),
+                  {'shape': [int], 'first': int, 'rows': torch.Tensor}, name)
+            if list(rows.shape[1:]) != shape[1:]:
+                raise ValueError(f"'{name}' has rows of another shape than {shape}")
+    return part
+
+
 def number_of(name):
     """Return the parameter's number from an optimizer tensor's name, 'number/key'."""
     return int(name.partition('/')[0])
@@ -224,7 +379,7 @@ def restore_optimizer(optimizer, name, ckpt, parallel):
     """
     Load the moments in a checkpoint into the optimizer, or this process's share of them. Learning
     rate, betas, weight decay and kernel keep their current settings. Raise UserError if the
-    checkpoint is of another optimizer.
+    checkpoint is of another optimizer, or if its moments do not fit the parameters.
     """
     saved = ckpt['optimizer']
     theirs = (ckpt.get('config') or {}).get('optimizer', 'adamw')  # nanoGPT's does not name it
@@ -237,11 +392,16 @@ def restore_optimizer(optimizer, name, ckpt, parallel):
                         f"tensors, and optimizer='{name}' has {sizes}: {remedy}")
     inner, numbers = parallel.inner_optimizer(optimizer)
     loaded = inner.state_dict()
-    params = [p for group in inner.param_groups for p in group['params']]
-    for i, p in enumerate(params):
+    params = [(p, group) for group in inner.param_groups for p in group['params']]
+    for i, (p, group) in enumerate(params):
         state = saved['state'].get(numbers[p])
         if state is not None:
-            loaded['state'][i] = {key: own_share(t, p, parallel) for key, t in state.items()}
+            where = f"checkpoint '{ckpt['path']}' cannot be used: optimizer.state.{numbers[p]}"
+            n_moments = OPTIMIZER[group.get('optimizer', name)].moments
+            if [getattr(t, 'shape', None) for t in state.values()].count(p.shape) != n_moments:
+                raise UserError(f'{where} must have {n_moments} tensors of shape {tuple(p.shape)}')
+            loaded['state'][i] = {key: own_share(t, p, parallel, f'{where}.{key}')
+                                  for key, t in state.items()}
     inner.load_state_dict(loaded)
 
 
@@ -256,31 +416,57 @@ def restore_tensors(sets, ckpt, parallel):
             raise UserError(f"the checkpoint '{ckpt['path']}' has no '{kind}', because its run was "
                             'started without it: turn that setting off, or start a new run from '
                             f"it with --init_from={ckpt['path']} and another --out_dir")
+        with reading(ckpt['path']):
+            check(ckpt, {kind: dict.fromkeys(tensors, object)})
         for name, tensor in tensors.items():
-            tensor.copy_(own_share(ckpt[kind][name], tensor, parallel))
+            where = f"checkpoint '{ckpt['path']}' cannot be used: {kind}.{name}"
+            tensor.copy_(own_share(ckpt[kind][name], tensor, parallel, where))
 
 
-def own_share(value, like, parallel):
-    """Return this process's part of a whole tensor or of Pieces, divided as `like` is."""
+def own_share(value, like, parallel, name):
+    """
+    Return this process's part of a whole tensor or of Pieces, divided as `like` is. UserError
+    begins with `name` if it has another shape or is not finite.
+    """
+    if not isinstance(value, (torch.Tensor, Pieces)) or value.shape not in (like.shape, ()):
+        raise UserError(f'{name} must be a tensor of shape {tuple(like.shape)}')
     first, n = parallel.rows(value.shape, like)
     whole = n == (value.shape[0] if value.shape else 0)
     if isinstance(value, Pieces):
         rows = value.rows(first, n)
     else:
         rows = value if whole else value[first:first + n].clone()
+    if not rows.is_floating_point() or not rows.isfinite().all():
+        raise UserError(f'{name} has numbers that are not finite')
     return parallel.place(rows, value.shape, like)
 
 
 # -------------------------------------------------------------------------------------------------
 # writing
 
-def save_checked(obj, path):
-    """Save with torch.save, flush the file to disk, and read it back to check it."""
-    with create(path) as f:
-        torch.save(obj, f)
+NO_SPACE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
+
+def save_checked(content, f):
+    """
+    Save a dict, with the checksums of its tensors, to an open file. Flush the file to disk, and
+    read it back to check it. OSError says how much space is needed if there is too little.
+    """
+    tensors = distinct_tensors(content)
+    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    try:
+        torch.save(content | {'checksums': checksums}, f)
         f.flush()
         os.fsync(f.fileno())
-    check_crcs(path)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch hides it behind its own
+        if getattr(cause, 'errno', None) not in NO_SPACE:
+            raise
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(os.path.dirname(f.name) or '.').free + os.path.getsize(f.name)
+        raise OSError(f'{os.strerror(cause.errno)}: it needs {needed / 1e6:,.1f} MB, and '
+                      f'{free / 1e6:,.1f} MB are free') from e
+    read_file(f.name, mmap=True)
 
 
 def remove(path):
@@ -388,7 +574,8 @@ class RunFolder:
                 number, _, key = name.partition('/')
                 state.setdefault(int(number), {})[key] = whole['optimizer'][name]
             optimizer = {'state': state, 'param_groups': param_groups}
-            save_checked(whole | {'optimizer': optimizer} | facts, path)
+            with create(path) as f:
+                save_checked(whole | {'optimizer': optimizer} | facts, f)
         self._on_master(write)
 
     def _write_folder(self, path, sets, param_groups, facts):
@@ -401,19 +588,21 @@ class RunFolder:
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
             if not os.path.isdir(path):  # rank 0 has made it, perhaps on another node
                 raise OSError('out_dir must be a folder that all nodes share')
-            save_checked(pieces, os.path.join(path, f'rank_{self.parallel.rank:04d}.pt'))
+            with create(os.path.join(path, f'rank_{self.parallel.rank:04d}.pt')) as f:
+                save_checked(pieces, f)
 
         def check_next():  # check another process's file, which may be on another node
             number = (self.parallel.rank + 1) % self.parallel.world_size
             try:
-                check_crcs(os.path.join(path, f'rank_{number:04d}.pt'))
-            except (OSError, ValueError, zipfile.BadZipFile) as e:
+                read_file(os.path.join(path, f'rank_{number:04d}.pt'), mmap=True)
+            except ValueError as e:
                 raise OSError(f'{first_line(e)}; out_dir must be a folder that all nodes '
                               'share') from e
 
         def finish():
             info = dict(names=names, param_groups=param_groups, n_files=self.parallel.world_size)
-            save_checked(facts | info, os.path.join(path, 'info.pt'))
+            with create(os.path.join(path, 'info.pt')) as f:
+                save_checked(facts | info, f)
             sync_folder(path)
 
         def start():

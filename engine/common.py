@@ -148,7 +148,8 @@ def link_or_copy(path, other):
     try:
         os.link(path, f'{other}.tmp')
     except OSError:
-        shutil.copyfile(path, f'{other}.tmp')
+        with open(path, 'rb') as source, create(f'{other}.tmp') as copy:
+            shutil.copyfileobj(source, copy)
     os.replace(f'{other}.tmp', other)
 
 

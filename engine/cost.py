@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, first_line
+from engine.common import UserError, first_line, replacing
 from engine.machine import never_compiled, pick_device
 from engine.optim import moment_numel
+from engine.schema import shown
 from model import GPT, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -258,15 +259,12 @@ def consolidate_checkpoint(source, path):
     """Write a checkpoint, sharded or not, as one file, as train.py would."""
     from engine.checkpoint import load_checkpoint, save_checked
     saved = load_checkpoint(source)
-    if os.path.exists(path):
+    if os.path.lexists(path):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")
-    temporary = f'{path}.tmp'
     try:
-        save_checked({key: value for key, value in saved.items() if key != 'path'}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as f:
+            save_checked({key: value for key, value in saved.items() if key != 'path'}, f)
     except (OSError, RuntimeError, ValueError) as e:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         raise UserError(f"'{path}' could not be written: {first_line(e)}") from e
     print(f"{saved['path']} -> {path}")
 
@@ -304,12 +302,13 @@ def inspect_checkpoint(source):
     print(f"  {'iterations':<24} {saved.get('iter_num')}")
     print(f"  {'best val loss':<24} {saved.get('best_val_loss')}")
     for split, values in (saved.get('losses') or {}).items():
-        print(f'  {split:<24} ' + ', '.join(f'{key} {v:.4f}' for key, v in values.items()))
+        shown_values = (f'{v:.4f}' if type(v) is float else shown(v) for v in values.values())
+        print(f'  {split:<24} ' + ', '.join(map(' '.join, zip(values, shown_values))))
     for key in ('tokenizer', 'torch_version'):
         print(f'  {key:<24} {saved.get(key)!s:.120}')
     print('config')
     for key, value in config.items():
-        print(f'  {key:<24} {value!r}')
+        print(f'  {key:<24} {shown(value, 200)}')
 
 
 def model_in(saved):

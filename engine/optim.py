@@ -4,7 +4,6 @@ Register the optimizers that --optimizer can name, and combine several into one.
 To add one, write a function that returns the keyword arguments of its class and decorate it with
 @register. Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py use the registry.
 """
-import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,23 +40,35 @@ def adamw(settings, device_type):
     return dict(betas=(settings['beta1'], settings['beta2']), fused=fused)
 
 
-class Float32(TorchFunctionMode):
-    """Inside this context, Tensor.bfloat16() returns float32."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.bfloat16:
-            return args[0].float().clone()
-        return func(*args, **(kwargs or {}))
-
-
-def fast_bfloat16(groups):
+class WholeMatrices(TorchFunctionMode):
     """
-    Return a context that runs Muon's matmuls in float32 on devices that only emulate bfloat16,
-    where they would take 20 times as long.
+    Inside this context, Tensor.bfloat16(), which Muon calls once on each matrix before its matmuls,
+    returns a tensor of `dtype`, and all rows of a matrix that FSDP has divided. Sums over the parts
+    of a matrix would be rounded to bfloat16 and differ from those of one process.
+    """
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.bfloat16:
+            return func(*args, **(kwargs or {}))
+        matrix = args[0].to(self.dtype, copy=True)
+        if hasattr(matrix, 'full_tensor'):
+            from torch.distributed.tensor import Replicate
+            matrix = matrix.redistribute(placements=[Replicate()])
+        return matrix
+
+
+def dtype_of_matmuls(groups):
+    """
+    Return the dtype of Muon's matmuls: float32 on devices that only emulate bfloat16, where it
+    would take 20 times as long.
     """
     params = [p for group in groups for p in group['params']]
     device = params[0].device.type if params else 'cpu'
     has_units = pick_device(device)[1] == 'bfloat16'
-    return contextlib.nullcontext() if has_units else Float32()
+    return torch.bfloat16 if has_units else torch.float32
 
 
 class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 has no Muon
@@ -67,11 +78,11 @@ class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 ha
     """
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
-        self.precision = fast_bfloat16(self.param_groups)
+        self.matmuls = WholeMatrices(dtype_of_matmuls(self.param_groups))
 
     @torch.no_grad()
     def step(self, closure=None):
-        with self.precision:
+        with self.matmuls:
             return super().step(closure)
 
 

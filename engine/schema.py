@@ -11,6 +11,7 @@ A schema says which values are allowed:
     str, bool, dict, list    any value of this type
     [schema]                 a list, each of whose values fits
     {'a': ..., 'b?': ...}    a dict with at least these keys; 'b' may be missing
+    {str: schema}            a dict, each of whose keys is a text and each of whose values fits
     (schema, schema)         a value that fits one of these
     None, 'word', ...        this value
 """
@@ -36,6 +37,9 @@ def check(value, schema, name='it'):
     """Raise ValueError, which names the field, unless `value` fits the schema."""
     if isinstance(schema, dict) and isinstance(value, dict):
         for key, inner in schema.items():
+            if isinstance(key, type):
+                check_items(value, key, inner, name)
+                continue
             field = key.removesuffix('?')
             if field in value:
                 check(value[field], inner, field if name == 'it' else f'{name}.{field}')
@@ -46,6 +50,13 @@ def check(value, schema, name='it'):
             check(item, schema[0], f'{name}[{i}]')
     elif not fits(value, schema):
         raise ValueError(f'{name} must be {describe(schema)}, not {shown(value)}')
+
+
+def check_items(value, key_schema, schema, name):
+    """Check all keys and all values of a dict."""
+    for key, item in value.items():
+        check(key, key_schema, f'a key of {name}')
+        check(item, schema, str(key) if name == 'it' else f'{name}.{key}')
 
 
 def fits(value, schema):
@@ -88,10 +99,10 @@ def describe(schema):
     return repr(schema)
 
 
-def shown(value):
+def shown(value, width=60):
     """Return a short text for a value that may be huge."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer with thousands of digits, a deep nest
         text = f'this {type(value).__name__}'
-    return text if len(text) <= 60 else f'{text[:57]}...'
+    return text if len(text) <= width else f'{text[:width - 3]}...'

@@ -1,5 +1,10 @@
 """Checkpoints: what they hold, where they come from, and which files are refused."""
+import math
+import os
 import pickle
+import random
+import struct
+import zipfile
 from dataclasses import asdict, make_dataclass
 
 import pytest
@@ -11,10 +16,13 @@ from engine.checkpoint import (
     RunFolder,
     State,
     load_checkpoint,
+    read_facts,
+    read_file,
     restore_optimizer,
     restore_tensors,
+    save_checked,
 )
-from engine.common import UserError
+from engine.common import UserError, create
 from engine.parallel import Parallel
 from model import GPT, POSITION_ENCODING, GPTConfig
 from test_model import B, Reference, T, close, gradients, ids, shaken
@@ -131,6 +139,84 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     GPT.from_checkpoint(path)
 
 
+# checksums
+
+def save(path, content):
+    with create(path) as f:
+        save_checked(content, f)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """(path, content) of a checkpoint of ours with two tensors, one of them tied."""
+    head, norm = torch.randn(5, 3), torch.randn(4)
+    model = {'lm_head.weight': head, 'norm': norm, 'wte.weight': head}
+    content = dict(model=model, model_args={'n_layer': 1}, iter_num=3)
+    save(tmp_path / 'ckpt.pt', content)
+    return tmp_path / 'ckpt.pt', content
+
+
+def zip_headers(path):
+    """
+    (bytes of the central directory's entry and the local header of the first tensor, those of all
+    others and of the end records): positions in a file that torch.save wrote.
+    """
+    data, first, others = path.read_bytes(), [], []
+    with zipfile.ZipFile(path) as z:
+        entry_at = z.start_dir
+        for entry in z.infolist():
+            headers = first if entry.filename.endswith('/data/0') else others
+            name, extra = struct.unpack_from('<HH', data, entry.header_offset + 26)
+            headers += range(entry.header_offset, entry.header_offset + 30 + name + extra)
+            name, extra = struct.unpack_from('<HH', data, entry_at + 28)
+            headers += range(entry_at, entry_at + 46 + name + extra)
+            entry_at += 46 + name + extra
+    return first, [*others, *range(entry_at, len(data))]
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize('mmap', [False, True])
+@pytest.mark.parametrize('share', [0.02, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_flipped_bit_in_the_zip_headers_is_noticed_or_harmless(small, share, mmap):
+    """
+    Bit 4 of byte 38 of a tensor's entry in the central directory marks it as a folder: its CRC was right, and
+    torch.load returned whatever was in memory. Parts of sharded checkpoints are read with mmap.
+    """
+    path, content = small
+    whole, (first, others) = path.read_bytes(), zip_headers(path)
+    assert len(first) > 100 and len(others) > 500
+    chosen = first + random.Random(0).sample(others, int(share * len(others)))
+    noticed = 0
+    for i in chosen:
+        for bit in range(8):
+            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1:])
+            try:
+                assert equal(read_file(path, mmap=mmap), content), f'bit {bit} of byte {i}'
+            except UserError as e:
+                one_line(e, path)
+                noticed += 1
+    assert noticed > 100
+
+
+def test_the_tensors_have_checksums_of_their_own(small):
+    """Those of the zip file are of no use if torch.load reads other bytes than they cover."""
+    path, content = small
+    damaged = torch.load(path, weights_only=True)
+    assert list(damaged['checksums']) == ['model/lm_head.weight', 'model/norm']  # a tied tensor has one
+    damaged['model']['norm'][1] += 1
+    torch.save(damaged, path)
+    with pytest.raises(UserError, match="'model/norm' does not match its checksum"):
+        load_checkpoint(path)
+    del damaged['checksums']  # as in one of an earlier version
+    torch.save(damaged, path)
+    assert equal(load_checkpoint(path)['model'], damaged['model'])
+
+
 def test_a_missing_checkpoint_is_refused_by_name(tmp_path):
     """A FileNotFoundError would be a traceback for a typing error."""
     refused(tmp_path / 'nonesuch.pt')
@@ -164,6 +250,91 @@ def test_model_args_that_do_not_fit_the_weights_are_refused(tmp_path, args, part
     """A model of another shape could take some of the weights and leave the others random."""
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', model_args=NANOGPT_ARGS | args)
     refused(tmp_path / 'ckpt.pt', part)
+
+
+# foreign and hostile structure
+
+DEEP = []
+for _ in range(100):
+    DEEP = [DEEP]
+FOREIGN = [
+    ('iter_num', [1]),
+    ('iter_num', -5),
+    ('iter_num', 10 ** 30),
+    ('iter_num', None),
+    ('best_val_loss', None),
+    ('best_val_loss', math.nan),
+    ('best_val_loss', torch.zeros(2)),
+    ('config', [1]),
+    ('config', {'batch_size': 'many'}),
+    ('config', {'gradient_accumulation_steps': 0}),
+    ('config', {'optimizer': DEEP}),
+    ('tokenizer', [1]),
+    ('tokenizer', {'name': 7}),
+    ('losses', {'val': 3}),
+    ('train_seconds', 'long'),
+    ('optimizer', DEEP),
+    ('optimizer', {'state': [], 'param_groups': []}),
+    ('optimizer', {'state': {}, 'param_groups': [{'params': 'all'}]}),
+    ('model', {1: torch.zeros(3)}),
+    ('model_args', {'n_layer': 10 ** 7}),
+    ('model_args', {'n_layer': '2'}),
+    ('checksums', [1]),
+]
+
+
+@pytest.mark.parametrize('field, value', FOREIGN, ids=[f'{i}-{field}' for i, (field, _) in enumerate(FOREIGN)])
+def test_a_field_of_another_type_is_named(tmp_path, field, value):
+    """A traceback, a model of ten million layers that is built for hours, or a run at iteration -5."""
+    path = tmp_path / 'ckpt.pt'
+    nanogpt_checkpoint(path, **{field: value})
+    if field != 'best_val_loss' or not isinstance(value, torch.Tensor):
+        refused(path, field)
+    refused(path)
+    if field not in ('optimizer', 'model', 'model_args', 'checksums'):  # --eval_only reads these first
+        with pytest.raises(UserError) as e:
+            read_facts(path)
+        one_line(e.value, path)
+
+
+@pytest.mark.parametrize('weight', [
+    torch.full((64, 32), math.nan),
+    torch.zeros(64, 32).to_sparse(),
+    torch.zeros(64, 32, device='meta'),
+    torch.zeros(64, 32, dtype=torch.complex64),
+    torch.zeros(64, 32, dtype=torch.int64),
+], ids=['nan', 'sparse', 'meta', 'complex', 'integer'])
+@pytest.mark.filterwarnings('ignore')
+def test_weights_that_are_not_finite_dense_floats_are_refused(tmp_path, weight):
+    """A model of NaN sampled the first id for ever, and other kinds of tensors were a traceback."""
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', extra={'lm_head.weight': weight})
+    refused(tmp_path / 'ckpt.pt', "model/_orig_mod.lm_head.weight'")
+
+
+@pytest.mark.parametrize('key, moment', [
+    ('exp_avg', torch.zeros(3)),
+    ('exp_avg', torch.zeros(())),
+    ('exp_avg', 7),
+    ('exp_avg', math.nan * torch.zeros(64, 32)),
+    ('exp_avg_sq', torch.zeros(64, 32, dtype=torch.int64)),
+    ('step', torch.zeros(3)),
+    ('step', torch.tensor(math.inf)),
+    ('step', None),
+])
+def test_moments_that_do_not_fit_are_refused(tmp_path, key, moment):
+    """torch takes moments of any shape from a checkpoint, and the first step of the resumed run is a traceback."""
+    model, idx = shaken(), ids(B, T)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved['state'][0]['exp_avg'].shape == (64, 32)
+    ckpt = dict(optimizer=saved, path='ckpt.pt')
+    restore_optimizer(optimizer, 'adamw', ckpt, Parallel())
+    saved['state'][0] = saved['state'][0] | {key: moment}
+    with pytest.raises(UserError) as e:
+        restore_optimizer(optimizer, 'adamw', ckpt, Parallel())
+    one_line(e.value, 'ckpt.pt', 'optimizer.state.0')
 
 
 # state: facts and sets of tensors
@@ -225,6 +396,27 @@ def test_every_set_of_tensors_is_saved_and_restored(tmp_path, sharded):
         restore_tensors({'swa': restored}, ckpt, parallel)
     with pytest.raises(UserError, match='adamw.*lion'):
         restore_optimizer(fresh, 'lion', ckpt, parallel)
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_saving_writes_nothing_through_a_link(tmp_path, sharded):
+    """A link planted under a temporary name, through which a file of another folder was overwritten."""
+    file, folder, out_dir = tmp_path / 'file', tmp_path / 'folder', tmp_path / 'out'
+    file.write_text('keep')
+    folder.mkdir()
+    out_dir.mkdir()
+    names = ('ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best') if sharded else \
+        ('ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt')
+    run = RunFolder(str(out_dir), sharded, Parallel())
+    for it in (1, 2):
+        for name in names:
+            os.symlink(folder if sharded else file, out_dir / f'{name}.tmp')
+        sets = {'model': dict(shaken().state_dict(keep_vars=True)), 'optimizer': {}}
+        run.save(sets, [], dict(model_args={}, iter_num=it), best=True, before_rename=lambda: None)
+        for name in names:
+            (out_dir / f'{name}.tmp').unlink(missing_ok=True)
+    assert [load_checkpoint(out_dir / name)['iter_num'] for name in names] == [2, 1, 2]
+    assert file.read_text() == 'keep' and not list(folder.iterdir())
 
 
 def test_a_sharded_folder_of_an_older_version_names_the_command(tmp_path):

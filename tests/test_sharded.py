@@ -70,7 +70,7 @@ def test_a_sharded_checkpoint_holds_muons_momentum(text_set, modes, tmp_path, mo
     """Momentum of the parts that two processes write is lost when one process resumes."""
     succeeded(train_mode(mode, text_set, tmp_path, *MUON, '--sharded_checkpoint=True', '--max_iters=10'))
     succeeded(train_mode('one', text_set, tmp_path, *MUON, '--init_from=resume'))
-    tolerance = 1e-3 if mode == 'fsdp' else 1e-5
+    tolerance = 1e-4 if mode == 'fsdp' else 1e-5  # see docs/parts.md
     assert losses(tmp_path) == pytest.approx(losses(modes('one', *MUON)[0]), rel=tolerance)
 
 

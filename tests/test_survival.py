@@ -237,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(text_set, finis
     out_dir = copy_run(finished[0], tmp_path / 'out')
     before = contents(out_dir)
     refused(train(text_set, out_dir, '--init_from=resume', '--max_iters=21', before=SMALL_DISK),
-            out_dir / 'ckpt.pt', 'untouched')
+            out_dir / 'ckpt.pt', 'untouched', 'File too large: it needs', 'MB are free')
     assert contents(out_dir) == before
     assert [e['iter'] for e in run_logs(out_dir)[0]['training_iterations']] == [20]
 
@@ -388,7 +388,8 @@ def test_checkpoints_cannot_run_code(text_set, finished, tmp_path, inside_a_chec
     else:
         (out_dir / 'ckpt.pt').write_bytes(pickle.dumps(Bomb()))
     refused(command('sample.py', f'--out_dir={out_dir}'), out_dir / 'ckpt.pt')
-    refused(train(text_set, out_dir, '--init_from=auto', '--max_iters=21'), out_dir / 'ckpt.pt')
+    for flags in (('--init_from=auto', '--max_iters=21'), ('--init_from=auto', '--eval_only=True')):
+        refused(train(text_set, out_dir, *flags), out_dir / 'ckpt.pt', '' if inside_a_checkpoint else 'zip')
     assert not Bomb.path.exists()
 
 
