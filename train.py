@@ -34,11 +34,12 @@ from configurator import (
 )
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
-from engine.checkpoint import RunFolder, State, is_ours, restore_optimizer, restore_tensors
+from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors
 from engine.common import StopSignal, UserError, duration
 from engine.compile import compile_model
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
+from engine.run_folder import RunFolder
 from engine.startup_report import measure_costs, startup_report
 
 # -------------------------------------------------------------------------------------------------

@@ -257,7 +257,8 @@ def list_configs():
 
 def consolidate_checkpoint(source, path):
     """Write a checkpoint, sharded or not, as one file, as train.py would."""
-    from engine.checkpoint import load_checkpoint, save_checked
+    from engine.checked_file import save_checked
+    from engine.checkpoint import load_checkpoint
     saved = load_checkpoint(source)
     if os.path.lexists(path):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")

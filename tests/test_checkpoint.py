@@ -11,19 +11,18 @@ import pytest
 import torch
 
 from conftest import one_line
+from engine.checked_file import read_file, save_checked
 from engine.checkpoint import (
     Pieces,
-    RunFolder,
     State,
     load_checkpoint,
     read_facts,
-    read_file,
     restore_optimizer,
     restore_tensors,
-    save_checked,
 )
 from engine.common import UserError, create
 from engine.parallel import Parallel
+from engine.run_folder import RunFolder
 from model import GPT, POSITION_ENCODING, GPTConfig
 from test_model import B, Reference, T, close, gradients, ids, shaken
 
