@@ -29,6 +29,10 @@ class Evaluation(NamedTuple):
     losses: np.ndarray  # per window of val, in text order
 
 
+# what losses are compared and plotted against: {label: field of Evaluation}
+AXES = dict(steps='iter', tokens='tokens', FLOPs='flops', seconds='train_seconds')
+
+
 class Result(NamedTuple):
     """The content of a run's logs."""
     folder: str

@@ -15,12 +15,13 @@ import pytest
 from scipy import stats
 
 import compare
-from compare import Range, losses_at, make_cells, several
+from compare import convert, losses_at
 from configurator import configure, read_block
 from conftest import ROOT, command, one_line, refused
 from data.loader import write_dataset
 from engine.common import UserError
 from engine.cost import meta_model
+from engine.grid import Range, make_cells
 from engine.study import Evaluation
 from tests.warm import HANGS
 
@@ -82,7 +83,7 @@ def logs(folder):
 ])
 def test_values_of_a_key(name, value, expected):
     """1,2 stays a string, or a mixture of data sets is taken apart."""
-    assert several(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
+    assert convert(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
 
 
 @pytest.mark.parametrize('name, value', [
@@ -96,7 +97,7 @@ def test_values_of_a_key(name, value, expected):
 def test_values_that_are_none(name, value):
     """A range of a switch, or from high to low, found out by train.py in every run."""
     with pytest.raises(ValueError):
-        several(name, value, *read_block(compare.TRAIN)[name][:2])
+        convert(name, value, *read_block(compare.TRAIN)[name][:2])
 
 
 def test_a_range_is_drawn_from_evenly():
@@ -114,7 +115,7 @@ def test_cells_are_the_grid_times_the_named_ones():
     config = {key: setting[0] for key, setting in read_block(compare.TRAIN).items()}
     config |= dict(search=0, n_head=[2, 4], normalization=['rmsnorm', 'layernorm'])
     config['cells'] = {'a': {}, 'b': dict(qk_norm=True)}
-    cells = make_cells(config, {})
+    cells = make_cells(config, {}, read_block(compare.TRAIN))
     norms = 'rmsnorm', 'layernorm'
     assert list(cells) == [f'{name}, n_head={h}, {norm}' for name in 'ab' for h in (2, 4) for norm in norms]
     assert sum(own.get('qk_norm', False) for own in cells.values()) == 4
@@ -123,8 +124,8 @@ def test_cells_are_the_grid_times_the_named_ones():
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('ablate_*.py')))
 def test_ablations_in_config_build(name):
     """A study that ends at its first cell, or 'at equal FLOPs' that is not."""
-    config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=several)
-    cells = make_cells(config, given)
+    config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=convert)
+    cells = make_cells(config, given, read_block(compare.TRAIN))
     flops = [meta_model(config | own).flops_per_token() for own in cells.values()]
     assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
     for own in cells.values():
