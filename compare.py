@@ -20,17 +20,23 @@ report them in a table with error bars and a picture.
 Every cell is a run of train.py in its own folder under out_dir. After a kill, the same command
 resumes the study. It writes out_dir/compare.md, compare.json and compare.png.
 
-All runs are evaluated on the same windows of val, so two cells are compared window by window. The
-difference of their losses, each a mean over seeds, has a standard error from the text (by means of
-contiguous blocks of windows, since neighbouring windows are correlated) and one from the seeds (by
-their variance within cells, pooled over all cells, as in an analysis of variance). The two
-variances add up; interval and p-value are Student's t with Welch and Satterthwaite's degrees of
-freedom. Each p-value is for a single comparison: one in twenty is below 0.05 by chance. The
-variance between seeds is assumed to be the same in all cells; a NOTE appears if it is not.
+All runs are evaluated on the same windows of val, so two cells are compared window by window, and
+seed by seed. The difference of their losses, a mean over the seeds that both have, has a standard
+error from the text (by means of contiguous blocks of windows, since neighbouring windows are
+correlated) and one from the seeds (by the residual variance of a two-way layout, cell and seed,
+pooled over all cells). The two variances add up; interval and p-value are Student's t with Welch
+and Satterthwaite's degrees of freedom. Cells without seeds in common are compared as independent
+samples. Each p-value is for a single comparison: one in twenty is below 0.05 by chance. The
+residual variance is assumed to be the same in all cells; a NOTE appears if it is not.
+
+Equal seeds give all cells of a study the same order of training windows (a batch_size of another
+cell reads more or fewer of them per step). Initial values are the same only if both models create
+the same random layers, with the same shapes and in the same order: another normalization or
+activation keeps them, while biases, RoPE, SwiGLU, another width or depth change them all. The
+windows of val are the same for every seed.
 """
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -43,7 +49,7 @@ from configurator import coerce, configure, read_block
 from engine.common import Locked, UserError, optional, replacing, show_error, try_lock
 from engine.compare_report import picture, scaling_report, table
 from engine.grid import ladder, make_cells, make_runs, seeds_of, several
-from engine.statistics import estimate, seed_variance
+from engine.statistics import difference, estimate, seed_variances
 from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -218,23 +224,28 @@ def compare(groups, baseline, confidence=0.95):
     losses = losses_to_compare(groups, results)
     seeds = {}
     for axis, cells in losses.items():
-        known = [group for group in cells.values() if group]
-        seeds[axis] = seed_variance([[x.mean() for x in group] for group in known])
+        known = [by_seed for by_seed in cells.values() if by_seed]
+        means = [{seed: x.mean() for seed, x in by_seed.items()} for by_seed in known]
+        if means:
+            seeds[axis] = seed_variances(means)
     peak = max(result.startup_info['hardware_peak_tflops'] for result in results)
     rows = []
     for cell, group in groups.items():
-        row = costs_of(cell, group, peak) | loss_of(losses['end'][cell], seeds['end'], confidence)
+        row = costs_of(cell, group, peak)
+        row |= loss_of([*losses['end'][cell].values()], seeds['end'].within, confidence)
         for axis, cells in losses.items():
             a, b = cells[cell], cells[baseline]
             if cell != baseline and a and b:
-                values = np.mean(a, axis=0) - np.mean(b, axis=0)
-                found = estimate(values, seeds[axis], 1 / len(a) + 1 / len(b), confidence)
+                found = difference(a, b, seeds[axis], confidence)
                 row[f'difference at {axis}'] = dict(
-                    difference=found.mean, interval=found.interval, p=found.p)
+                    difference=found.mean, interval=found.interval, p=found.p,
+                    by_seed=found.by_seed, paired=found.paired)
         rows.append(row)
-    variance, df = seeds['end']
-    return rows, dict(seed_deviation=math.sqrt(variance) if df else None, seed_df=df,
-                      windows=results[0].windows, baseline=baseline, confidence=confidence)
+    within, residual, differ = seeds['end']
+    return rows, dict(seed_deviation=within.deviation, seed_df=within.df,
+                      residual_deviation=residual.deviation, residual_df=residual.df,
+                      variances_differ=differ, windows=results[0].windows, baseline=baseline,
+                      confidence=confidence)
 
 
 def check_same_windows(results):
@@ -252,17 +263,18 @@ def check_same_windows(results):
 
 def losses_to_compare(groups, results):
     """
-    Return {'end' or axis: {cell: [window losses of each run]}}: at the end, and at the FLOPs and
-    seconds of the cheapest run. The list is None for a cell without evaluations near enough.
+    Return {'end' or axis: {cell: {seed: window losses}}}: at the end, and at the FLOPs and seconds
+    of the cheapest run. The inner dict is None for a cell without evaluations near enough.
     """
-    at_end = {cell: [result.evals[-1].losses for result in group] for cell, group in groups.items()}
-    losses = {'end': at_end}
+    losses = {'end': {cell: {result.config['seed']: result.evals[-1].losses for result in group}
+                      for cell, group in groups.items()}}
     for axis in ('FLOPs', 'seconds'):
         budget = min(getattr(result.evals[-1], AXES[axis]) for result in results)
         losses[axis] = {}
         for cell, group in groups.items():
-            found = [losses_at(result.evals, axis, budget) for result in group]
-            losses[axis][cell] = None if any(x is None for x in found) else found
+            found = {r.config['seed']: losses_at(r.evals, axis, budget) for r in group}
+            complete = all(x is not None for x in found.values())
+            losses[axis][cell] = found if complete else None
     return losses
 
 

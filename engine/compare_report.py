@@ -8,12 +8,12 @@ import os
 
 import numpy as np
 
-from engine.statistics import fit_power_law, variances_differ
+from engine.statistics import fit_power_law
 from engine.study import AXES
 
 COLUMNS = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens/s', 'MFU',
-           'peak memory', 'val loss', 'difference', 'p', 'verdict', 'at equal FLOPs',
-           'at equal time']
+           'peak memory', 'val loss', 'difference', 'by seed', 'p', 'verdict',
+           'at equal FLOPs', 'at equal time']
 
 
 def table_line(row, baseline, confidence):
@@ -23,6 +23,9 @@ def table_line(row, baseline, confidence):
     for axis, d in at.items():
         missing = '' if row is baseline else '-'
         differences[axis] = plus_minus(d['difference'], d['interval'], '+') if d else missing
+    by_seed = ''
+    if at['end']:
+        by_seed = ', '.join(f'{d:+.4f}' for d in at['end']['by_seed'].values())
     p = at['end']['p'] if at['end'] else None
     p_text = '' if p is None else '<0.001' if p < 0.001 else f'{p:.3f}'
     return [
@@ -36,6 +39,7 @@ def table_line(row, baseline, confidence):
         f"{row['peak_bytes'] / 2**30:.2f} GiB",
         plus_minus(row['val_loss'], row['interval']),
         differences['end'],
+        by_seed,
         p_text,
         verdict(row, baseline, confidence),
         differences['FLOPs'],
@@ -79,9 +83,11 @@ def notes(rows, facts):
            f"'{facts['baseline']}', window by window.")
     if facts['seed_df']:
         yield ('They hold for other text and other seeds: seeds of one cell differ by '
-               f"{facts['seed_deviation']:.4f} (standard deviation, pooled, {facts['seed_df']} "
-               'degrees of freedom).')
-    else:
+               f"{spread(facts, 'seed')}.")
+    if facts['residual_df']:
+        yield ('Differences are estimated within each seed that both cells have: without what a '
+               f"seed does to all cells, runs differ by {spread(facts, 'residual')}.")
+    if not facts['seed_df']:
         yield ('Each cell has one seed, so intervals are for other text only, and there are no '
                'p-values: --seed=1,2,3 shows what another seed would give.')
     if len(rows) == 1 and len(rows[0]['seeds']) > 1:
@@ -91,15 +97,28 @@ def notes(rows, facts):
            'others are interpolated between two evaluations, when their learning rate had not yet '
            'decayed as far; - means that these are further apart than a quarter of that cost '
            '(--eval_interval). These intervals do not include the noise of clocks.')
-    if variances_differ([row['loss_by_seed'] for row in rows]):
+    if facts['residual_df'] == 1:
+        yield ('NOTE: two cells and two seeds leave one degree of freedom, with which a 95 % '
+               'interval holds the truth about 92 times in 100: a third seed is worth its time.')
+    unpaired = [row['cell'] for row in rows
+                if 'difference at end' in row and not row['difference at end']['paired']]
+    if unpaired and facts['seed_df']:
+        yield ('NOTE: too few seeds in common with the baseline, so compared as independent runs: '
+               f"{'; '.join(unpaired)}")
+    if facts['variances_differ']:
         yield ("NOTE: seeds of some cells differ more than those of others (Bartlett's test, "
-               'seed_deviation in compare.json); for these cells, intervals are too short and '
+               'loss_by_seed in compare.json); for these cells, intervals are too short and '
                'p-values too low.')
     if len({row['iterations'] for row in rows}) > 1:
         yield ("NOTE: not all cells have the same number of iterations, so 'difference' is not at "
                'equal steps.')
     for name in facts['failed']:
         yield f'NOT IN THE TABLE, failed: {name}'
+
+
+def spread(facts, kind):
+    return (f"{facts[f'{kind}_deviation']:.4f} (standard deviation, pooled over cells, "
+            f"{facts[f'{kind}_df']:.3g} degrees of freedom)")
 
 
 def picture(groups, path):

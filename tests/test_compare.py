@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import compare
@@ -23,6 +24,7 @@ from engine.common import UserError
 from engine.cost import meta_model
 from engine.grid import Range, make_cells
 from engine.study import Evaluation
+from model import GPT, GPTConfig
 from tests.warm import HANGS
 
 
@@ -133,6 +135,24 @@ def test_ablations_in_config_build(name):
     assert config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
 
 
+@pytest.mark.parametrize('changed, shared', [
+    (dict(normalization='rmsnorm'), True),
+    (dict(activation='silu', qk_norm=True), True),
+    (dict(bias=False), False),
+    (dict(position_encoding='rope'), False),
+    (dict(n_embd=64), False),
+])
+def test_what_equal_seeds_share_in_two_models(changed, shared):
+    """compare.py's docstring says when the initial values of two cells are the same, and all others differ."""
+    values = []
+    for own in ({}, changed):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65) | own))
+        values.append([x for x in model.transformer.h.parameters() if x.dim() > 1])
+    same = [x.shape == y.shape and torch.equal(x, y) for x, y in zip(*values)]
+    assert all(same) if shared else not any(same)
+
+
 @pytest.mark.parametrize('budget, expected', [
     (1000, [0, 10]),
     (100, [0, 10]),
@@ -176,13 +196,15 @@ def test_a_grid_is_runs_of_train_py(grid, text_set, tmp_path):
 
 
 def test_differences_are_paired_and_from_the_baseline(grid):
-    """The sign turned round, another baseline, or windows that are not paired."""
+    """The sign turned round, another baseline, windows that are not paired, or seeds taken for independent."""
     rows = results(grid[0])['rows']
     losses = {}
     for row in rows:
         ends = [logs(folder)[-1]['eval_steps'][-1]['val']['window_losses'] for folder in row['folders']]
         losses[row['cell']] = np.mean(ends, axis=0)
-    variance = np.mean([np.var(row['loss_by_seed'], ddof=1) for row in rows])
+    table = np.array([row['loss_by_seed'] for row in rows])
+    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    variance = np.square(left).sum() / 3  # four cells and two seeds
     base = rows[0]
     assert 'difference at end' not in base
     for row in rows[1:]:
@@ -190,8 +212,11 @@ def test_differences_are_paired_and_from_the_baseline(grid):
         assert found['difference'] == pytest.approx(d.mean(), abs=1e-9)
         assert found['difference'] == pytest.approx(row['val_loss'] - base['val_loss'], abs=1e-9)
         from_text = d.reshape(6, 6).mean(1).var(ddof=1) / 6
-        df = (from_text + variance) ** 2 / (from_text ** 2 / 5 + variance ** 2 / 4)
+        df = (from_text + variance) ** 2 / (from_text ** 2 / 5 + variance ** 2 / 3)
         assert found['interval'] == pytest.approx(stats.t.ppf(0.975, df) * math.sqrt(from_text + variance))
+        by_seed = dict(zip('12', np.subtract(row['loss_by_seed'], base['loss_by_seed'])))
+        assert found['by_seed'] == pytest.approx(by_seed) and found['paired']
+        assert ', '.join(f'{d:+.4f}' for d in by_seed.values()) in (grid[0] / 'compare.md').read_text()
 
 
 def test_the_same_command_again_does_nothing_twice(grid, text_set):
