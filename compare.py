@@ -46,7 +46,15 @@ from typing import Literal
 import numpy as np
 
 from configurator import coerce, configure, read_block
-from engine.common import Locked, UserError, optional, replacing, show_error, try_lock
+from engine.common import (
+    Locked,
+    UserError,
+    optional,
+    printable,
+    replacing,
+    show_error,
+    try_lock,
+)
 from engine.compare_report import picture, scaling_report, table
 from engine.grid import ladder, make_cells, make_runs, seeds_of, several
 from engine.statistics import difference, estimate, seed_variances
@@ -158,7 +166,8 @@ def group_by_config(results):
             shown.append(key)
     groups = {}
     for result in results:
-        cell = ', '.join(f'{key}={result.config.get(key)}' for key in shown) or 'as configured'
+        words = [f'{key}={result.config.get(key)}' for key in shown]
+        cell = printable(' '.join(', '.join(words).split())) or 'as configured'  # one line
         group = groups.setdefault(cell, [])
         if result.config['seed'] in [other.config['seed'] for other in group]:
             raise UserError(f"'{result.folder}' repeats the config and seed of another of these "
@@ -354,6 +363,7 @@ def report(groups, failed, config):
         more, fit = scaling_report(groups, config)
         text += '\n' + more
         facts |= fit
+    text = printable(text)  # logs may hold anything
     print('\n' + text)
     contents = {'compare.md': text, 'compare.json': json.dumps(facts | dict(rows=rows), indent=1)}
     for name, content in contents.items():

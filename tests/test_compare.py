@@ -290,6 +290,79 @@ def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys)
         one_line(refusal(capsys, *args, out), *parts)
 
 
+def put(log, path, value):
+    """Set a nested field of a log, or remove it if value is MISSING."""
+    *parents, last = path
+    for key in parents:
+        log = log[key]
+    if value == MISSING:
+        del log[last]
+    else:
+        log[last] = value
+
+
+MISSING = '(missing)'
+EVAL = 'eval_steps', 1
+
+
+@pytest.mark.parametrize('path, value, parts', [
+    ((*EVAL, 'val', 'window_losses', 3), math.nan, ['window_losses[3]', 'nan']),
+    ((*EVAL, 'val', 'window_losses', 3), 1e308, ['window_losses[3]', '1e+308']),
+    ((*EVAL, 'val', 'window_losses', 3), 1e300, ['window_losses', '1e+300']),
+    ((*EVAL, 'val', 'window_losses', 3), 99.0, ['window_losses', 'val.loss']),
+    ((*EVAL, 'val', 'window_losses'), [1.0], ['window_losses', '36']),
+    ((*EVAL, 'val', 'loss'), 'low', ['val.loss', "'low'"]),
+    ((*EVAL, 'iter'), 10 ** 30, ['eval_steps[1].iter']),
+    ((*EVAL, 'iter'), 10 ** 9, ['eval_steps', 'order']),
+    ((*EVAL, 'train_seconds'), MISSING, ["no 'train_seconds'"]),
+    (('eval_steps',), {}, ['eval_steps', 'list']),
+    (('eval_windows',), MISSING, ['eval_windows']),
+    (('config',), [], ['config', 'dict']),
+    (('config', 'seed'), '1', ['config.seed', "'1'"]),
+    (('config', 'seed'), MISSING, ["no 'seed'"]),
+    (('startup_info', 'total_params'), MISSING, ["no 'total_params'"]),
+    (('startup_info', 'hardware_peak_tflops'), 0, ['hardware_peak_tflops', 'positive']),
+    (('startup_info', 'device'), 3, ['device', 'text']),
+    (('training_iterations', 0, 'memory'), {}, ['no memory']),
+    (('training_iterations', 0, 'memory'), {'peak': 'much'}, ["'much'"]),
+    (('training_iterations', 0, 'mfu'), None, ['mfu', 'dict']),
+    (('summary', 'iterations'), 99, ['summary.iterations']),
+    (('summary',), None, ['summary']),
+], ids=str)
+def test_a_log_that_train_py_did_not_write_is_one_line(grid, tmp_path, capsys, path, value, parts):
+    """NaN in a log gave a difference of +nan with exit status 0, a huge iteration was the last one; tracebacks."""
+    folders = folders_of(grid[0])
+    shutil.copytree(folders[0], tmp_path / 'copy')
+    file, = (tmp_path / 'copy').glob('run_*.json')
+    log = json.loads(file.read_text())
+    put(log, path, value)
+    file.write_text(json.dumps(log))
+    one_line(refusal(capsys, folders[-1], tmp_path / 'copy', f'--out_dir={tmp_path / "out"}'), file.name, *parts)
+
+
+def test_control_characters_of_a_log_are_escaped(grid, tmp_path, capsys):
+    """A config value with ESC in it reached the terminal and compare.md, and one with a newline broke the table."""
+    folders = folders_of(grid[0])
+    shutil.copytree(folders[0], tmp_path / 'copy')
+    file, = (tmp_path / 'copy').glob('run_*.json')
+    log = json.loads(file.read_text())
+    log['config']['activation'] = 'ge\x1b[2Jlu\nsecond line'
+    file.write_text(json.dumps(log))
+    assert compare.main([folders[0], str(tmp_path / 'copy'), f'--out_dir={tmp_path / "out"}']) == 0
+    for text in (capsys.readouterr().out, (tmp_path / 'out/compare.md').read_text()):
+        assert '\x1b' not in text and r'ge\x1b[2Jlu second line |' in text.replace('  ', '')
+
+
+def test_settings_json_that_is_damaged_is_one_line(grid, text_set):
+    """A study that was cut off by a full disk ended in a traceback."""
+    path = grid[0] / 'n_embd=16,_none,seed=1/settings.json'
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    done = command('compare.py', *TINY, f'--dataset={text_set}', f'--out_dir={grid[0]}', *GRID)
+    path.write_text(whole)
+    refused(done, 'settings.json')
+
+
 def test_a_failed_cell_is_reported_and_the_others_go_on(text_set, tmp_path):
     """One bad cell costs the night, or is left out of the table without a word."""
     done = command('compare.py', *TINY, f'--dataset={text_set}', f'--out_dir={tmp_path}', '--n_head=3,2,4', '--seed=1',
