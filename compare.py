@@ -29,11 +29,11 @@ and Satterthwaite's degrees of freedom. Cells without seeds in common are compar
 samples. Each p-value is for a single comparison: one in twenty is below 0.05 by chance. The
 residual variance is assumed to be the same in all cells; a NOTE appears if it is not.
 
-Equal seeds give all cells of a study the same order of training windows (a batch_size of another
-cell reads more or fewer of them per step). Initial values are the same only if both models create
-the same random layers, with the same shapes and in the same order: another normalization or
-activation keeps them, while biases, RoPE, SwiGLU, another width or depth change them all. The
-windows of val are the same for every seed.
+Runs with the same seed always read training windows in the same order (with another batch_size,
+more or fewer of them per step). Their initial values are the same only if both models create the
+same random layers, with the same shapes and in the same order: another normalization or activation
+keeps them, while biases, RoPE, SwiGLU, another width or depth change them all. The windows of val
+are the same for every seed.
 """
 import itertools
 import json

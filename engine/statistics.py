@@ -71,7 +71,7 @@ class SeedVariance(NamedTuple):
 class SeedVariances(NamedTuple):
     """What seeds do to the loss of a run, pooled over cells; see seed_variances()."""
     within: SeedVariance  # between runs of one cell
-    residual: SeedVariance  # of runs, without what a seed has in common in all cells
+    residual: SeedVariance  # of runs, without the effect that a seed has on all cells alike
     differ: bool  # whether the runs of some cells vary more than those of others
 
 
@@ -80,8 +80,8 @@ def seed_variances(cells):
     Return the SeedVariances of cells, each a dict {seed: loss}, as in an analysis of variance of a
     two-way layout: loss = cell + seed + residual. Cells may have different seeds.
 
-    If a seed is lucky in all cells alike, runs of one cell and another are not independent, so
-    the pooled variance within cells has fewer degrees of freedom than runs minus cells. They are
+    If a seed is lucky in all cells alike, the cells' variances are not independent, so the pooled
+    variance within cells has fewer degrees of freedom than runs minus cells. They are
     Satterthwaite's, from its two parts: between seeds, and residual.
     """
     runs = [(i, seed, losses[seed]) for i, losses in enumerate(cells) for seed in losses]
@@ -104,7 +104,7 @@ def seed_variances(cells):
 def residuals(columns, y):
     """Return what a linear model, fitted by least squares, leaves of y; and degrees of freedom."""
     y = y - y.mean()  # every model here has a mean, and small numbers have smaller errors
-    solution, _, rank, _ = np.linalg.lstsq(columns, y)
+    solution, _, rank, _ = np.linalg.lstsq(columns, y, rcond=None)
     return y - columns @ solution, len(y) - int(rank)
 
 
