@@ -58,20 +58,62 @@ def t_quantile(confidence, df):
 
 
 class SeedVariance(NamedTuple):
-    """The variance of the loss between runs that differ only in their seed."""
+    """A variance of the loss between runs that differ in their seed."""
     variance: float
-    df: int  # degrees of freedom; 0 (unknown) if no cell has two seeds
+    df: float  # degrees of freedom; 0: unknown
+
+    @property
+    def deviation(self):
+        """Return the standard deviation, or None if it is unknown."""
+        return math.sqrt(self.variance) if self.df else None
 
 
-def seed_variance(cells):
+class SeedVariances(NamedTuple):
+    """What seeds do to the loss of a run, pooled over cells; see seed_variances()."""
+    within: SeedVariance  # between runs of one cell
+    residual: SeedVariance  # of runs, without the effect that a seed has on all cells alike
+    differ: bool  # whether the runs of some cells vary more than those of others
+
+
+def seed_variances(cells):
     """
-    Return the pooled SeedVariance of cells, each a list of losses, as in an analysis of variance.
+    Return the SeedVariances of cells, each a dict {seed: loss}, as in an analysis of variance of a
+    two-way layout: loss = cell + seed + residual. Cells may have different seeds.
+
+    If a seed is lucky in all cells alike, the cells' variances are not independent, so the pooled
+    variance within cells has fewer degrees of freedom than runs minus cells. They are
+    Satterthwaite's, from its two parts: between seeds, and residual.
     """
-    df = sum(len(losses) - 1 for losses in cells)
-    if df == 0:
-        return SeedVariance(0.0, 0)
-    squares = sum(np.var(losses) * len(losses) for losses in cells)
-    return SeedVariance(squares / df, df)
+    runs = [(i, seed, losses[seed]) for i, losses in enumerate(cells) for seed in losses]
+    numbers, seeds, y = map(np.array, zip(*runs))
+    cell_columns = np.equal.outer(numbers, range(len(cells))).astype(float)
+    seed_columns = np.equal.outer(seeds, np.unique(seeds)).astype(float)
+    from_cell, within_df = residuals(cell_columns, y)
+    from_both, residual_df = residuals(np.hstack([cell_columns, seed_columns]), y)
+    within, residual = np.square(from_cell).sum(), np.square(from_both).sum()
+    parts = (within - residual, within_df - residual_df), (residual, residual_df)
+    uncertainty = sum(squares ** 2 / df for squares, df in parts if df)
+    effective_df = within ** 2 / uncertainty if uncertainty else within_df
+    left = from_both if residual_df else from_cell
+    return SeedVariances(
+        within=SeedVariance(within / max(1, within_df), effective_df),
+        residual=SeedVariance(residual / max(1, residual_df), residual_df),
+        differ=variances_differ([left[numbers == i] for i in range(len(cells))]))
+
+
+def residuals(columns, y):
+    """Return what a linear model, fitted by least squares, leaves of y; and degrees of freedom."""
+    y = y - y.mean()  # every model here has a mean, and small numbers have smaller errors
+    solution, _, rank, _ = np.linalg.lstsq(columns, y, rcond=None)
+    return y - columns @ solution, len(y) - int(rank)
+
+
+def variances_differ(cells):
+    """Return whether Bartlett's test finds that some cells vary more than others."""
+    cells = [losses for losses in cells if len(losses) > 1]
+    if len(cells) < 2 or min(map(np.ptp, cells)) < 1e-9:
+        return False
+    return bool(optional('scipy.stats', "Bartlett's test").bartlett(*cells).pvalue < 0.01)
 
 
 class Estimate(NamedTuple):
@@ -102,12 +144,34 @@ def estimate(values, seeds, share, confidence=0.95):
     return Estimate(mean, interval, 2 * float(stats.t.sf(abs(mean) / scale, total_df)))
 
 
-def variances_differ(cells):
-    """Return whether Bartlett's test finds that the cells' variances over seeds differ."""
-    cells = [losses for losses in cells if len(losses) > 1]
-    if len(cells) < 2 or not all(np.ptp(losses) for losses in cells):
-        return False
-    return optional('scipy.stats', "Bartlett's test").bartlett(*cells).pvalue < 0.01
+class Difference(NamedTuple):
+    """The difference of two cells in their loss; the first fields are those of an Estimate."""
+    mean: float
+    interval: float
+    p: float | None
+    by_seed: dict  # {seed: difference} for the seeds of both cells
+    paired: bool  # whether the estimate is their mean
+
+
+def difference(a, b, seeds, confidence=0.95):
+    """
+    Return the Difference a - b of two cells, each a dict {seed: losses of its windows}. `seeds` are
+    the SeedVariances of all cells.
+
+    It is estimated within each seed that both cells have, with the residual variance. If they have
+    none in common, or the residual variance is unknown, it is the difference of the two means over
+    all seeds of a cell, as of independent samples, with the variance within cells.
+    """
+    within_seed = {seed: a[seed] - b[seed] for seed in a if seed in b}
+    by_seed = {seed: float(values.mean()) for seed, values in within_seed.items()}
+    n = len(by_seed)
+    if n and seeds.residual.df:
+        values = np.mean(list(within_seed.values()), axis=0)
+        found = estimate(values, seeds.residual, 2 / n, confidence)
+        return Difference(*found, by_seed, paired=True)
+    values = np.mean(list(a.values()), axis=0) - np.mean(list(b.values()), axis=0)
+    found = estimate(values, seeds.within, 1 / len(a) + 1 / len(b), confidence)
+    return Difference(*found, by_seed, paired=False)
 
 
 class PowerLaw(NamedTuple):

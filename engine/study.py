@@ -15,9 +15,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.common import Locked, UserError, duration, end_with_parent, replacing, try_lock
+from engine.common import (
+    Locked,
+    UserError,
+    duration,
+    end_with_parent,
+    printable,
+    replacing,
+    try_lock,
+)
+from engine.schema import check, read_json
 
 CLEAR = '\r\033[K' if sys.stdout.isatty() else ''  # erases the progress line of a terminal
+
+
+# the fields of a run log that are read here; `windows` are those of val
+RUN_LOG = {
+    'config': {'seed': int, 'eval_only': bool},
+    'startup_info': {'total_params': int, 'flops_per_token': float, 'hardware_peak_tflops': float,
+                     'device': str},
+    'training_iterations': [{'iter': int, 'memory': dict,
+                             'mfu': {'tokens_per_sec': float, 'achieved_tflops': float}}],
+    'eval_steps': [{'iter': int, 'tokens': int, 'train_seconds': float,
+                    'val': {'loss': float, 'window_losses?': [float]}}],
+    'eval_windows?': {'n': int, 'tokens_each': int, 'crc': int},
+    'summary': {'outcome': str, 'iterations': int, 'iter_num': int},
+}
+MAX_LOSS = 3.5e38  # losses are computed in float32
 
 
 class Evaluation(NamedTuple):
@@ -27,6 +51,10 @@ class Evaluation(NamedTuple):
     train_seconds: float
     loss: float
     losses: np.ndarray  # per window of val, in text order
+
+
+# what losses are compared and plotted against: {label: field of Evaluation}
+AXES = dict(steps='iter', tokens='tokens', FLOPs='flops', seconds='train_seconds')
 
 
 class Result(NamedTuple):
@@ -60,16 +88,18 @@ def read_run(folder):
     if not logs:
         return None
     last, evals, iterations = logs[-1], {}, {}
+    windows = [log['eval_windows'] for log in logs if 'eval_windows' in log][-1:]
     ends = [first_iter(log) for log in logs[1:]] + [math.inf]
     for log, end in zip(logs, ends):
-        evals |= {e['iter']: e for e in log['eval_steps'] if e['iter'] <= end}
+        if [log.get('eval_windows')] == windows:  # losses on other windows cannot be compared
+            evals |= {e['iter']: e for e in log['eval_steps'] if e['iter'] <= end}
         iterations |= {e['iter']: e for e in log['training_iterations'] if e['iter'] < end}
     flops_per_token = last['startup_info']['flops_per_token']
     return Result(
         folder=folder,
         config=last['config'],
         startup_info=last['startup_info'],
-        windows=last.get('eval_windows'),
+        windows=windows[0] if windows else None,
         evals=[evaluation(evals[i], flops_per_token) for i in sorted(evals)],
         iterations=[iterations[i] for i in sorted(iterations)],
         outcome=last['summary']['outcome'],
@@ -78,16 +108,46 @@ def read_run(folder):
 
 def read_log(path):
     """Return a run log as a dict, without evaluations that lack window losses (older logs)."""
+    log = read_json(path, RUN_LOG)
+    log['eval_steps'] = [e for e in log['eval_steps'] if 'window_losses' in e['val']]
     try:
-        with open(path, encoding='utf-8') as f:
-            log = json.load(f)
-        first_iter(log), log['summary']['outcome'], log['startup_info']['flops_per_token']
-        log['config']['eval_only'], log['training_iterations']
-        log['eval_steps'] = [e for e in log['eval_steps'] if 'window_losses' in e['val']]
-        return log
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"'{path}' is not a complete run log of train.py: remove it "
-                        f'({e!r})') from None
+        check_figures(log)
+    except ValueError as e:
+        raise UserError(f"'{path}' is not a run log as train.py writes it: {e}") from None
+    return log
+
+
+def check_figures(log):
+    """Raise ValueError if figures of a run log contradict each other or cannot be."""
+    last = log['summary']['iter_num']
+    if first_iter(log) < 0:
+        raise ValueError('summary.iterations is above summary.iter_num')
+    for kind in ('eval_steps', 'training_iterations'):
+        iters = [entry['iter'] for entry in log[kind]]
+        if iters != sorted(iters) or max(iters, default=0) > last:
+            raise ValueError(f'{kind} are not in order, or beyond summary.iter_num, {last}')
+    if not log['startup_info']['hardware_peak_tflops'] > 0:
+        raise ValueError('startup_info.hardware_peak_tflops must be positive')
+    for entry in log['training_iterations']:
+        check([*entry['memory'].values()], [int], 'memory')
+        if not entry['memory']:
+            raise ValueError(f"iteration {entry['iter']} has no memory")
+    for entry in log['eval_steps']:
+        check_losses(entry, log.get('eval_windows', {}).get('n'))
+
+
+def check_losses(entry, n):
+    """Raise ValueError unless the losses of an evaluation are those of n windows."""
+    losses, loss = entry['val']['window_losses'], entry['val']['loss']
+    where = f"in the evaluation of iteration {entry['iter']}"
+    if not n or len(losses) != n:
+        raise ValueError(f'{len(losses)} window_losses, but eval_windows.n is {n}, {where}')
+    if not 0 <= min(losses) <= max(losses) < MAX_LOSS:
+        raise ValueError(f'window_losses from {min(losses)} to {max(losses)} {where}')
+    mean = float(np.mean(losses))
+    if abs(mean - loss) > 1e-4 * max(1, mean):  # they are rounded to 5 decimals
+        raise ValueError(f'val.loss is {loss:.5f}, but the mean of window_losses {mean:.5f}, '
+                         f'{where}')
 
 
 def first_iter(log):
@@ -175,7 +235,8 @@ class Job:
         """Return the last lines of its output."""
         with open(self.console, 'rb') as f:
             f.seek(max(self.offset, os.fstat(f.fileno()).st_size - 4000))
-            return f.read().decode('utf-8', 'replace').strip().splitlines() or ['']
+            lines = f.read().decode('utf-8', 'replace').strip().splitlines() or ['']
+        return [printable(line) for line in lines]
 
     def progress(self):
         """Return the fraction of its iterations that are done."""
@@ -196,8 +257,8 @@ def wait_for_lock(folder):
             return try_lock(os.path.join(folder, 'lock'), 'compare.py').close()
         except Locked as e:
             if not told:
-                print(f"waiting for {e.holder}, which uses '{folder}' and may be saving after a "
-                      'kill', flush=True)
+                print(f"waiting for {printable(e.holder)}, which uses '{folder}' and may be saving "
+                      'after a kill', flush=True)
             told = True
             time.sleep(0.1)
 
@@ -210,8 +271,7 @@ def check_settings(run, defaults):
     if not os.path.exists(path):
         raise UserError(f"'{run.folder}' holds a run that compare.py did not start: choose "
                         f'{remedy}')
-    with open(path, encoding='utf-8') as f:
-        before = json.load(f)
+    before = read_json(path, {'max_iters?': int})
     for key, default in defaults.items():
         had, asked = before.get(key, default), run.settings.get(key, default)
         longer = key == 'max_iters' and had < run.max_iters

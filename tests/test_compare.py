@@ -12,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import compare
-from compare import Range, losses_at, make_cells, several
+from compare import convert, losses_at
 from configurator import configure, read_block
 from conftest import ROOT, command, one_line, refused
 from data.loader import write_dataset
 from engine.common import UserError
 from engine.cost import meta_model
+from engine.grid import Range, make_cells
 from engine.study import Evaluation
+from model import GPT, GPTConfig
 from tests.warm import HANGS
 
 
@@ -82,7 +85,7 @@ def logs(folder):
 ])
 def test_values_of_a_key(name, value, expected):
     """1,2 stays a string, or a mixture of data sets is taken apart."""
-    assert several(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
+    assert convert(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
 
 
 @pytest.mark.parametrize('name, value', [
@@ -96,7 +99,7 @@ def test_values_of_a_key(name, value, expected):
 def test_values_that_are_none(name, value):
     """A range of a switch, or from high to low, found out by train.py in every run."""
     with pytest.raises(ValueError):
-        several(name, value, *read_block(compare.TRAIN)[name][:2])
+        convert(name, value, *read_block(compare.TRAIN)[name][:2])
 
 
 def test_a_range_is_drawn_from_evenly():
@@ -114,7 +117,7 @@ def test_cells_are_the_grid_times_the_named_ones():
     config = {key: setting[0] for key, setting in read_block(compare.TRAIN).items()}
     config |= dict(search=0, n_head=[2, 4], normalization=['rmsnorm', 'layernorm'])
     config['cells'] = {'a': {}, 'b': dict(qk_norm=True)}
-    cells = make_cells(config, {})
+    cells = make_cells(config, {}, read_block(compare.TRAIN))
     norms = 'rmsnorm', 'layernorm'
     assert list(cells) == [f'{name}, n_head={h}, {norm}' for name in 'ab' for h in (2, 4) for norm in norms]
     assert sum(own.get('qk_norm', False) for own in cells.values()) == 4
@@ -123,13 +126,31 @@ def test_cells_are_the_grid_times_the_named_ones():
 @pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('ablate_*.py')))
 def test_ablations_in_config_build(name):
     """A study that ends at its first cell, or 'at equal FLOPs' that is not."""
-    config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=several)
-    cells = make_cells(config, given)
+    config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=convert)
+    cells = make_cells(config, given, read_block(compare.TRAIN))
     flops = [meta_model(config | own).flops_per_token() for own in cells.values()]
     assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
     for own in cells.values():
         assert (config | own)['max_iters'] == (config | own)['lr_decay_iters']
     assert config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
+
+
+@pytest.mark.parametrize('changed, shared', [
+    (dict(normalization='rmsnorm'), True),
+    (dict(activation='silu', qk_norm=True), True),
+    (dict(bias=False), False),
+    (dict(position_encoding='rope'), False),
+    (dict(n_embd=64), False),
+])
+def test_what_equal_seeds_share_in_two_models(changed, shared):
+    """compare.py's docstring says when the initial values of two cells are the same, and all others differ."""
+    values = []
+    for own in ({}, changed):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65) | own))
+        values.append([x for x in model.transformer.h.parameters() if x.dim() > 1])
+    same = [x.shape == y.shape and torch.equal(x, y) for x, y in zip(*values)]
+    assert all(same) if shared else not any(same)
 
 
 @pytest.mark.parametrize('budget, expected', [
@@ -175,13 +196,15 @@ def test_a_grid_is_runs_of_train_py(grid, text_set, tmp_path):
 
 
 def test_differences_are_paired_and_from_the_baseline(grid):
-    """The sign turned round, another baseline, or windows that are not paired."""
+    """The sign turned round, another baseline, windows that are not paired, or seeds taken for independent."""
     rows = results(grid[0])['rows']
     losses = {}
     for row in rows:
         ends = [logs(folder)[-1]['eval_steps'][-1]['val']['window_losses'] for folder in row['folders']]
         losses[row['cell']] = np.mean(ends, axis=0)
-    variance = np.mean([np.var(row['loss_by_seed'], ddof=1) for row in rows])
+    table = np.array([row['loss_by_seed'] for row in rows])
+    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    variance = np.square(left).sum() / 3  # four cells and two seeds
     base = rows[0]
     assert 'difference at end' not in base
     for row in rows[1:]:
@@ -189,8 +212,11 @@ def test_differences_are_paired_and_from_the_baseline(grid):
         assert found['difference'] == pytest.approx(d.mean(), abs=1e-9)
         assert found['difference'] == pytest.approx(row['val_loss'] - base['val_loss'], abs=1e-9)
         from_text = d.reshape(6, 6).mean(1).var(ddof=1) / 6
-        df = (from_text + variance) ** 2 / (from_text ** 2 / 5 + variance ** 2 / 4)
+        df = (from_text + variance) ** 2 / (from_text ** 2 / 5 + variance ** 2 / 3)
         assert found['interval'] == pytest.approx(stats.t.ppf(0.975, df) * math.sqrt(from_text + variance))
+        by_seed = dict(zip('12', np.subtract(row['loss_by_seed'], base['loss_by_seed'])))
+        assert found['by_seed'] == pytest.approx(by_seed) and found['paired']
+        assert ', '.join(f'{d:+.4f}' for d in by_seed.values()) in (grid[0] / 'compare.md').read_text()
 
 
 def test_the_same_command_again_does_nothing_twice(grid, text_set):
@@ -262,6 +288,79 @@ def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys)
         ([*folders, '--search=4'], ['search']),
     ):
         one_line(refusal(capsys, *args, out), *parts)
+
+
+def put(log, path, value):
+    """Set a nested field of a log, or remove it if value is MISSING."""
+    *parents, last = path
+    for key in parents:
+        log = log[key]
+    if value == MISSING:
+        del log[last]
+    else:
+        log[last] = value
+
+
+MISSING = '(missing)'
+EVAL = 'eval_steps', 1
+
+
+@pytest.mark.parametrize('path, value, parts', [
+    ((*EVAL, 'val', 'window_losses', 3), math.nan, ['window_losses[3]', 'nan']),
+    ((*EVAL, 'val', 'window_losses', 3), 1e308, ['window_losses[3]', '1e+308']),
+    ((*EVAL, 'val', 'window_losses', 3), 1e300, ['window_losses', '1e+300']),
+    ((*EVAL, 'val', 'window_losses', 3), 99.0, ['window_losses', 'val.loss']),
+    ((*EVAL, 'val', 'window_losses'), [1.0], ['window_losses', '36']),
+    ((*EVAL, 'val', 'loss'), 'low', ['val.loss', "'low'"]),
+    ((*EVAL, 'iter'), 10 ** 30, ['eval_steps[1].iter']),
+    ((*EVAL, 'iter'), 10 ** 9, ['eval_steps', 'order']),
+    ((*EVAL, 'train_seconds'), MISSING, ["no 'train_seconds'"]),
+    (('eval_steps',), {}, ['eval_steps', 'list']),
+    (('eval_windows',), MISSING, ['eval_windows']),
+    (('config',), [], ['config', 'dict']),
+    (('config', 'seed'), '1', ['config.seed', "'1'"]),
+    (('config', 'seed'), MISSING, ["no 'seed'"]),
+    (('startup_info', 'total_params'), MISSING, ["no 'total_params'"]),
+    (('startup_info', 'hardware_peak_tflops'), 0, ['hardware_peak_tflops', 'positive']),
+    (('startup_info', 'device'), 3, ['device', 'text']),
+    (('training_iterations', 0, 'memory'), {}, ['no memory']),
+    (('training_iterations', 0, 'memory'), {'peak': 'much'}, ["'much'"]),
+    (('training_iterations', 0, 'mfu'), None, ['mfu', 'dict']),
+    (('summary', 'iterations'), 99, ['summary.iterations']),
+    (('summary',), None, ['summary']),
+], ids=str)
+def test_a_log_that_train_py_did_not_write_is_one_line(grid, tmp_path, capsys, path, value, parts):
+    """NaN in a log gave a difference of +nan with exit status 0, a huge iteration was the last one; tracebacks."""
+    folders = folders_of(grid[0])
+    shutil.copytree(folders[0], tmp_path / 'copy')
+    file, = (tmp_path / 'copy').glob('run_*.json')
+    log = json.loads(file.read_text())
+    put(log, path, value)
+    file.write_text(json.dumps(log))
+    one_line(refusal(capsys, folders[-1], tmp_path / 'copy', f'--out_dir={tmp_path / "out"}'), file.name, *parts)
+
+
+def test_control_characters_of_a_log_are_escaped(grid, tmp_path, capsys):
+    """A config value with ESC in it reached the terminal and compare.md, and one with a newline broke the table."""
+    folders = folders_of(grid[0])
+    shutil.copytree(folders[0], tmp_path / 'copy')
+    file, = (tmp_path / 'copy').glob('run_*.json')
+    log = json.loads(file.read_text())
+    log['config']['activation'] = 'ge\x1b[2Jlu\nsecond line'
+    file.write_text(json.dumps(log))
+    assert compare.main([folders[0], str(tmp_path / 'copy'), f'--out_dir={tmp_path / "out"}']) == 0
+    for text in (capsys.readouterr().out, (tmp_path / 'out/compare.md').read_text()):
+        assert '\x1b' not in text and r'ge\x1b[2Jlu second line |' in text.replace('  ', '')
+
+
+def test_settings_json_that_is_damaged_is_one_line(grid, text_set):
+    """A study that was cut off by a full disk ended in a traceback."""
+    path = grid[0] / 'n_embd=16,_none,seed=1/settings.json'
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    done = command('compare.py', *TINY, f'--dataset={text_set}', f'--out_dir={grid[0]}', *GRID)
+    path.write_text(whole)
+    refused(done, 'settings.json')
 
 
 def test_a_failed_cell_is_reported_and_the_others_go_on(text_set, tmp_path):
