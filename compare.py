@@ -41,7 +41,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from configurator import ON_COMMAND_LINE, coerce, configure, read_block
+from configurator import (
+    ON_COMMAND_LINE,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    coerce,
+    configure,
+    read_block,
+)
 from data.loader import find_datasets, prepare_facts, read_meta
 from engine.common import Locked, UserError, optional, replacing, show_error, try_lock
 from engine.statistics import estimate, fit_power_law, seed_variance, variances_differ
@@ -59,11 +68,11 @@ def settings(argv):
     baseline = ''  # the cell that all others are compared with; '': the first
     sort: Literal['', 'val_loss', 'params', 'flops_per_token', 'tokens_per_sec', 'peak_bytes',
                   'seconds'] = ''  # sort rows by this figure; '': as given
-    jobs: int | Literal['auto'] = 'auto'  # runs at a time; auto: one per GPU, or one on a CPU
-    search = 0  # cells to draw at random from lists and ranges (1e-4..1e-2), for successive halving
+    jobs: PositiveInt | Literal['auto'] = 'auto'  # runs at a time; auto: one per GPU, or 1 on a CPU
+    search: NonNegativeInt = 0  # cells to draw from lists and ranges (1e-4..1e-2) and to halve
     scaling = ''  # a config file: train it in several widths (--n_embd=64,96,128), fit a power law
-    tokens_per_param = 20.0  # training tokens per parameter, for scaling
-    confidence = 0.95  # of the intervals
+    tokens_per_param: PositiveFloat = 20.0  # training tokens per parameter, for scaling
+    confidence: OpenFraction = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove all checkpoints once every run has finished
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=several)
     return config, given
@@ -148,10 +157,8 @@ def seeds_of(config):
 
 def plan(config, given):
     """Return the list of Runs that the settings ask for."""
-    if config['jobs'] != 'auto' and config['jobs'] < 1:
-        raise UserError(f"jobs must be positive, not {config['jobs']}")
-    if config['search'] < 0 or config['search'] == 1:
-        raise UserError(f"search draws 2 cells or more, not {config['search']}")
+    if config['search'] == 1:
+        raise UserError('search draws 2 cells or more, not 1')
     if config['scaling']:
         return ladder(config, given)
     rng = np.random.default_rng(seeds_of(config)[0]) if config['search'] else None

@@ -24,6 +24,7 @@ from engine.common import (
     out_of_memory,
     printable,
 )
+from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
 from model import GPT, PRESETS, GPTConfig
 
@@ -41,8 +42,6 @@ def check_settings(config, given, parallel):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
-    if config['seed'] >= 2 ** 63:
-        raise UserError(f"seed must be below 2^63, not {config['seed']}")
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
@@ -248,9 +247,11 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         check_overwrite(config, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         try:
-            return GPTConfig.from_settings(config, data_vocab), None, None
+            model_config = GPTConfig.from_settings(config, data_vocab)
         except ValueError as e:
             raise UserError(str(e)) from e
+        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        return model_config, None, None
     if resuming:
         ckpt = load_to_resume(folder, console)
     else:
