@@ -166,13 +166,16 @@ def run_recipe(name, folder, console):
         raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "
                         f'data/prepare.py --input={source} --out=NAME, then --dataset=NAME')
     facts = prepare_facts(script)
-    megabytes, command = facts['download_mb'], f'python {os.path.relpath(script)}'
+    megabytes, command = facts['download_mb'], f'python {shlex.quote(os.path.relpath(script))}'
     if megabytes > 100:
         raise UserError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} "
                         f'MB; to fetch it: {command}')
     if facts['needs_flags']:
         raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
                         f"{facts['needs_flags']}")
+    if not is_recipe(script):
+        raise UserError(f"data set '{name}' is not prepared, and only the prepare.py of folders in "
+                        f'{os.path.join(ROOT, "data")} are run; to run this one: {command}')
     size = f'a download of {megabytes} MB' if megabytes else 'no download'
     console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
     if run_script(script):
@@ -184,6 +187,15 @@ def run_script(script, *flags):
     """Run a Python script, which ends when this process does. Return its exit status."""
     command = [sys.executable, script, *flags]
     return subprocess.run(command, preexec_fn=end_with_parent).returncode
+
+
+def is_recipe(script):
+    """
+    Return whether a prepare.py is in data/. Others are code from elsewhere: a data set's name in a
+    config or on the command line asks for its data, and not to run them.
+    """
+    data = os.path.join(ROOT, 'data')
+    return os.path.commonpath([data, os.path.abspath(script)]) == data
 
 
 def read_metas(data_sets):
