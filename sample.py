@@ -81,6 +81,11 @@ def user_errors():
         raise UserError(str(e)) from e
 
 
+def say(text, end='\n', file=None):
+    """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""
+    print(text if raw else printable(text), end=end, file=file, flush=True)
+
+
 # the model
 device, dtype = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
@@ -104,13 +109,8 @@ weights = {*model.parameters(), *model.buffers()}
 megabytes = sum(t.numel() * t.element_size() for t in weights) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
 ignored = '; compile=True is ignored, see --help' if compile else ''
-print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
-      f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
-
-
-def say(text, end='\n', file=None):
-    """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""
-    print(text if raw else printable(text), end=end, file=file, flush=True)
+say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
+    f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
 
 
 def prompt_ids(prompt):

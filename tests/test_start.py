@@ -61,14 +61,16 @@ write_dataset({folder!r}, splits, {{'vocab_size': 256, 'tokenizer': {{'name': 'b
 @pytest.fixture
 def recipe():
     """A folder in data/ with a prepare.py that has not been run."""
-    with tempfile.TemporaryDirectory(prefix='test', dir=ROOT / 'data') as folder:
+    cache = ROOT / 'data' / '.cache'
+    cache.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         (Path(folder) / 'prepare.py').write_text(PREPARE.format(root=str(ROOT), folder=folder))
         yield Path(folder)
 
 
 def test_a_missing_data_set_prepares_itself(recipe, tmp_path):
     """'No such file' where a prepare.py lies in the same folder."""
-    done = train(recipe.name, tmp_path / 'out', '--max_iters=1')
+    done = train(f'.cache/{recipe.name}', tmp_path / 'out', '--max_iters=1')
     succeeded(done, 'A small set of numbers', 'no download')
 
 
