@@ -36,8 +36,14 @@ import torch
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
 from data.loader import find_datasets, write_dataset
 from engine import optim
-from engine.common import UserError
-from engine.cost import add_process, memory_estimate, meta_model
+from engine.common import UserError, printable
+from engine.cost import (
+    add_process,
+    cache_bytes,
+    check_weights_fit,
+    memory_estimate,
+    meta_model,
+)
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.plan import plan_ranks
 from engine.side import Side, SideError
@@ -184,7 +190,7 @@ def find_data(dataset, what, model, scratch):
     prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
     if prepared or what != 'data':
         return folder
-    print(f"data set '{dataset}' is not prepared: using 10 million random ids instead")
+    print(printable(f"data set '{dataset}' is not prepared: using 10 million random ids instead"))
     vocab_size = model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab_size, 10 ** 7)
     meta = dict(vocab_size=vocab_size, tokenizer={'name': 'gpt2'})
@@ -209,7 +215,7 @@ def take_turns(sides, what, warmup, repeats, max_seconds):
     """Fill side.times, {part: [seconds per round]}, and side.first, the time of its first step."""
     for side in sides:
         side.first = side.step()['whole']
-        tell(f"  {side.name}: set up in {side.info['setup']:.1f} s, "
+        tell(f"  {printable(side.name)}: set up in {side.info['setup']:.1f} s, "
              f'first step after another {side.first:.1f} s\n')
     for _ in range(warmup):
         for side in sides:
@@ -246,7 +252,7 @@ def time_sides(config, sides, device):
     running = [Side(name, s) for name, s, _ in sides]
     for side in running:
         if side.info['note']:
-            print(f"NOTE: {side.name}: {side.info['note']}")
+            print(printable(f"NOTE: {side.name}: {side.info['note']}"))
     repeats = 1 if config['what'] == 'memory' else config['repeats']
     take_turns(running, config['what'], config['warmup'], repeats, config['max_seconds'])
 
@@ -373,10 +379,9 @@ def decoding_figures(side, model, bandwidth):
     s, c = side.s, model.config
     size = getattr(torch, s['dtype']).itemsize
     length = s['prompt_tokens'] + s['new_tokens'] / 2
-    cached = 2 * c.n_layer * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * length
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
-    read = (1 if s['quantize'] else size) * weights + size * cached
+    read = (1 if s['quantize'] else size) * weights + cache_bytes(c, length, size)
     limit = bandwidth / read
     decode = (s['new_tokens'] - 1) / (side.median('whole') - side.median('prefill'))
     rows = {
@@ -461,7 +466,7 @@ def print_table(columns):
     widths = [max(map(len, column)) for column in zip(*table)]
     for label, *cells in table:
         aligned = [f'{cell:>{width}}' for cell, width in zip(cells, widths[1:])]
-        print(f'{label:<30}' + '  '.join(aligned))
+        print(printable(f'{label:<30}' + '  '.join(aligned)))
 
 
 def write_json(config, machine, results):
@@ -541,6 +546,9 @@ def main():
                        torch=str(torch.__version__), python=sys.version.split()[0])
         print('{device} ({name}), torch {torch}'.format(**machine) + f", what={config['what']}")
         _, s, model = sides[0]
+        if not config['plan']:  # which is on paper
+            for _, _, other in sides:
+                check_weights_fit(other.config)
         if config['find_batch_size']:
             results = find_batch_size(config, s)
         elif config['plan']:

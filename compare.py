@@ -45,7 +45,15 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import coerce, configure, read_block
+from configurator import (
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    coerce,
+    configure,
+    read_block,
+)
 from engine.common import (
     Locked,
     UserError,
@@ -71,11 +79,11 @@ def settings(argv):
     baseline = ''  # the cell that all others are compared with; '': the first
     sort: Literal['', 'val_loss', 'params', 'flops_per_token', 'tokens_per_sec', 'peak_bytes',
                   'seconds'] = ''  # sort rows by this figure; '': as given
-    jobs: int | Literal['auto'] = 'auto'  # runs at a time; auto: one per GPU, or one on a CPU
-    search = 0  # cells to draw at random from lists and ranges (1e-4..1e-2), for successive halving
+    jobs: PositiveInt | Literal['auto'] = 'auto'  # runs at a time; auto: one per GPU, or 1 on a CPU
+    search: NonNegativeInt = 0  # cells to draw from lists and ranges (1e-4..1e-2) and to halve
     scaling = ''  # a config file: train it in several widths (--n_embd=64,96,128), fit a power law
-    tokens_per_param = 20.0  # training tokens per parameter, for scaling
-    confidence = 0.95  # of the intervals
+    tokens_per_param: PositiveFloat = 20.0  # training tokens per parameter, for scaling
+    confidence: OpenFraction = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove all checkpoints once every run has finished
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=convert)
     return config, given
@@ -105,10 +113,8 @@ def arguments(argv):
 
 def plan(config, given):
     """Return the list of Runs that the settings ask for."""
-    if config['jobs'] != 'auto' and config['jobs'] < 1:
-        raise UserError(f"jobs must be positive, not {config['jobs']}")
-    if config['search'] < 0 or config['search'] == 1:
-        raise UserError(f"search draws 2 cells or more, not {config['search']}")
+    if config['search'] == 1:
+        raise UserError('search draws 2 cells or more, not 1')
     block = read_block(TRAIN)
     if config['scaling']:
         base, _ = settings([f"--scaling={config['scaling']}"])

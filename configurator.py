@@ -15,7 +15,7 @@ The block is read from the script's source and documents itself: the comment beh
 its help text. An annotation gives the type if the default does not show it, and the range:
 
     log_interval: PositiveInt = 1  # iterations between log lines
-    d_ff: PositiveInt = None  # feed-forward width; None: 4 n_embd
+    d_ff: Size = None  # feed-forward width; None: 4 n_embd
 
 Override files are code and are executed; nothing else is. Names in them that begin with an
 underscore are private to the file.
@@ -23,7 +23,6 @@ underscore are private to the file.
 import ast
 import difflib
 import io
-import math
 import os
 import sys
 import tokenize
@@ -33,20 +32,30 @@ import warnings
 from typing import Literal, NamedTuple, get_args
 
 from engine.common import UserError, show_error
+from engine.schema import shown
 
 # Annotations that stand for a range. Python sees an ordinary int or float; read_block() finds the
-# name in the source, and configure() checks the values that are set. NaN and infinity are refused.
-PositiveInt = NonNegativeInt = int
-PositiveFloat = NonNegativeFloat = Fraction = float
+# name in the source, and configure() checks the values that are set.
+PositiveInt = NonNegativeInt = Size = Layers = Seed = int
+PositiveFloat = NonNegativeFloat = Fraction = Share = OpenFraction = LogitScale = float
 
 ON_COMMAND_LINE = 'on the command line'  # where a flag was set, in `given`
 
+# {annotation: (words, whether a number is inside)}. Every number has a range. The limits keep
+# products and float32 from overflowing; no machine needs more. NaN is inside none of them.
 RANGES = {
-    'PositiveInt': ('positive', lambda x: x > 0),
-    'PositiveFloat': ('positive', lambda x: x > 0),
-    'NonNegativeInt': ('0 or more', lambda x: x >= 0),
-    'NonNegativeFloat': ('0 or more', lambda x: x >= 0),
+    'PositiveInt': ('positive (at most 2147483647)', lambda x: 0 < x < 2**31),
+    'NonNegativeInt': ('0 or more (at most 2147483647)', lambda x: 0 <= x < 2**31),
+    'Size': ('positive (at most 16777216)', lambda x: 0 < x <= 2**24),  # of a model
+    'Layers': ('positive (at most 1000)', lambda x: 0 < x <= 1000),
+    'Seed': ('0 or more (below 2^63)', lambda x: 0 <= x < 2**63),
+    'PositiveFloat': ('positive (1e-30 to 1e30)', lambda x: 1e-30 <= x <= 1e30),
+    'NonNegativeFloat': ('0 or more (at most 1e30)', lambda x: 0 <= x <= 1e30),
     'Fraction': ('at least 0 and below 1', lambda x: 0 <= x < 1),
+    'OpenFraction': ('above 0 and below 1', lambda x: 0 < x < 1),
+    'Share': ('above 0 and at most 1', lambda x: 0 < x <= 1),
+    # logits are divided by it
+    'LogitScale': ('0, or from 0.001 to 1000000', lambda x: x == 0 or 1e-3 <= x <= 1e6),
 }
 
 
@@ -54,7 +63,7 @@ class Setting(NamedTuple):
     default: object
     kind: type  # int, float, bool, str, a Literal, or a union such as int | Literal['auto']
     comment: str
-    range: str  # a key of RANGES, or '' for any value of its kind
+    range: str  # a key of RANGES, or '' if it is not a number
 
 
 def read_block(script):
@@ -121,6 +130,8 @@ def coerce(value, default, kind):
     if value is None and default is None or type(value) is kind:
         return value
     if kind is float and type(value) is int:
+        if abs(value) >= 2 ** 1023:
+            raise ValueError('a smaller number')
         return float(value)
     for choice in choices(kind):
         if choice is type(value) or type(choice) is type(value) and choice == value:
@@ -149,8 +160,8 @@ def check_range(name, where, value, setting):
     for number in values:
         if not isinstance(number, (int, float)):
             continue  # None, or a word such as 'auto'
-        if number == math.inf or not inside(number):
-            raise UserError(f'{name} {where} must be {words}, not {number}')
+        if not inside(number):
+            raise UserError(f'{name} {where} must be {words}, not {shown(number)}')
 
 
 def check_value(script, name, value, where):
@@ -159,7 +170,7 @@ def check_value(script, name, value, where):
     try:
         value = coerce(value, setting.default, setting.kind)
     except ValueError as expected:
-        raise UserError(f'{name} {where} must be {expected}, not {value!r}') from None
+        raise UserError(f'{name} {where} must be {expected}, not {shown(value)}') from None
     check_range(name, where, value, setting)
     return value
 
@@ -220,10 +231,11 @@ def configure(script, *also, argv=None, convert=None):
         try:
             config[name] = convert(name, value, setting.default, setting.kind)
         except ValueError as expected:
-            hint = suggestion(str(value), map(str, choices(setting.kind)))
+            word = value if isinstance(value, str) else shown(value)
+            hint = suggestion(word, map(str, choices(setting.kind)))
             if isinstance(value, (list, tuple)):
                 hint += '; several values are for compare.py'
-            message = f'{name} {where} must be {expected}, not {value!r}{hint}'
+            message = f'{name} {where} must be {expected}, not {shown(value)}{hint}'
             raise UserError(message) from None
         check_range(name, where, config[name], setting)
         given[name] = where

@@ -81,13 +81,19 @@ PRESETS['modern'] = PRESETS['llama'] | dict(
 # config
 
 ROPE_SCALING = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-SIZES = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'd_ff',
-         'attention_chunk_size')
+# the largest value of each; no machine needs more, and products of two do not overflow
+SIZES = dict.fromkeys(('block_size', 'vocab_size', 'n_head', 'n_embd', 'n_kv_head', 'd_ff',
+                       'attention_chunk_size'), 2 ** 24) | {'n_layer': 1000}
 
 
 def require_range(name, value, in_range):
     if not in_range:
         raise ValueError(f'{name}={value!r} is out of range')
+
+
+def divides_logits(value):
+    """Return whether float32 logits can be divided by it without overflow; 0 means: do not."""
+    return value == 0 or 1e-3 <= value <= 1e6
 
 
 @dataclass
@@ -129,18 +135,18 @@ class GPTConfig:
             name = getattr(self, kind)
             if name not in parts:
                 raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(parts)}")
-        for key in SIZES:
+        for key, largest in SIZES.items():
             value = getattr(self, key)
-            if value is not None and not (type(value) is int and value > 0):
-                raise ValueError(f'{key} must be a positive int, not {value!r}')
+            if value is not None and not (type(value) is int and 0 < value <= largest):
+                raise ValueError(f'{key} must be an int from 1 to {largest}, not {value!r}')
         n_ids, scaling = self.unpadded_vocab_size, self.rope_scaling
         if scaling is not None and set(scaling) != set(ROPE_SCALING):
             raise ValueError(f"rope_scaling needs exactly the keys {', '.join(ROPE_SCALING)}, "
                              f'not {scaling!r}')
         require_range('dropout', self.dropout, 0 <= self.dropout < 1)
-        require_range('norm_eps', self.norm_eps, self.norm_eps > 0)
-        require_range('rope_theta', self.rope_theta, self.rope_theta > 0)
-        require_range('logit_softcap', self.logit_softcap, self.logit_softcap >= 0)
+        require_range('norm_eps', self.norm_eps, 0 < self.norm_eps < 1)
+        require_range('rope_theta', self.rope_theta, 1e-30 <= self.rope_theta <= 1e30)
+        require_range('logit_softcap', self.logit_softcap, divides_logits(self.logit_softcap))
         require_range('unpadded_vocab_size', n_ids, n_ids is None or 0 < n_ids <= self.vocab_size)
         C, H, K = self.n_embd, self.n_head, self.kv_heads
         if C % H:
@@ -960,7 +966,7 @@ class GPT(nn.Module):
         n_ids = self.config.unpadded_vocab_size or self.config.vocab_size
         require_range('prompt length', T, T > 0)
         require_range('max_new_tokens', max_new_tokens, max_new_tokens >= 0)
-        require_range('temperature', temperature, temperature >= 0)
+        require_range('temperature', temperature, divides_logits(temperature))
         require_range('top_k', top_k, top_k is None or top_k > 0)
         require_range('top_p', top_p, top_p is None or 0 < top_p <= 1)
         require_range('slide', slide, 1 <= slide <= block_size)

@@ -18,17 +18,12 @@ from typing import Literal
 
 import torch
 
-from configurator import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    configure,
-)
+from configurator import LogitScale, NonNegativeInt, PositiveInt, Seed, Share, configure
 from data.tokenizer import Ids, find_tokenizer, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
-from engine.common import UserError, optional
+from engine.common import UserError, optional, printable
+from engine.cost import check_sampling_fits
 from engine.huggingface import load_weights
 from engine.machine import pick_device
 from engine.text_metrics import measure, metrics_table, real_texts
@@ -41,19 +36,20 @@ init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
 num_samples: PositiveInt = 10  # samples, drawn together in one batch
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
-temperature: NonNegativeFloat = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
+temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
-top_p: PositiveFloat = 1.0  # draw from the likeliest tokens that reach this probability; 1.0: all
+top_p: Share = 1.0  # draw from the likeliest tokens that reach this probability; 1.0: all
 tokenizer = ''  # instead of the checkpoint's: gpt2, byte, a tokenizer.json, a data set's folder
 stop = True  # end a sample where the model says end of text
 slide: PositiveInt = 1  # past block_size the window moves this far; 1: as nanoGPT; more: faster
-seed = 1337  # the same seed, the same text
+seed: Seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
 metrics = False  # also print diversity, repetition, perplexity of samples and val (needs scipy)
 attention = ''  # instead of samples: a file such as map.png for each head's attention to the prompt
 device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
 quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory; slower above 4 samples
+raw = False  # print control characters, such as a terminal's escapes, instead of escaping them
 compile = False  # nanoGPT's key; does nothing: generation has a KV cache instead
 config, given = configure(__file__)
 globals().update(config)
@@ -85,6 +81,11 @@ def user_errors():
         raise UserError(str(e)) from e
 
 
+def say(text, end='\n', file=None):
+    """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""
+    print(text if raw else printable(text), end=end, file=file, flush=True)
+
+
 # the model
 device, dtype = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
@@ -108,8 +109,8 @@ weights = {*model.parameters(), *model.buffers()}
 megabytes = sum(t.numel() * t.element_size() for t in weights) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
 ignored = '; compile=True is ignored, see --help' if compile else ''
-print(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
-      f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
+say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
+    f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
 
 
 def prompt_ids(prompt):
@@ -134,6 +135,8 @@ def generate(prompt):
     """
     ids = prompt_ids(prompt)
     eot = tokenizer.eot if stop else None
+    check_sampling_fits(model.config, num_samples, len(ids), max_new_tokens, device,
+                        getattr(torch, dtype).itemsize)
     new_decoder = codecs.getincrementaldecoder('utf-8')
     steps = model.stream(torch.tensor([ids] * num_samples, device=device), max_new_tokens,
                          temperature, top_k or None, top_p, seed, eot, slide=slide)
@@ -142,19 +145,19 @@ def generate(prompt):
 
     rows = [[] for _ in range(num_samples)]
     shown = new_decoder('replace')
-    print(prompt, end='', flush=True)
+    say(prompt, end='')
     for step in itertools.chain(first_step, steps):
         for row, token in zip(rows, step.tolist()):
             if not row or row[-1] != eot:
                 row.append(token)
         if rows[0][-1] != eot:
             text = shown.decode(tokenizer.decode_bytes(rows[0][-1:]))
-            print(text, end='', flush=True)
+            say(text, end='')
     print()
     for row in rows[1:]:
         tokens = [token for token in row if token != eot]
         text = new_decoder('replace').decode(tokenizer.decode_bytes(tokens))
-        print(f'---------------\n{prompt}{text}')
+        say(f'---------------\n{prompt}{text}')
     if metrics:
         print(f'---------------\n{compare_with_real_text(ids, rows)}')
 
@@ -168,8 +171,7 @@ def compare_with_real_text(prompt, rows):
         real = real_texts(ckpt, model, tokenizer, lengths, seed)
         columns[f'{len(real)} of real text'] = measure(model, tokenizer, real, len(prompt))
     except UserError as e:
-        print(f'no real text to compare the samples with: {e}',
-              file=sys.stderr)
+        say(f'no real text to compare the samples with: {e}', file=sys.stderr)
     return metrics_table(columns)
 
 
@@ -180,7 +182,7 @@ def draw(prompt):
         layers = attention_weights(model, torch.tensor([ids], device=device))  # (1, H, T, T) each
     maps = torch.cat(layers).cpu().numpy()
     draw_attention(maps, [tokenizer.decode([i]) for i in ids], attention)
-    print(f'{attention}: {maps.shape[0]} layers x {maps.shape[1]} heads over {len(ids)} tokens')
+    say(f'{attention}: {maps.shape[0]} layers x {maps.shape[1]} heads over {len(ids)} tokens')
 
 
 def ask():
@@ -191,7 +193,7 @@ def ask():
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as e:
-            print(e, file=sys.stderr)
+            say(str(e), file=sys.stderr)
 
 
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding

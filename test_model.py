@@ -1481,7 +1481,7 @@ def test_a_checkpoint_dict_that_does_not_fit_is_one_line():
     good = {'model': model.state_dict(), 'model_args': dict(vars(model.config))}
     for change, reason in [
         ({'model_args': good['model_args'] | {'n_lear': 2}}, 'unknown model_args n_lear'),
-        ({'model_args': good['model_args'] | {'n_layer': 'two'}}, 'n_layer must be a positive int'),
+        ({'model_args': good['model_args'] | {'n_layer': 'two'}}, 'n_layer must be an int from 1'),
         ({'model_args': good['model_args'] | {'n_embd': 64}}, 'size mismatch'),
         ({'model': {}}, 'Missing key'),
         ({'model': None}, 'items'),

@@ -26,10 +26,15 @@ import torch
 from configurator import (
     ON_COMMAND_LINE,
     Fraction,
+    Layers,
+    LogitScale,
     NonNegativeFloat,
     NonNegativeInt,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
+    Seed,
+    Size,
     configure,
 )
 from data.loader import MicroBatches, find_datasets
@@ -68,16 +73,16 @@ dataset = 'openwebtext'  # a folder in data/, a text file, or several with share
 doc_mask = False  # attention stays within a document; an end-of-text token starts the next one
 gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
 batch_size: PositiveInt | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
-block_size: PositiveInt = 1024  # tokens per sequence, the context length
+block_size: Size = 1024  # tokens per sequence, the context length
 # model: keys that are None come from arch_preset
 arch_preset = 'custom'  # gpt2, llama (or team), hybrid, modern, or custom: nanoGPT's mix
-n_layer = 12  # blocks
-n_head = 12  # query heads
-n_embd = 768  # width
-n_kv_head: int = None  # key/value heads, fewer for grouped-query attention; None: n_head
-d_ff: int = None  # feed-forward width; None: 4 n_embd; swiglu: 8/3 n_embd, rounded up
-vocab_size: int = None  # None: the data set's; above 1024 padded to a multiple of 64
-dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1
+n_layer: Layers = 12  # blocks
+n_head: Size = 12  # query heads
+n_embd: Size = 768  # width
+n_kv_head: Size = None  # key/value heads, fewer for grouped-query attention; None: n_head
+d_ff: Size = None  # feed-forward width; None: 4 n_embd; swiglu: 8/3 n_embd, rounded up
+vocab_size: Size = None  # None: the data set's; above 1024 padded to a multiple of 64
+dropout: Fraction = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1
 bias: bool = None  # biases in Linears and layernorm
 normalization: str = None  # layernorm, layernorm_nobias, rmsnorm
 activation: str = None  # gelu (exact), gelu_tanh, silu, relu, leaky_relu, relu_squared
@@ -88,10 +93,10 @@ ffn_type: str = None  # standard, swiglu (gated; the gate goes through the activ
 weight_tying: bool = None  # token embeddings and head share one matrix
 qk_norm: bool = None  # normalize q and k per head
 zero_init_residual: bool = None  # projections that write to the residual stream start at 0
-rope_theta = 10000.0  # base of RoPE's wavelengths
-norm_eps = 1e-5  # added to the variance in every norm
-logit_softcap: float = None  # logits = cap * tanh(logits / cap); 0: off
-attention_chunk_size = 256  # queries per chunk for attention_backend=chunked
+rope_theta: PositiveFloat = 10000.0  # base of RoPE's wavelengths
+norm_eps: OpenFraction = 1e-5  # added to the variance in every norm
+logit_softcap: LogitScale = None  # logits = cap * tanh(logits / cap); 0: off
+attention_chunk_size: Size = 256  # queries per chunk for attention_backend=chunked
 activation_checkpointing = False  # recompute blocks in backward: less memory, a third more compute
 # optimizer
 optimizer = 'adamw'  # adamw, or muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
@@ -113,7 +118,7 @@ restart_iters: PositiveInt = 10000  # sgdr: iterations of the first cosine cycle
 restart_mult: PositiveInt = 2  # sgdr: each cycle is this many times as long as the one before
 cooldown_frac: Fraction = 0.2  # wsd: last share of lr_decay_iters, with a linear decay
 # system
-seed: NonNegativeInt = 1337  # of initialization, data order and dropout
+seed: Seed = 1337  # of initialization, data order and dropout
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # torch.distributed's; auto: nccl on GPUs
 use_zero1 = False  # under torchrun: divide AdamW's moments among processes (ZeRO-1)
 use_fsdp = False  # under torchrun: divide weights, gradients and moments among processes (FSDP2)

@@ -36,12 +36,14 @@ class Item(NamedTuple):
     ends: bool = True        # it ends its document
     split: str | None = None
     name: str = ''           # of the file
+    too_long: bool = False   # it is longer than the limit, and its content was left out
 
 
 class Kind(NamedTuple):
     """
-    How one kind of file is read. read(path, field) yields Items. parse(content, field, bad_bytes)
-    returns the text of one, as bytes or str; it runs in the processes that encode.
+    How one kind of file is read. read(path, field, limit) yields Items, those of documents above
+    `limit` bytes without content and marked too_long. parse(content, field, bad_bytes) returns the
+    text of one, as bytes or str; it runs in the processes that encode.
     """
     read: Callable
     parse: Callable = lambda content, field, bad_bytes: content
@@ -83,10 +85,10 @@ def files_in(folder, glob, out):
 # ------------------------------------------------------------------------------------------------
 # one function per kind of file
 
-def read_text(path, field=None, cut=math.inf):
+def read_text(path, field=None, limit=math.inf, cut=math.inf):
     """
-    Yield the pieces of a text file, which is one document. With `cut` it is two: train ends at the
-    last good place before byte `cut`, and the rest is val.
+    Yield the pieces of a text file, which is one document of any length. With `cut` it is two:
+    train ends at the last good place before byte `cut`, and the rest is val.
     """
     text, start, split = b'', 0, 'train'
     for chunk, read in read_chunks(path):
@@ -107,19 +109,25 @@ def read_text(path, field=None, cut=math.inf):
         yield Item(text, start, read, start > 0, True, split)
 
 
-def read_lines(path, field):
+def read_lines(path, field, limit):
     """
     Yield the lines of a file of JSON lines, still as JSON, because other processes parse them.
     """
-    rest, number = b'', 0
+    number, line, read = 1, bytearray(), 0  # `line` holds no more than limit + 1 bytes
     for chunk, read in read_chunks(path):
-        *lines, rest = (rest + chunk).split(b'\n')
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield Item(line, number, read)
-    if rest.strip():
-        yield Item(rest, number + 1, read)
+        for n, part in enumerate(chunk.split(b'\n')):
+            if n:
+                yield from line_items(bytes(line), number, read, limit)
+                number, line = number + 1, bytearray()
+            line += part[:limit + 1 - len(line)]
+    yield from line_items(bytes(line), number, read, limit)
+
+
+def line_items(line, number, read, limit):
+    if len(line) > limit:
+        yield Item(b'', number, read, too_long=True)
+    elif line.strip():
+        yield Item(line, number, read)
 
 
 def parse_json(line, field, bad_bytes):
@@ -138,7 +146,7 @@ def parse_json(line, field, bad_bytes):
     return row[field]
 
 
-def read_rows(path, field):
+def read_rows(path, field, limit):
     """Yield the rows of a parquet file."""
     parquet = optional('pyarrow.parquet', 'a .parquet file')
     from pyarrow import ArrowException
@@ -152,7 +160,9 @@ def read_rows(path, field):
             for rows in f.iter_batches(batch_size=1000, columns=[field], use_threads=False):
                 for text in rows.column(0).to_pylist():
                     number += 1
-                    yield Item(text, number, size * number // f.metadata.num_rows)
+                    read = size * number // f.metadata.num_rows
+                    too_long = isinstance(text, str) and len(text) > limit
+                    yield Item('' if too_long else text, number, read, too_long=too_long)
     except ArrowException as e:
         problem = f'{path} is not a whole parquet file ({first_line(e):.100})'
         raise UserError(f'{problem}: fetch it again') from None
@@ -177,8 +187,10 @@ def kind_of(name):
 def text_of(item, field, bad_bytes):
     """
     Return the text of an item. UserError names the file and the place if there is no text or it is
-    not UTF-8.
+    not UTF-8. The text of an item that is too long is empty.
     """
+    if item.too_long:
+        return ''
     kind, _ = kind_of(item.name)
     entry = f'{item.name}, entry {item.place},'
     try:
@@ -217,17 +229,22 @@ def unpack(f, path, packed):
     off.
     """
     problem, remedy = f'{path} is not a whole .{packed} file', 'fetch or pack it again'
-    unpacker, whole = make_unpacker(packed), True
-    while chunk := f.read(2**17):
+    unpacker, whole, unpacked = make_unpacker(packed), True, bytearray()
+    while chunk := f.read(2**10):  # .gz unfolds to at most 1 MB of it, .zst to 32 MB
         while chunk:
             try:
-                yield unpacker.decompress(chunk), f.tell()
+                unpacked += unpacker.decompress(chunk)
             except Exception as e:  # each library raises its own types
                 raise UserError(f'{problem} ({e}): {remedy}') from None
             whole = unpacker.eof
             chunk = unpacker.unused_data if whole else b''
             if whole:  # another packed file may follow in the same file
                 unpacker = make_unpacker(packed)
+        if len(unpacked) >= 2**20:
+            yield bytes(unpacked), f.tell()
+            unpacked.clear()
+    if unpacked:
+        yield bytes(unpacked), f.tell()
     if not whole:
         raise UserError(f'{problem} (it ends too early): {remedy}')
 

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.common import UserError, replacing
+from engine.common import UserError, first_line, replacing
+from engine.schema import check, read_json
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
@@ -36,6 +37,21 @@ REMEDY = "run the data set's prepare.py again"
 # ------------------------------------------------------------------------------------------------
 # data sets and their meta.json
 
+# what is read from a meta.json; other keys are for people
+VOCAB_SIZE = range(1, 2**24 + 1)
+TOKENIZER = {'name': str, 'chars?': (str, [str]), 'json?': str, 'eot?': (str, None)}
+META = {
+    'dtype?': tuple(DTYPES),
+    'vocab_size?': VOCAB_SIZE,
+    'tokenizer?': (str, dict),  # a dict has the fields of TOKENIZER
+    'files?': dict,  # each has the fields of FILE
+    'bytes?': dict,
+    'documents?': dict,
+    'prepared_from?': str,
+}
+FILE = {'tokens?': int, 'crc32?': range(2**32)}
+
+
 def read_meta(data_dir):
     """
     Return the meta.json of a data set as a dict. nanoGPT's meta.pkl is converted to the same form;
@@ -44,10 +60,7 @@ def read_meta(data_dir):
     data_dir = Path(data_dir)
     if (data_dir / 'meta.json').exists():
         path = data_dir / 'meta.json'
-        try:
-            meta = json.loads(path.read_text(encoding='utf-8'))
-        except ValueError as e:
-            raise UserError(f'{path} is not JSON ({e}): {REMEDY}') from None
+        meta = read_json(path, dict)
     elif (data_dir / 'meta.pkl').exists():
         path = data_dir / 'meta.pkl'
         meta = read_nanogpt_meta(path)
@@ -76,17 +89,17 @@ def read_nanogpt_meta(path):
 
 
 def check_meta(meta, path):
-    files = meta.get('files', {}) if isinstance(meta, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(f, dict) for f in files.values()):
-        message = f'{path} should hold an object whose "files" has an object per file'
-        raise UserError(f'{message}: {REMEDY}')
-    if str(meta.get('dtype', 'uint16')) not in DTYPES:
-        choices = ', '.join(DTYPES)
-        raise UserError(f'{path}: unknown dtype {meta["dtype"]!r}, use one of {choices}')
-    vocab_size = meta.get('vocab_size', 1)
-    if type(vocab_size) is not int or vocab_size < 1:
-        message = f'vocab_size is {vocab_size!r} and should be a positive integer'
-        raise UserError(f'{path}: {message}: {REMEDY}')
+    try:
+        check(meta, META)
+        if isinstance(meta.get('tokenizer'), dict):
+            check(meta['tokenizer'], TOKENIZER, 'tokenizer')
+        for name, entry in meta.get('files', {}).items():
+            check(entry, FILE, f'files.{name}')
+    except ValueError as e:
+        raise UserError(f'{path} cannot be used: {e}: {REMEDY}') from None
+
+
+FACTS = {'about': str, 'download_mb': float, 'vocab_size': (None, VOCAB_SIZE), 'needs_flags': str}
 
 
 def prepare_facts(script):
@@ -94,16 +107,21 @@ def prepare_facts(script):
     Return the facts that a data set's prepare.py states about itself, read without running it:
     'about' is the first line of its docstring, the others are its assignments to these names.
     """
-    tree = ast.parse(Path(script).read_text(encoding='utf-8'))
     facts = {
-        'about': (ast.get_docstring(tree) or '').split('\n')[0],
+        'about': '',
         'download_mb': 0,
         'vocab_size': None,
         'needs_flags': '',  # flags that the script requires, such as '--input=FILE'
     }
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
-            facts[node.targets[0].id] = ast.literal_eval(node.value)
+    try:
+        tree = ast.parse(Path(script).read_text(encoding='utf-8'))
+        facts['about'] = (ast.get_docstring(tree) or '').split('\n')[0]
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in facts:
+                facts[node.targets[0].id] = ast.literal_eval(node.value)
+        check(facts, FACTS)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+        raise UserError(f'{script} cannot be read: {first_line(e)}') from None
     return facts
 
 
@@ -266,8 +284,15 @@ class Shard(NamedTuple):
             for row, start in enumerate(starts):
                 at = self.header_bytes + int(start) * self.dtype.itemsize
                 data = os.pread(f.fileno(), length * self.dtype.itemsize, at)
+                if len(data) < length * self.dtype.itemsize:
+                    self.refuse_shorter(os.fstat(f.fileno()).st_size)
                 ids[row] = np.frombuffer(data, self.dtype)
         return ids
+
+    def refuse_shorter(self, size):
+        now = max(0, size - self.header_bytes) // self.dtype.itemsize
+        raise UserError(f'{self.path} has become shorter: {self.n_tokens} tokens when it was '
+                        f'opened, {now} now: {REMEDY}, then resume')
 
 
 @functools.cache  # a second Loader need not read the file again
@@ -363,8 +388,8 @@ def check_shards(data_dir, split, block_size):
     # a large shard is only read whole once, or after a change: 20 GB take a minute
     memory = data_dir / '.checked.json'
     checked = {}
-    with suppress(OSError, ValueError):
-        checked = dict(json.loads(memory.read_text()))
+    with suppress(OSError, UserError):  # if it is missing or damaged, the shards are read again
+        checked = read_json(memory, dict)
     before = dict(checked)
     with ThreadPoolExecutor() as pool:  # several checksums at once
         shards = list(pool.map(lambda p: check_shard(p, meta, block_size, checked), paths))

@@ -8,9 +8,10 @@
     python train.py --dataset=book
 
 Files may be of any size; text and JSON lines may also be packed as .gz or .zst. A text file is one
-document; so is each line of .jsonl and each row of .parquet. An end-of-text token follows each
-document (--tokenizer=char has none). One document in every 1 / val_fraction is held out as val,
-chosen by a hash of its number. If there are fewer text files than that, the end of each is val.
+document; so is each line of .jsonl and each row of .parquet, and one above --max_document_mb is
+skipped. An end-of-text token follows each document (--tokenizer=char has none). One document in
+every 1 / val_fraction is held out as val, chosen by a hash of its number. If there are fewer text
+files than that, the end of each is val.
 
 Writes data/OUT/train_00000.bin, ..., val_00000.bin and meta.json.
 
@@ -47,15 +48,23 @@ from data.documents import (
     read_text,
     text_of,
 )
-from data.loader import DTYPES, HERE, dtype_for, meta_json, read_meta
+from data.loader import DTYPES, HERE, META, check_meta, dtype_for, meta_json, read_meta
 from data.source import add_out_dir, hub_files, script_parser
 from data.tokenizer import get_tokenizer, tokenizer_by_name, train_bpe
-from engine.common import Locked, UserError, duration, replacing, try_lock
+from engine.common import Locked, UserError, duration, printable, replacing, try_lock
+from engine.schema import read_json
 
 SPLITS = 'train', 'val'
 BATCH = 2**20  # bytes of text that a process encodes at a time, roughly
 BPE_BYTES = 3 * 10**7  # of text, from all over it, to train a BPE on; this takes 200 MB of memory
 RESUME = 'run the same command again to resume'
+MAX_DOCUMENT_MB = 16.0  # a tokenizer.json takes up to 2 GB to encode that; a book has 1 MB
+PLAIN_TEXT = '', 'txt', 'text', 'md'  # ends of names that say that a file is text
+
+# of state.json; 'meta' is there once everything is encoded
+SHARD = {'tokens': int, 'crc32': range(2**32)}
+RECORD = {'documents': int, 'bytes': int, 'too_long': int, 'shards': [SHARD]}
+STATE = {'identity': str, 'position?': [int], 'train?': RECORD, 'val?': RECORD, 'meta?': META}
 
 
 class Position(NamedTuple):
@@ -73,6 +82,7 @@ class Encoded(NamedTuple):
     ids: bytes
     documents: int
     text_bytes: int
+    too_long: list  # places of the documents that were left out because of their length
 
 
 class Encoder:
@@ -99,9 +109,11 @@ class Encoder:
     def encode_split(self, items):
         dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)]
         eot = self.tokenizer.eot
-        ids, documents, text_bytes = [], 0, 0
+        ids, documents, text_bytes, too_long = [], 0, 0, []
         for item in items:
             text = self.text(item)
+            if item.too_long:
+                too_long.append(f'{item.name}, entry {item.place}')
             if not text:
                 continue
             ids.append(self.tokenizer.encode_corpus(text, item.continued).astype(dtype))
@@ -109,7 +121,7 @@ class Encoder:
                 ids.append(np.array([eot], dtype))
             documents += item.ends
             text_bytes += len(text.encode('utf-8'))
-        return Encoded(b''.join(part.tobytes() for part in ids), documents, text_bytes)
+        return Encoded(b''.join(part.tobytes() for part in ids), documents, text_bytes, too_long)
 
 
 def start_worker(*settings):
@@ -172,20 +184,23 @@ def until_error(batches, errors):
 class Shards:
     """
     The shards of one split, to append to. `record` describes the existing ones: a dict of
-    documents, bytes (of text) and shards, [{'tokens': ..., 'crc32': ...}].
+    documents, bytes (of text), too_long (documents left out) and shards, [{'tokens': ...,
+    'crc32': ...}].
     """
 
     def __init__(self, folder, split, dtype, tokens_per_shard, record):
         self.folder, self.split = folder, split
         self.width, self.tokens_per_shard = dtype.itemsize, tokens_per_shard
         self.documents, self.text_bytes = record['documents'], record['bytes']
+        self.too_long = record['too_long']
         self.shards = [dict(shard) for shard in record['shards']]
         self.file = None
 
     def record(self):
         """Return a copy of the record; only the last shard can still change."""
         shards = self.shards[:-1] + [dict(shard) for shard in self.shards[-1:]]
-        return {'documents': self.documents, 'bytes': self.text_bytes, 'shards': shards}
+        return {'documents': self.documents, 'bytes': self.text_bytes, 'too_long': self.too_long,
+                'shards': shards}
 
     def path(self, number):
         return self.folder / f'{self.split}_{number:05d}.bin'
@@ -213,6 +228,7 @@ class Shards:
         """
         self.documents += encoded.documents
         self.text_bytes += encoded.text_bytes
+        self.too_long += len(encoded.too_long)
         ids, filled = memoryview(encoded.ids), False
         while len(ids):
             if not self.shards or self.shards[-1]['tokens'] == self.tokens_per_shard:
@@ -304,11 +320,13 @@ class Preparation:
     """
 
     def __init__(self, sources, data_dir, tokenizer, vocab_size=None, *, field='text',
-                 val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0):
+                 val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0,
+                 max_document_mb=MAX_DOCUMENT_MB):
         self.sources, self.data_dir = sources, Path(data_dir)
         self.folder = self.data_dir / 'unfinished'
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.field, self.bad_bytes = field, bad_bytes
+        self.max_document_mb = max_document_mb
         self.tokens_per_shard = tokens_per_shard
         self.total = sum(source.size for source in sources)
         if not self.total:
@@ -329,7 +347,8 @@ class Preparation:
         files = [(str(s.path or s.name), s.split, s.size, s.version) for s in self.sources]
         made = isinstance(self.tokenizer, str)
         tokenizer = [self.tokenizer, self.vocab_size] if made else self.tokenizer.spec
-        settings = [self.field, self.val_fraction, self.tokens_per_shard, self.bad_bytes, PIECE]
+        settings = [self.field, self.val_fraction, self.tokens_per_shard, self.bad_bytes, PIECE,
+                    self.max_document_mb]
         decisive = json.dumps([files, tokenizer, *settings])
         return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
@@ -342,8 +361,8 @@ class Preparation:
         if self.is_complete(meta, left):
             if left.get('identity') in (None, self.identity):
                 shutil.rmtree(self.folder, ignore_errors=True)  # a kill may have left it
-            print(f'{self.data_dir} is already prepared from this input with these settings: '
-                  'nothing to do')
+            say(f'{self.data_dir} is already prepared from this input with these settings: '
+                'nothing to do')
             return
         if not overwrite:
             self.refuse_to_replace(meta, left)
@@ -359,8 +378,7 @@ class Preparation:
         """Encode what is not encoded yet. Return the future meta.json."""
         state = self.resume() or self.begin()
         if 'meta' not in state:
-            spec = json.loads((self.folder / 'tokenizer').read_text(encoding='utf-8'))
-            tokenizer = get_tokenizer(spec)
+            tokenizer = get_tokenizer(read_json(self.folder / 'tokenizer', dict))
             state = self.encode_all(tokenizer, state)
             state = self.finish(tokenizer, state)
         return state['meta']
@@ -373,7 +391,7 @@ class Preparation:
     def is_complete(self, meta, left):
         if meta.get('prepared_from') != self.identity or self.half_published(left):
             return False
-        return all((self.data_dir / name).exists() for name in meta['files'])
+        return all((self.data_dir / name).exists() for name in meta.get('files', ['none listed']))
 
     def refuse_to_replace(self, meta, left):
         """
@@ -396,12 +414,21 @@ class Preparation:
             raise UserError(f'{self.folder} is being written by {e.holder}: {remedy}') from None
 
     def read_state(self):
-        """Return the state that a stopped preparation left; {} if there is none."""
-        try:
-            state = json.loads((self.folder / 'state.json').read_text(encoding='utf-8'))
-            return state if 'identity' in state else {}
-        except (OSError, ValueError, TypeError):
+        """
+        Return the state that a stopped preparation left; {} if there is none. UserError if it is
+        damaged, which no kill does.
+        """
+        path = self.folder / 'state.json'
+        if not path.exists():
             return {}
+        try:
+            state = read_json(path, STATE)
+            check_meta(state.get('meta', {}), path)
+            if len(state.get('position', Position())) != len(Position()):
+                raise UserError(f"'{path}' cannot be used: position is not of 4 numbers")
+        except UserError as e:
+            raise UserError(f'{e}; remove {self.folder} to start anew') from None
+        return state
 
     def save(self, state, shards=()):
         for split in shards:
@@ -418,16 +445,16 @@ class Preparation:
         try:
             if state.get('identity') == self.identity:
                 if 'meta' not in state:
-                    spec = json.loads((self.folder / 'tokenizer').read_text(encoding='utf-8'))
+                    spec = read_json(self.folder / 'tokenizer', dict)
                     for shards in self.open_shards(get_tokenizer(spec), state):
                         shards.cut_back()
                     done = state['position'][-1] / self.total
-                    print(f'resuming at {done:.0%} of the input', flush=True)
+                    say(f'resuming at {done:.0%} of the input')
                 return state
         except (OSError, ValueError, KeyError):
             pass  # it was killed before anything was saved
         if state:
-            print(f'{self.folder} cannot be resumed with these settings: starting anew')
+            say(f'{self.folder} cannot be resumed with these settings: starting anew')
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -446,7 +473,7 @@ class Preparation:
             json.dump(tokenizer.spec, f)
         state = {'identity': self.identity, 'position': Position()}
         for split in SPLITS:
-            state[split] = {'documents': 0, 'bytes': 0, 'shards': []}
+            state[split] = {'documents': 0, 'bytes': 0, 'too_long': 0, 'shards': []}
         self.save(state)
         return state
 
@@ -524,7 +551,7 @@ class Preparation:
     def read_file(self, path):
         if not self.val_is_end_of_files:
             kind, _ = kind_of(path.name)
-            return kind.read(path, self.field)
+            return kind.read(path, self.field, int(self.max_document_mb * 10**6))
         _, packed = kind_of(path.name)
         length = path.stat().st_size
         if packed:
@@ -559,6 +586,9 @@ class Preparation:
         try:
             for encoded, position in encoding:
                 filled = [split.append(encoded[split.split]) for split in shards]
+                for split in shards:
+                    for place in encoded[split.split].too_long:
+                        say(f'NOTE: {place}: longer than {self.max_document_mb:g} MB, skipped')
                 records = {split.split: split.record() for split in shards}
                 # an interruption before this line goes back to the end of the previous batch
                 state = {'identity': self.identity, 'position': position, **records}
@@ -595,6 +625,10 @@ class Preparation:
             'files': files,
         }
         self.save(state)
+        too_long = sum(state[split]['too_long'] for split in SPLITS)
+        if too_long:
+            say(f'NOTE: skipped {too_long:,} in all that are longer than {self.max_document_mb:g} '
+                'MB; --max_document_mb=... sets the limit, which may take 130 times as much memory')
         return state
 
     def publish(self, meta):
@@ -617,9 +651,9 @@ class Preparation:
             shards = [s['tokens'] for name, s in meta['files'].items() if name.startswith(split)]
             text, documents = meta['bytes'][split] / 1e6, meta['documents'][split]
             count = f"{len(shards)} shard{'s' if len(shards) > 1 else ''}"
-            print(f'{split}: {sum(shards):,} tokens of {text:,.1f} MB in {documents:,} documents, '
-                  f'{count}')
-        print(f'{self.data_dir}: {meta["vocab_size"]:,} ids of {meta["dtype"]}')
+            say(f'{split}: {sum(shards):,} tokens of {text:,.1f} MB in {documents:,} documents, '
+                f'{count}')
+        say(f'{self.data_dir}: {meta["vocab_size"]:,} ids of {meta["dtype"]}')
 
     def clean_up(self):
         """Remove what bad input left, but keep downloads: the same command then resumes."""
@@ -627,6 +661,10 @@ class Preparation:
             shutil.rmtree(self.folder)
             if not any(self.data_dir.iterdir()):
                 self.data_dir.rmdir()
+
+
+def say(text):
+    print(printable(text), flush=True)
 
 
 def count_cores():
@@ -638,13 +676,13 @@ def count_cores():
 # ------------------------------------------------------------------------------------------------
 # the command line
 
-def above(kind, low):
+def above(kind, low, high=2**31):
     def number(text):
         value = float(text)
-        if not low < value < float('inf') or (kind is int and value != int(value)):
+        if not low < value < high or (kind is int and value != int(value)):
             raise ValueError
         return kind(value)
-    number.__name__ = f'number above {low}'  # argparse prints it
+    number.__name__ = f'number above {low} and below {high}'  # argparse prints it
     return number
 
 
@@ -665,7 +703,10 @@ def add_text_flags(parser):
     add('--tokens_per_shard', type=above(int, 0), default=10**8, help='(1e8)')
     add('--bad_bytes', choices=('strict', 'replace'), default='strict',
         help='whether bytes that are not UTF-8 are an error or become U+FFFD')
-    add('--processes', type=above(int, -1), default=0, help='0: one per core')
+    add('--max_document_mb', type=above(float, 0, 10**6), default=MAX_DOCUMENT_MB,
+        help='skip lines of JSON and rows of parquet above this, because each has to be in memory '
+             'as a whole, 130 times over at worst; text files may have any size (16)')
+    add('--processes', type=above(int, -1, 1025), default=0, help='0: one per core')
     add('--overwrite', action='store_true', help='replace another data set that is there')
 
 
@@ -685,10 +726,11 @@ def named_tokenizer(name, vocab_size=None):
 
 def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
     """Run a Preparation with the flags of add_text_flags."""
+    note_other_kinds(sources)
     preparation = Preparation(
         sources, data_dir, tokenizer, vocab_size, field=args.field,
         val_fraction=args.val_fraction, tokens_per_shard=args.tokens_per_shard,
-        bad_bytes=args.bad_bytes, processes=args.processes)
+        bad_bytes=args.bad_bytes, processes=args.processes, max_document_mb=args.max_document_mb)
     try:
         preparation.run(args.overwrite)
     except KeyboardInterrupt:
@@ -698,6 +740,17 @@ def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
         if e.errno is None or e.filename:
             raise
         raise UserError(f'{data_dir}: {e}; {RESUME}') from e  # a full disk: it names no file
+
+
+def note_other_kinds(sources):
+    """Print a NOTE on files that are read as plain text although their names suggest otherwise."""
+    names = [source.name.removesuffix('.gz').removesuffix('.zst')
+             for source in sources if kind_of(source.name)[0] is TEXT]
+    ends = {os.path.splitext(name)[1].lower().removeprefix('.') for name in names}
+    others = ', '.join(f'.{end}' for end in sorted(ends.difference(PLAIN_TEXT)))
+    if others:
+        say(f'NOTE: files that end in {others:.200} are read as plain text, each as one document '
+            'with everything in it; .jsonl and .parquet give one document per row')
 
 
 def recipe_parser(script, doc):
@@ -750,9 +803,9 @@ def check_disk(out_dir, repo, sources, tokens, dtype):
     needed = tokens * DTYPES[dtype].itemsize + in_transit
     existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    print(f'{repo}: {len(sources):,} files, {sum(sizes) / 1e9:,.1f} GB to download, '
-          f'about {needed / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
-          f'{in_transit / 1e9:,.1f} GB of them for files in transit', flush=True)
+    say(f'{repo}: {len(sources):,} files, {sum(sizes) / 1e9:,.1f} GB to download, '
+        f'about {needed / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
+        f'{in_transit / 1e9:,.1f} GB of them for files in transit')
     if free < needed and not (out_dir / 'unfinished').exists():
         problem = f'{out_dir} has {free / 1e9:,.0f} GB free, and about {needed / 1e9:,.0f} GB'
         raise UserError(f'{problem} are needed: --out_dir takes another disk')
@@ -774,7 +827,7 @@ def main():
     add('--tokenizer', default='gpt2',
         help="byte, char, bpe (trained on the text), gpt2 or another of tiktoken's, "
              'or the path of a tokenizer.json (gpt2)')
-    add('--vocab_size', type=above(int, 0), help='of --tokenizer=bpe')
+    add('--vocab_size', type=above(int, 0, 2**24 + 1), help='of --tokenizer=bpe')
     args = parser.parse_args()
     args.input += args.paths
     if not args.input:

@@ -79,7 +79,7 @@ FACTS = {
     'stale_evals?': int,
     'last_eval_iter?': range(-1, 2 ** 63),
     'train_seconds?': float,
-    'losses?': {str: {str: object}},
+    'losses?': {str: {str: float}},
     'tokenizer?': ({'name': str}, None),
     'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,
                 'optimizer?': str, 'compile?': bool},

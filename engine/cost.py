@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, first_line, replacing
-from engine.machine import never_compiled, pick_device
+from engine.common import UserError, first_line, printable, replacing
+from engine.machine import check_memory, never_compiled, pick_device
 from engine.optim import moment_numel
 from engine.schema import shown
 from model import GPT, GPTConfig
@@ -31,7 +32,43 @@ TRAIN = os.path.join(ROOT, 'train.py')
 
 
 # ------------------------------------------------------------------------------------------------
+# what cannot fit
+
+def check_weights_fit(config, processes=1):
+    """
+    Raise UserError if a model's float32 weights are larger than this computer's memory, before they
+    are built. They are counted on a model of one block without data.
+    """
+    with torch.device('meta'):
+        model = GPT(replace(config, n_layer=1))
+    per_block = sum(p.numel() for p in model.transformer.h.parameters())
+    count = model.get_num_params(False) + (config.n_layer - 1) * per_block
+    many = f' in each of {processes} processes' if processes > 1 else ''
+    check_memory(4 * count * processes, torch.device('cpu'), f'{count:,} float32 weights{many}',
+                 'n_layer, n_embd, d_ff, vocab_size or block_size')
+
+
+def cache_bytes(config, length, itemsize):
+    """Return the bytes of the KV cache of one sequence."""
+    return 2 * config.n_layer * config.kv_heads * config.head_dim * length * itemsize
+
+
+def check_sampling_fits(config, n_samples, prompt_tokens, new_tokens, device, itemsize):
+    """
+    Raise UserError if the ids, the KV cache and the logits of samples exceed the device's memory.
+    """
+    length = prompt_tokens + new_tokens
+    cache = cache_bytes(config, min(config.block_size, length), itemsize)
+    ids = 2 * 8 * length  # twice, because stream() makes room for the new ones in a copy
+    needed = n_samples * (cache + ids + 4 * config.vocab_size)
+    check_memory(needed, device, f'{n_samples:,} samples of up to {length:,} tokens',
+                 'num_samples or max_new_tokens')
+
+
+# ------------------------------------------------------------------------------------------------
 # memory to train
+
+LARGEST_BATCH = 2 ** 24  # tokens of a micro-batch; no device holds more
 
 class LiveBytes(TorchDispatchMode):
     """
@@ -111,6 +148,10 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='non
     `activations` is the rest of the peak: tensors saved by autograd, autocast's copies of weights,
     and temporaries.
     """
+    tokens = batch_size * config.block_size
+    if tokens > LARGEST_BATCH:
+        raise UserError(f'batch_size {batch_size} x block_size {config.block_size} = {tokens:,} '
+                        f'tokens per micro-batch: lower them to {LARGEST_BATCH:,} in all')
     model, weights, peak = trace_step(config, batch_size, dtype, device, accumulation, loss)
     weights_share = 1 / world_size if mode == 'fsdp' else 1
     moments_share = 1 / world_size if mode in ('zero1', 'fsdp') else 1
@@ -181,7 +222,7 @@ def describe(model, settings, device, dtype):
     lines += parameter_lines(model) + flops_lines(model)
     lines += training_memory_lines(config, settings, device, dtype)
     lines += sampling_memory_lines(model)
-    return '\n'.join(lines)
+    return printable('\n'.join(lines))
 
 
 def parameter_lines(model):
@@ -222,11 +263,9 @@ def training_memory_lines(config, settings, device, dtype):
 
 def sampling_memory_lines(model):
     config = model.config
-    head_size = config.n_embd // config.n_head
-    per_token = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_size
     return size_lines('memory to sample, bfloat16', {
         'weights': 2 * model.get_num_params(non_embedding=False),
-        f'KV cache, {config.block_size} tokens': 2 * per_token * config.block_size,
+        f'KV cache, {config.block_size} tokens': cache_bytes(config, config.block_size, 2),
     })
 
 
@@ -299,17 +338,17 @@ def inspect_checkpoint(source):
     saved = load_weights(source)
     config = saved.get('config') or {}
     print(describe(model_in(saved), config, *pick_device()))
-    print(f"checkpoint {saved['path']}")
-    print(f"  {'iterations':<24} {saved.get('iter_num')}")
-    print(f"  {'best val loss':<24} {saved.get('best_val_loss')}")
+    lines = [f"checkpoint {saved['path']}"]
+    lines += [f"  {'iterations':<24} {saved.get('iter_num')}"]
+    lines += [f"  {'best val loss':<24} {saved.get('best_val_loss')}"]
     for split, values in (saved.get('losses') or {}).items():
-        shown_values = (f'{v:.4f}' if type(v) is float else shown(v) for v in values.values())
-        print(f'  {split:<24} ' + ', '.join(map(' '.join, zip(values, shown_values))))
+        numbers = ', '.join(f'{key} {v:.4f}' for key, v in values.items())
+        lines.append(f'  {split:<24} {numbers}')
     for key in ('tokenizer', 'torch_version'):
-        print(f'  {key:<24} {saved.get(key)!s:.120}')
-    print('config')
-    for key, value in config.items():
-        print(f'  {key:<24} {shown(value, 200)}')
+        lines.append(f'  {key:<24} {saved.get(key)!s:.120}')
+    lines.append('config')
+    lines += [f'  {key:<24} {shown(value, 200)}' for key, value in config.items()]
+    print(printable('\n'.join(lines)))
 
 
 def model_in(saved):

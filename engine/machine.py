@@ -159,6 +159,15 @@ def total_memory(device):
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
+def check_memory(needed, device, what, keys):
+    """Raise UserError if `what` needs more bytes than a device has; `keys` make it smaller."""
+    total = total_memory(device)
+    if needed > total:
+        where = 'GPU' if device.type == 'cuda' else 'computer'
+        raise UserError(f'{what} would take {needed / 1e9:,.1f} GB, and this {where} has '
+                        f'{total / 1e9:,.1f} GB of memory: lower {keys}')
+
+
 def free_memory(device):
     """
     Return the bytes still free on the device, within a container's limit. If the system does not

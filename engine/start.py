@@ -24,6 +24,7 @@ from engine.common import (
     out_of_memory,
     printable,
 )
+from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
 from model import GPT, PRESETS, GPTConfig
 
@@ -41,8 +42,6 @@ def check_settings(config, given, parallel):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
-    if config['seed'] >= 2 ** 63:
-        raise UserError(f"seed must be below 2^63, not {config['seed']}")
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
@@ -167,13 +166,16 @@ def run_recipe(name, folder, console):
         raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "
                         f'data/prepare.py --input={source} --out=NAME, then --dataset=NAME')
     facts = prepare_facts(script)
-    megabytes, command = facts['download_mb'], f'python {os.path.relpath(script)}'
+    megabytes, command = facts['download_mb'], f'python {shlex.quote(os.path.relpath(script))}'
     if megabytes > 100:
         raise UserError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} "
                         f'MB; to fetch it: {command}')
     if facts['needs_flags']:
         raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
                         f"{facts['needs_flags']}")
+    if not is_recipe(script):
+        raise UserError(f"data set '{name}' is not prepared, and only the prepare.py of folders in "
+                        f'{os.path.join(ROOT, "data")} are run; to run this one: {command}')
     size = f'a download of {megabytes} MB' if megabytes else 'no download'
     console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
     if run_script(script):
@@ -185,6 +187,15 @@ def run_script(script, *flags):
     """Run a Python script, which ends when this process does. Return its exit status."""
     command = [sys.executable, script, *flags]
     return subprocess.run(command, preexec_fn=end_with_parent).returncode
+
+
+def is_recipe(script):
+    """
+    Return whether a prepare.py is in data/. Others are code from elsewhere: a data set's name in a
+    config or on the command line asks for its data, and not to run them.
+    """
+    data = os.path.join(ROOT, 'data')
+    return os.path.commonpath([data, os.path.abspath(script)]) == data
 
 
 def read_metas(data_sets):
@@ -248,9 +259,11 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         check_overwrite(config, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         try:
-            return GPTConfig.from_settings(config, data_vocab), None, None
+            model_config = GPTConfig.from_settings(config, data_vocab)
         except ValueError as e:
             raise UserError(str(e)) from e
+        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        return model_config, None, None
     if resuming:
         ckpt = load_to_resume(folder, console)
     else:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.common import duration, first_line
+from engine.common import UserError, duration, first_line
 from engine.compile import choose_compile
 from engine.cost import add_process, memory_estimate
 from engine.machine import device_name, memory, peak_flops, total_memory
@@ -153,6 +153,8 @@ def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype
         estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
                                    batches.per_rank, parallel.mode, parallel.world_size, name,
                                    loss)
+    except UserError:  # the micro-batch is too large for any machine
+        raise
     except Exception as e:  # not everything runs on tensors without data
         console.say(f'NOTE: cannot estimate the memory of a step: {first_line(e)}')
         estimate = dict(weights=0, moments=0, peak=0)

@@ -5,12 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_checkpoint import nanogpt_checkpoint
 from test_config import CONFIGS
 from test_configurator import refusal
 
-from configurator import RANGES, read_block
-from conftest import ROOT
+from configurator import RANGES, choices, read_block
+from conftest import ROOT, refused
+from conftest import command as run
+from engine.common import UserError
+from engine.cost import memory_estimate
+from model import SIZES, GPTConfig
 from tests.warm import HANGS
 
 
@@ -30,13 +35,69 @@ def test_train_help_lists_every_key_of_its_block():
         assert re.search(rf'--{key}=.* +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/cost.py'])
+SCRIPTS = 'train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/cost.py'
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
 def test_defaults_are_in_their_ranges(script):
     """Only the values that somebody sets are checked."""
     for name, setting in read_block(str(ROOT / script)).items():
         assert setting.comment, name
         if setting.range and isinstance(setting.default, (int, float)):
-            assert RANGES[setting.range][1](setting.default) and setting.default < math.inf, name
+            assert RANGES[setting.range][1](setting.default), name
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_number_has_a_range(script):
+    """--norm_eps=18446744073709551616 and --temperature=1e308 were accepted, since their keys had no range."""
+    for name, setting in read_block(str(ROOT / script)).items():
+        numeric = {int, float} & {setting.kind, *choices(setting.kind)}
+        assert bool(setting.range) == bool(numeric), name
+
+
+def test_no_range_holds_what_overflows():
+    for name, (_, inside) in RANGES.items():
+        assert not any(map(inside, (math.nan, math.inf, -math.inf, 1e308, -1))), name
+
+
+MODELS = dict(n_layer=1, n_head=1, n_embd=2, vocab_size=8, block_size=4)
+
+
+def accepts(key, value):
+    try:
+        return bool(GPTConfig(**MODELS | {key: value}))
+    except ValueError as e:
+        assert key in str(e)
+        return False
+
+
+@pytest.mark.parametrize('key', ['norm_eps', 'rope_theta', 'logit_softcap', 'dropout', *SIZES])
+def test_the_ranges_of_the_settings_are_those_of_the_model(key):
+    """A setting that train.py accepts and GPTConfig refuses, or the other way round in a checkpoint."""
+    setting = read_block(str(ROOT / 'train.py'))[key]
+    one = 1 if setting.kind is int else 1.0
+    values = [-one, 0 * one, one, 1000 * one, 1001 * one, 2 ** 24 * one, (2 ** 24 + 1) * one]
+    values += [] if setting.kind is int else [1e-40, 1e-30, 1e-4, 1e-3, 1e6, 1e30, 1e31, math.nan]
+    for value in values:
+        if not (key in ('n_head', 'n_kv_head') and value > 1):  # they must divide n_embd and n_head
+            assert accepts(key, value) == RANGES[setting.range][1](value), (key, value)
+
+
+@pytest.mark.parametrize('script, parts', [
+    ('train.py', ['n_layer', 'n_embd', 'GB of memory']),
+    ('bench.py', ['n_layer', 'n_embd', 'GB of memory']),
+])
+def test_weights_beyond_the_memory_are_refused_before_they_are_built(tmp_path, text_set, script, parts):
+    """--n_embd=1000000 ended with the allocator's text, if the machine survived the attempt."""
+    flags = '--n_embd=1000000 --n_head=2 --n_layer=1000 --block_size=16 --device=cpu --peak_tflops=1'.split()
+    refused(run(script, f'--dataset={text_set}', f'--out_dir={tmp_path}/out', *flags), *parts)
+
+
+def test_a_micro_batch_beyond_any_device_is_refused():
+    """`python model.py --batch_size=2147483647` took hours: it ran the loss chunk by chunk, on tensors without data."""
+    config = GPTConfig(**MODELS)
+    with pytest.raises(UserError, match='batch_size'):
+        memory_estimate(config, 2 ** 23, 'float32', torch.device('cpu'))
 
 
 def test_model_describes_a_config_without_holding_it():

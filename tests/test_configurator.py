@@ -176,19 +176,23 @@ def test_a_wrong_flag_is_one_line(configured, flag, parts):
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--steps=0', 'steps on the command line must be positive, not 0'),
-    ('--steps=-1', 'steps on the command line must be positive, not -1'),
+    ('--steps=0', 'steps on the command line must be positive (at most 2147483647), not 0'),
+    ('--steps=-1', 'steps on the command line must be positive (at most 2147483647), not -1'),
     ('--steps=1.0', 'steps on the command line must be int, not 1.0'),
-    ('--pause=-1', 'pause on the command line must be 0 or more, not -1'),
-    ('--lr=0', 'lr on the command line must be positive, not 0.0'),
-    ('--lr=1e999', 'lr on the command line must be positive, not inf'),
-    ('--clip=-1e-9', 'clip on the command line must be 0 or more, not -1e-09'),
-    ('--clip=-1e999', 'clip on the command line must be 0 or more, not -inf'),
+    ('--pause=-1', 'pause on the command line must be 0 or more (at most 2147483647), not -1'),
+    ('--lr=0', 'lr on the command line must be positive (1e-30 to 1e30), not 0.0'),
+    ('--lr=1e999', 'lr on the command line must be positive (1e-30 to 1e30), not inf'),
+    ('--clip=-1e-9', 'clip on the command line must be 0 or more (at most 1e30), not -1e-09'),
+    ('--clip=-1e999', 'clip on the command line must be 0 or more (at most 1e30), not -inf'),
     ('--beta=1', 'beta on the command line must be at least 0 and below 1, not 1.0'),
     ('--beta=-0.1', 'beta on the command line must be at least 0 and below 1, not -0.1'),
-    ('--batch=0', 'batch on the command line must be positive, not 0'),
+    ('--batch=0', 'batch on the command line must be positive (at most 2147483647), not 0'),
     ('--batch=atuo', "batch on the command line must be int | 'auto', not 'atuo'; did you mean 'auto'?"),
-    ('--heads=0', 'heads on the command line must be positive, not 0'),
+    ('--steps=2147483648', 'steps on the command line must be positive (at most 2147483647), not 2147483648'),
+    ('--beta=' + '9' * 400, 'beta on the command line must be a smaller number, not 9999'),
+    ('--beta=' + '9' * 5000, "beta on the command line must be float, not '9999"),
+    ('--steps=' + '9' * 400, 'steps on the command line must be positive (at most 2147483647), not 9999'),
+    ('--heads=0', 'heads on the command line must be positive (at most 2147483647), not 0'),
 ])
 def test_a_range_stands_beside_its_setting(configured, flag, message):
     """A range in a list far below the block is forgotten for a new setting."""
@@ -196,8 +200,11 @@ def test_a_range_stands_beside_its_setting(configured, flag, message):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('steps = 0', "steps in 'a.py' must be positive, not 0"),
-    ("lr = float('nan')", "lr in 'a.py' must be positive, not nan"),
+    ('steps = 0', "steps in 'a.py' must be positive (at most 2147483647), not 0"),
+    ("lr = float('nan')", "lr in 'a.py' must be positive (1e-30 to 1e30), not nan"),
+    ('beta = 10 ** 5000', "beta in 'a.py' must be a smaller number, not this int"),
+    ('steps = 10 ** 5000', "steps in 'a.py' must be positive (at most 2147483647), not this int"),
+    ('flag = 10 ** 5000', "flag in 'a.py' must be True or False, not this int"),
     ("beta = float('nan')", "beta in 'a.py' must be at least 0 and below 1, not nan"),
 ])
 def test_a_range_holds_for_files_too(configured, text, message):

@@ -10,8 +10,9 @@ import torch
 
 from conftest import BYTE, Bomb, llmc_shard, one_line, rewrite
 from data import loader
-from data.loader import Loader, MicroBatches, permute, read_meta, write_dataset
+from data.loader import Loader, MicroBatches, permute, prepare_facts, read_meta, write_dataset
 from data.tokenizer import get_tokenizer
+from engine.common import UserError
 
 T = 8  # block_size of the loader tests
 
@@ -260,7 +261,9 @@ def test_missing_files_and_strangers_are_named(counting, tmp_path):
 
 
 @pytest.mark.parametrize('text', [
-    '{"dtype": "float32"}', '{"dtype": ["uint16"]}', '{"files": [1]}', '{"vocab_size": "65"}', '{', '[]', '\0\xff'])
+    '{"dtype": "float32"}', '{"dtype": ["uint16"]}', '{"files": [1]}', '{"vocab_size": "65"}', '{', '[]', '\0\xff',
+    '{"tokenizer": ["byte"]}', '{"tokenizer": {"name": "char", "chars": 5}}', '{"tokenizer": {"name": ["char"]}}',
+    '{"vocab_size": 9999999999}', '{"files": {"train.bin": {"tokens": "100"}}}', '{"a": ' * 10**5])
 def test_a_malformed_meta_json_is_named(tmp_path, text):
     """A KeyError or TypeError from deep inside tells nobody which file is wrong."""
     (tmp_path / 'meta.json').write_bytes(text.encode('latin-1'))
@@ -268,6 +271,38 @@ def test_a_malformed_meta_json_is_named(tmp_path, text):
     with pytest.raises(ValueError) as e:
         Loader(tmp_path, 'train', T)
     one_line(e.value, tmp_path / 'meta.json')
+
+
+def test_the_wrong_field_of_a_meta_json_is_named(tmp_path):
+    (tmp_path / 'meta.json').write_text('{"tokenizer": {"name": "char", "chars": 5}}')
+    with pytest.raises(UserError, match='tokenizer.chars must be .*, not 5'):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['[1]', '[' * 10**5, '{"train.bin": 5}', '7', '{'])
+def test_a_damaged_list_of_checked_shards_means_that_nothing_was_checked(counting, text):
+    """.checked.json only saves time, and gave a traceback."""
+    (counting / '.checked.json').write_text(text)
+    assert Loader(counting, 'train', T).n_tokens == 1110
+
+
+@pytest.mark.parametrize('size', [0, 101])
+def test_a_shard_that_becomes_shorter_is_named(tmp_path, size):
+    """numpy's "could not broadcast" in the middle of a run, and no word of a file."""
+    write_dataset(tmp_path, {'train': bytes(1000)}, BYTE)
+    loader = Loader(tmp_path, 'train', T)
+    os.truncate(tmp_path / 'train.bin', size)
+    with pytest.raises(UserError) as e:
+        loader.batch(range(loader.n_windows))
+    one_line(e.value, tmp_path / 'train.bin', '1000 tokens', f'{size // 2} now')
+
+
+@pytest.mark.parametrize('text', ['download_mb = "2"', 'download_mb = f()', 'x = (', 'vocab_size = 0', 'x = ' + '(' * 10**5])
+def test_a_foreign_recipe_that_states_nonsense_is_named(tmp_path, text):
+    """A traceback from the parser, or from comparing a word with 100."""
+    (tmp_path / 'prepare.py').write_text(text)
+    with pytest.raises(UserError, match='prepare.py'):
+        prepare_facts(tmp_path / 'prepare.py')
 
 
 def test_wrong_dtype_in_meta_json_is_refused(counting):

@@ -236,7 +236,7 @@ def test_every_form_of_the_same_documents_gives_their_ids(prepare_text, tmp_path
 
 def test_another_kind_of_file_is_one_function(tmp_path, monkeypatch):
     """A column of CSV took 104 lines in four files."""
-    def read_csv(path, field):
+    def read_csv(path, field, limit):
         for number, row in enumerate(path.read_text().split('\n'), 1):
             yield Item(row.split(',')[int(field)], number, number)
     monkeypatch.setitem(KINDS, 'csv', Kind(read_csv))
@@ -458,6 +458,73 @@ def test_killed_in_the_middle_of_many_processes_it_resumes_and_leaves_none(big, 
     assert shards(out) == shards(whole) and read_meta(out) == read_meta(whole)
     stat = [Path(f'/proc/{pid}/stat') for pid in workers]
     assert not [path for path in stat if path.exists() and 'Z' not in path.read_text().split()[2]]
+
+
+# lines, files and states that are not as they should be
+
+def long_lines(form):
+    """A packed file in which one line unfolds to 200 MB, among 40 short ones."""
+    lines = [json.dumps({'text': f'document {n}'}).encode() for n in range(40)]
+    long = b'{"text": "' + b'a' * (2 * 10**8) + b'"}'
+    data = b'\n'.join(lines[:6] + [long] + lines[6:])
+    return gzip.compress(data, 1) if form == 'gz' else pytest.importorskip('zstandard').compress(data)
+
+
+@pytest.mark.parametrize('form', ['gz', 'zst'])
+def test_a_line_that_unfolds_to_gigabytes_is_skipped_and_said(tmp_path, form):
+    """Two MB of .jsonl.gz took 3.7 GB of memory, which no flag limited."""
+    path, out = tmp_path / f'a.jsonl.{form}', tmp_path / 'out'
+    path.write_bytes(long_lines(form))
+    limited = 'bash', '-c', LIMITED.format('v', 500_000), sys.executable
+    env = {'OPENBLAS_NUM_THREADS': '1'}
+    done = command('data/prepare.py', f'--input={path}', f'--out={out}', '--tokenizer=byte', '--max_document_mb=1',
+                   '--processes=1', launcher=limited, env=env)
+    assert done.returncode == 0, done.stderr
+    assert f'NOTE: {path}, entry 7: longer than 1 MB, skipped' in done.stdout and 'skipped 1 in all' in done.stdout
+    assert sum(read_meta(out)['documents'].values()) == 40
+
+
+def test_the_limit_holds_for_rows_and_not_for_text(prepare_text, tmp_path):
+    """A limit that a long book meets, although a text file is read in pieces."""
+    (tmp_path / 'a.txt').write_bytes(b'some text\n' * 10**5)
+    done = prepare_text(tmp_path / 'text', tmp_path / 'a.txt', '--tokenizer=byte', '--max_document_mb=0.001')
+    assert done.returncode == 0 and 'NOTE' not in done.stdout
+    pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pyarrow.table({'text': ['short'] * 30 + ['long' * 300]}), tmp_path / 'a.parquet')
+    done = prepare_text(tmp_path / 'rows', tmp_path / 'a.parquet', '--tokenizer=byte', '--max_document_mb=0.001')
+    assert done.returncode == 0 and 'entry 31: longer than 0.001 MB, skipped' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('name, noted', [('a.csv', True), ('a.json.gz', True), ('a.txt', False), ('README', False)])
+def test_a_file_of_another_kind_is_read_as_text_and_said(prepare_text, tmp_path, name, noted):
+    """A .csv became one document, commas and all, without a word."""
+    data = b'a,b\n' * 99
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith('gz') else data)
+    done = prepare_text(tmp_path / 'out', tmp_path / name, '--tokenizer=byte')
+    assert done.returncode == 0 and ('read as plain text' in done.stdout) == noted
+
+
+def test_names_are_printed_without_a_terminals_escapes(prepare_text, tmp_path, text_file):
+    """A folder named ESC [ 2 J cleared the screen."""
+    done = prepare_text(tmp_path / '\x1b[2J', text_file, '--tokenizer=byte')
+    assert done.returncode == 0 and '\x1b' not in done.stdout and r'\x1b[2J' in done.stdout
+
+
+@pytest.mark.parametrize('text, field', [
+    ('[' * 10**5, ''),
+    ('{"identity": "x", "position": "far"}', 'position'),
+    ('{"identity": "x", "position": [1, 2]}', 'position'),
+    ('{"identity": "x", "train": {"documents": -1}}', 'train.documents'),
+    ('{"identity": "x", "meta": {"files": {"a": 7}}}', 'files.a'),
+    ('{"identity": 5}', 'identity'),
+])
+def test_a_damaged_state_is_named(prepare_text, tmp_path, text_file, text, field):
+    """Some fields gave a traceback; others were taken for no state at all, and the work done so far was removed."""
+    left = tmp_path / 'out' / 'unfinished'
+    left.mkdir(parents=True)
+    (left / 'state.json').write_text(text)
+    refused(prepare_text(tmp_path / 'out', text_file, '--tokenizer=byte'), left / 'state.json', field, f'remove {left}')
+    assert (left / 'state.json').read_text() == text
 
 
 # bad input

@@ -53,7 +53,8 @@ def test_samples_are_repeatable_and_start_with_the_prompt(finished, tmp_path):
 
 def test_streamed_text_is_the_generated_text(finished, trained):
     """Characters cut apart or lost between tokens: against generate() and decode()."""
-    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, '--num_samples=1', '--start=über ', text=False)
+    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, '--num_samples=1', '--start=über ', '--raw=True',
+                   text=False)
     prompt = torch.tensor([trained.tokenizer.encode('über ')])
     ids = trained.model.generate(prompt, 50, temperature=0.8, top_k=200, seed=1337)[0].tolist()
     assert done.stdout.decode() == trained.tokenizer.decode(ids) + '\n'
@@ -116,6 +117,15 @@ def test_a_reader_that_has_had_enough_is_no_error(finished):
                           capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     one_line(done.stderr, 'parameters')
+
+
+@pytest.mark.parametrize('raw, shown', [(False, r'\x1b[2J'), (True, '\x1b[2J')])
+def test_a_terminals_escapes_are_shown_and_not_sent(finished, raw, shown):
+    """A sample, or the prompt before it, that clears the screen or renames the window."""
+    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, '--num_samples=2', '--start=\x1b[2J', f'--raw={raw}')
+    assert done.returncode == 0 and done.stdout.startswith(shown), done.stderr
+    control = set(map(chr, range(32))) - set('\n\t')
+    assert bool(control & set(done.stdout)) == raw
 
 
 # metrics
@@ -258,6 +268,10 @@ def test_a_missing_library_is_one_line(finished, tmp_path, library, flag):
     (['--attention=map.png', '--metrics=True'], ['--metrics']),
     (['--metrics=True', '--max_new_tokens=0'], ['--max_new_tokens']),
     (['--temperature=-1.0'], ['temperature']),
+    (['--temperature=1e308'], ['temperature']),
+    (['--temperature=1e-40'], ['temperature']),
+    (['--max_new_tokens=9223372036854775807'], ['max_new_tokens']),
+    (['--max_new_tokens=2147483647', '--num_samples=100000'], ['num_samples or max_new_tokens', 'GB']),
     (['--top_k=-1'], ['top_k']),
     (['--top_p=1.5'], ['top_p']),
     (['--slide=17'], ['slide']),

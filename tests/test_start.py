@@ -1,6 +1,10 @@
 """The start of a run: data sets that are files, folders or not prepared yet; flags without effect; an example."""
+import os
 import re
+import shlex
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,11 +58,34 @@ write_dataset({folder!r}, splits, {{'vocab_size': 256, 'tokenizer': {{'name': 'b
 '''
 
 
-def test_a_missing_data_set_prepares_itself(tmp_path):
+@pytest.fixture
+def recipe():
+    """A folder in data/ with a prepare.py that has not been run."""
+    cache = ROOT / 'data' / '.cache'
+    cache.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        (Path(folder) / 'prepare.py').write_text(PREPARE.format(root=str(ROOT), folder=folder))
+        yield Path(folder)
+
+
+def test_a_missing_data_set_prepares_itself(recipe, tmp_path):
     """'No such file' where a prepare.py lies in the same folder."""
-    (tmp_path / 'prepare.py').write_text(PREPARE.format(root=str(ROOT), folder=str(tmp_path)))
-    done = train(tmp_path, tmp_path / 'out', '--max_iters=1')
+    done = train(f'.cache/{recipe.name}', tmp_path / 'out', '--max_iters=1')
     succeeded(done, 'A small set of numbers', 'no download')
+
+
+@pytest.mark.parametrize('way', ['flag', 'config', 'dots'])
+def test_a_prepare_script_from_elsewhere_is_never_run(tmp_path, way):
+    """--dataset=/any/folder ran whatever lay there, and so did a config that names it."""
+    folder = tmp_path / 'a set'
+    folder.mkdir()
+    (folder / 'prepare.py').write_text(PREPARE.format(root=str(ROOT), folder=str(folder)))
+    name = f'../../../../../../..{folder}' if way == 'dots' else str(folder)
+    (tmp_path / 'config.py').write_text(f'dataset = {name!r}\n')
+    flags = [str(tmp_path / 'config.py')] if way == 'config' else [f'--dataset={name}']
+    done = command('train.py', *flags, f'--out_dir={tmp_path / "out"}', '--device=cpu')
+    refused(done, 'to run this one: python', shlex.quote(os.path.relpath(folder / 'prepare.py', ROOT)))
+    assert [path.name for path in folder.iterdir()] == ['prepare.py']
 
 
 def test_a_file_of_text_is_a_data_set(tmp_path):
