@@ -389,8 +389,6 @@ def main(argv):
     config, given = settings(argv)
     for library in ('scipy', 'matplotlib'):  # before hours of runs, not after them
         optional(library, 'a comparison')
-    if not 0 < config['confidence'] < 1:
-        raise UserError(f"confidence must be between 0 and 1, not {config['confidence']}")
     folders = [arg for arg in argv if os.path.isdir(arg)]
     runs, failed = [], []
     if folders:

@@ -46,6 +46,7 @@ from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
 from engine.startup_report import measure_costs, startup_report
+from model import GPT
 
 # -------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -216,7 +217,7 @@ run_folder.lock()  # again, because the folder may have been missing at the firs
 has_loaded_weights = raw_model is not None
 if not has_loaded_weights:
     torch.manual_seed(seed)
-    raw_model = start.new_model(model_config)
+    raw_model = GPT(model_config)
 raw_model.train()
 config.update({key: value for key, value in asdict(model_config).items() if key in config})
 for key in asdict(model_config):

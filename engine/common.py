@@ -48,7 +48,7 @@ def show_error(kind, error, trace):
         return sys.__excepthook__(kind, error, trace)
     message = str(error)
     if not issubclass(kind, (UserError, OSError)):
-        message = ('out of memory; try a smaller --batch_size or --block_size, or '
+        message = ('out of memory; try a smaller --batch_size, --block_size or model, or '
                    f'--activation_checkpointing=True ({first_line(error)[:200]})')
     print_error(message)
     raise SystemExit(2)

@@ -21,7 +21,6 @@ from engine.common import (
     end_with_parent,
     first_line,
     optional,
-    out_of_memory,
     printable,
 )
 from engine.cost import check_weights_fit
@@ -285,17 +284,6 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         console.say(f'WARNING: {message}: its ids mean something else here')
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
-
-
-def new_model(model_config):
-    """Return a model with new weights. Raise UserError if they do not fit into memory."""
-    try:
-        return GPT(model_config)
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        raise UserError('out of memory for the weights; lower --n_layer, --n_embd, --d_ff, '
-                        f'--vocab_size or --block_size ({first_line(e)[:200]})') from e
 
 
 def check_overwrite(config, used, console):

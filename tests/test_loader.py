@@ -297,7 +297,8 @@ def test_a_shard_that_becomes_shorter_is_named(tmp_path, size):
     one_line(e.value, tmp_path / 'train.bin', '1000 tokens', f'{size // 2} now')
 
 
-@pytest.mark.parametrize('text', ['download_mb = "2"', 'download_mb = f()', 'x = (', 'vocab_size = 0', 'x = ' + '(' * 10**5])
+@pytest.mark.parametrize(
+    'text', ['download_mb = "2"', 'download_mb = f()', 'x = (', 'vocab_size = 0', 'x = ' + '(' * 10**5])
 def test_a_foreign_recipe_that_states_nonsense_is_named(tmp_path, text):
     """A traceback from the parser, or from comparing a word with 100."""
     (tmp_path / 'prepare.py').write_text(text)

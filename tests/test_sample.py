@@ -122,7 +122,8 @@ def test_a_reader_that_has_had_enough_is_no_error(finished):
 @pytest.mark.parametrize('raw, shown', [(False, r'\x1b[2J'), (True, '\x1b[2J')])
 def test_a_terminals_escapes_are_shown_and_not_sent(finished, raw, shown):
     """A sample, or the prompt before it, that clears the screen or renames the window."""
-    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, '--num_samples=2', '--start=\x1b[2J', f'--raw={raw}')
+    flags = '--num_samples=2', '--start=\x1b[2J', f'--raw={raw}'
+    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, *flags)
     assert done.returncode == 0 and done.stdout.startswith(shown), done.stderr
     control = set(map(chr, range(32))) - set('\n\t')
     assert bool(control & set(done.stdout)) == raw

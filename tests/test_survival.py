@@ -41,9 +41,6 @@ from conftest import (
 )
 from data.loader import find_datasets, write_dataset
 from engine.checkpoint import load_checkpoint
-from engine.common import UserError
-from engine.start import new_model
-from model import GPTConfig
 from tests.warm import HANGS
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc or limits on data segments')
@@ -584,10 +581,3 @@ def test_a_run_whose_data_vanish_saves_before_it_ends(text_set, modes, tmp_path,
     assert run_logs(tmp_path)[0]['summary']['outcome'] == 'failed'
     succeeded(train_mode(mode, text_set, tmp_path, '--init_from=resume'))
     assert_equal_states(checkpoint(modes(mode)[0]), checkpoint(tmp_path))
-
-
-def test_weights_that_do_not_fit_into_memory_name_the_keys():
-    """A model that is too large is answered with a smaller batch size."""
-    with pytest.raises(UserError) as e:
-        new_model(GPTConfig(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=2 ** 24))  # 10^15 weights
-    one_line(e.value, 'memory', '--n_embd', '--n_layer')
