@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # One dict per kind of part. To add a part, define it below with @register and select it with its
@@ -684,6 +685,14 @@ PARTS = dict(wte='token embeddings', wpe='position embeddings', attn='attention'
              lm_head='head')
 
 
+class NoRandomInit(TorchFunctionMode):
+    """Inside this context, torch.nn.init draws no random numbers and leaves tensors as they are."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs['tensor']
+        return func(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     """Embeddings, n_layer blocks, a final norm if norm_position asks for one, and the head."""
     def __init__(self, config):
@@ -869,6 +878,15 @@ class GPT(nn.Module):
     # weights in and out
 
     @classmethod
+    def without_data(cls, config):
+        """
+        Return a model on the meta device, which has shapes but no data, to be counted or filled.
+        Random initialization would import torch.compile's front end there, for a second.
+        """
+        with torch.device('meta'), NoRandomInit():
+            return cls(config)
+
+    @classmethod
     def from_dict(cls, ckpt):
         """
         Build the model of a checkpoint dict, ours or nanoGPT's, in eval mode. The model shares the
@@ -879,8 +897,7 @@ class GPT(nn.Module):
             unknown = [str(key) for key in ckpt['model_args'] if key not in known]
             if unknown:
                 raise ValueError(f"unknown model_args {', '.join(unknown)}")
-            with torch.device('meta'):
-                model = cls(GPTConfig(**ckpt['model_args']))
+            model = cls.without_data(GPTConfig(**ckpt['model_args']))
             # nanoGPT: names with torch.compile's prefix; causal masks as attn.bias before torch 2.0
             state = {name.removeprefix('_orig_mod.'): tensor
                      for name, tensor in ckpt['model'].items() if not name.endswith('.attn.bias')}

@@ -39,8 +39,7 @@ def check_weights_fit(config, processes=1):
     Raise UserError if a model's float32 weights are larger than this computer's memory, before they
     are built. They are counted on a model of one block without data.
     """
-    with torch.device('meta'):
-        model = GPT(replace(config, n_layer=1))
+    model = GPT.without_data(replace(config, n_layer=1))
     per_block = sum(p.numel() for p in model.transformer.h.parameters())
     count = model.get_num_params(False) + (config.n_layer - 1) * per_block
     many = f' in each of {processes} processes' if processes > 1 else ''
@@ -205,8 +204,7 @@ def meta_model(settings):
     if settings['vocab_size'] is not None:
         vocab_size = min(vocab_size, settings['vocab_size'])
     try:
-        with torch.device('meta'):
-            return GPT(GPTConfig.from_settings(settings, vocab_size))
+        return GPT.without_data(GPTConfig.from_settings(settings, vocab_size))
     except ValueError as e:
         raise UserError(str(e)) from e
 

@@ -221,8 +221,7 @@ def read_state(folder, family, settings):
     Read a folder's tensors into a state dict of GPT. Raise UserError if one is missing or left
     over.
     """
-    with torch.device('meta'):
-        wanted = GPT(GPTConfig(**settings)).state_dict()
+    wanted = GPT.without_data(GPTConfig(**settings)).state_dict()
     tied = settings['weight_tying']
     if tied:
         del wanted['lm_head.weight']

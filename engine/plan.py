@@ -81,8 +81,7 @@ def measure_rate(s, model_config, device):
     side.step()
     seconds = min(side.step()['whole'] for _ in range(3))
     side.close()
-    with torch.device('meta'):
-        flops_per_token = GPT(config).flops_per_token()
+    flops_per_token = GPT.without_data(config).flops_per_token()
     source = 'measured here'
     if layers < model_config.n_layer:
         source += f', with {layers} of {model_config.n_layer} layers'

@@ -340,7 +340,7 @@ DIVERGING = '--grad_clip=0', '--warmup_iters=0', '--save_interval=1'
 @pytest.mark.parametrize('flags', [
     ('--learning_rate=1e30',),
     ('--learning_rate=1e30', '--min_lr=1e30', '--dtype=float16', '--max_iters=100'),
-    ('--learning_rate=1e39', '--min_lr=1e39', '--eval_interval=1'),
+    ('--learning_rate=1e30', '--min_lr=1e30', '--weight_decay=1e30', '--eval_interval=1'),
 ])
 def test_a_run_that_is_not_finite_ends_and_saves_nothing(text_set, tmp_path, flags):
     """
