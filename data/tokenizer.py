@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.loader import read_meta
+from data.loader import TOKENIZER, read_meta
 from engine.common import UserError, optional
+from engine.schema import check
 
 
 class Tokenizer:
@@ -279,7 +280,11 @@ def get_tokenizer(spec):
     """Return the tokenizer for a spec, or for a name alone. UserError lists the known names."""
     if isinstance(spec, str):
         spec = {'name': spec}
-    name = spec.get('name') if isinstance(spec, dict) else spec
+    try:
+        check(spec, TOKENIZER, 'tokenizer')
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    name = spec['name']
     if name in TOKENIZERS and (name != 'huggingface' or 'json' in spec):
         return TOKENIZERS[name](spec)
     encodings = optional('tiktoken', f'tokenizer {name!r}').list_encoding_names()

@@ -224,7 +224,8 @@ def test_fuzz_fields_of_run_logs(text_set, finished, tmp_path, trials, report):
             shutil.copy(path, folder)
         what = change_json(next(folder.glob('run_*.json')), rng)
         done = command('compare.py', folder, other, f'--out_dir={tmp_path / f"cmp{trial}"}')
-        if problem := complaint(done):
+        named = what.startswith('config.') and done.returncode == 0  # a setting that differs names its row
+        if problem := '' if named else complaint(done):
             report.append(f'{what}: {problem}')
 
 

@@ -218,8 +218,8 @@ class TestRanksStopTogether:
 
     def test_when_a_weight_is_not_finite(self, text_set, tmp_path, mode, flags):
         """One step makes all weights infinite, and they are saved."""
-        huge_step = ('--learning_rate=1e30', '--min_lr=1e30', '--weight_decay=1e30', '--warmup_iters=0', '--grad_clip=0',
-                     '--save_interval=1')
+        huge_step = ('--learning_rate=1e30', '--min_lr=1e30', '--weight_decay=1e30', '--warmup_iters=0',
+                     '--grad_clip=0', '--save_interval=1')
         done = train_mode(mode, text_set, tmp_path, *huge_step, *flags)
         assert done.returncode != 0 and 'a weight is not finite' in done.stderr
         assert not list(tmp_path.glob('ckpt*'))
