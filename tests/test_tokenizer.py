@@ -14,6 +14,7 @@ from conftest import (
 )
 from data.documents import cut_before
 from data.tokenizer import find_tokenizer, get_tokenizer, tokenizer_from_file, train_bpe
+from engine.common import UserError
 
 KINDS = ['byte', 'char', 'gpt2', 'bpe', 'byte-level of llama 3', 'llama', 'llama metaspace']
 
@@ -137,7 +138,15 @@ def test_invalid_utf8_becomes_a_replacement_character():
     assert get_tokenizer('byte').decode([104, 255, 105]) == 'h\ufffdi'
 
 
-@pytest.mark.parametrize('spec', ['bpe', {'name': 'bpe'}, 'huggingface', {}, None, 7])
+@pytest.mark.parametrize('spec', [{}, None, 7, {'name': [1]}, {'name': 'huggingface', 'json': {}}])
+def test_a_spec_of_another_shape_is_one_line(spec):
+    """A list as the name was a traceback."""
+    with pytest.raises(UserError) as e:
+        get_tokenizer(spec)
+    one_line(e.value, 'tokenizer')
+
+
+@pytest.mark.parametrize('spec', ['bpe', {'name': 'bpe'}, 'huggingface'])
 def test_unknown_tokenizers_list_the_choices(spec):
     """A bare KeyError does not say what there is."""
     with pytest.raises(ValueError, match='byte, char, gpt2, .*cl100k_base.* tokenizer.json'):
