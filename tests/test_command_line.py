@@ -11,16 +11,11 @@ from test_config import CONFIGS
 from test_configurator import refusal
 
 from configurator import RANGES, choices, read_block
-from conftest import ROOT, refused
-from conftest import command as run
+from conftest import ROOT, command, refused
 from engine.common import UserError
 from engine.cost import memory_estimate
 from model import SIZES, GPTConfig
 from tests.warm import HANGS
-
-
-def command(*args):
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_train_help_lists_every_key_of_its_block():
@@ -90,7 +85,7 @@ def test_the_ranges_of_the_settings_are_those_of_the_model(key):
 def test_weights_beyond_the_memory_are_refused_before_they_are_built(tmp_path, text_set, script, parts):
     """--n_embd=1000000 ended with the allocator's text, if the machine survived the attempt."""
     flags = '--n_embd=1000000 --n_head=2 --n_layer=1000 --block_size=16 --device=cpu --peak_tflops=1'.split()
-    refused(run(script, f'--dataset={text_set}', f'--out_dir={tmp_path}/out', *flags), *parts)
+    refused(command(script, f'--dataset={text_set}', f'--out_dir={tmp_path}/out', *flags), *parts)
 
 
 def test_a_micro_batch_beyond_any_device_is_refused():
@@ -105,7 +100,8 @@ def test_model_describes_a_config_without_holding_it():
     code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
             "runpy.run_path('model.py', run_name='__main__'); "
             "from engine.machine import memory, torch; print('peak', memory(torch.device('cpu'))['peak'])")
-    result = command('-c', code, 'model.py', 'config/full_llama_1.36b.py')
+    argv = [sys.executable, '-c', code, 'model.py', 'config/full_llama_1.36b.py']
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     matrices = 1_357_860_096 - 32000 * 2304 - (2 * 18 + 1) * 2304
     flops = 3 * (2 * matrices + 4 * 2048 * 2304 * 18)  # 2 per weight of a matrix, scores against 2048 keys
