@@ -1,12 +1,12 @@
 """Write the README.md of an exported model from its checkpoint and run logs."""
 import contextlib
 import glob
-import json
 import math
 import os
 
 import torch
 
+from engine.schema import read_json
 from model import REGISTRY
 
 BATCH = ('batch_size', 'gradient_accumulation_steps', 'block_size')  # tokens per iteration
@@ -50,7 +50,7 @@ def model_card(model, ckpt, architecture, tokenizer):
     for split, losses in (ckpt.get('losses') or {}).items():
         rows[f'{split} loss'] = describe_loss(losses, trained, c.block_size)
     if trained and logs:
-        rows['hardware'] = logs[-1].get('startup_info', {}).get('device')
+        rows['hardware'] = logs[-1]['startup_info']['device']
     rows['software'] = f"plainGPT, torch {ckpt.get('torch_version', torch.__version__)}"
     return CARD.format(
         title=f"# A GPT trained on {rows['data set']}" if trained else '# A GPT',
@@ -94,6 +94,10 @@ def describe_loss(losses, trained, block_size):
             'always the same ones')
 
 
+LOG = {'config': {'init_from': str}, 'startup_info': {'tokens_per_iter': int, 'device': str},
+       'summary': {'iterations': int, 'iter_num': int}}  # what is read of a run log
+
+
 def run_logs(ckpt):
     """
     Return the run_*.json files beside a checkpoint as dicts, oldest first. Unreadable ones are
@@ -102,8 +106,8 @@ def run_logs(ckpt):
     folder = glob.escape(os.path.dirname(ckpt.get('path', '')))
     logs = []
     for path in sorted(glob.glob(os.path.join(folder, 'run_*.json'))):
-        with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as f:
-            logs.append(json.load(f))
+        with contextlib.suppress(OSError, ValueError):
+            logs.append(read_json(path, LOG))
     return logs
 
 
@@ -121,9 +125,8 @@ def tokens_seen(ckpt, logs):
         return reached * math.prod(batch), init_from
     tokens = 0
     for log in reversed(logs):
-        summary = log.get('summary', {})
-        end = summary.get('iter_num', 0)
-        begin = end - summary.get('iterations', 0)
+        end = log['summary']['iter_num']
+        begin = end - log['summary']['iterations']
         if begin < reached <= end:  # a run may have gone beyond the checkpoint that was resumed
             tokens += (reached - begin) * log['startup_info']['tokens_per_iter']
             reached = begin

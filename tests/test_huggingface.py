@@ -396,7 +396,8 @@ def test_the_model_card_gives_the_facts_of_the_checkpoint(tmp_path):
     losses = dict(val=dict(loss=1.25, bits_per_byte=2.5))
     saved_checkpoint(tmp_path / 'run', build(), iter_num=30, tokenizer=None, torch_version='2.9', losses=losses,
                      config=BOOKS)
-    log = dict(startup_info=dict(device='cuda (H200) x 8'))
+    log = dict(config=BOOKS, startup_info=dict(device='cuda (H200) x 8', tokens_per_iter=128),
+               summary=dict(iterations=30, iter_num=30))
     (tmp_path / 'run/run_20260101_000000.json').write_text(json.dumps(log))
     done = command('model.py', f'--ckpt={tmp_path}/run', f'--export={tmp_path}/hf')
     assert done.returncode == 0 and 'without a tokenizer' in done.stderr, done.stderr
@@ -425,7 +426,7 @@ def test_the_model_card_counts_the_tokens_of_all_runs_or_none(tmp_path):
     for day, (first, last, per_iter, init_from) in enumerate([(0, 15, 64, 'gpt2'), (10, 40, 128, 'auto')], 1):
         log = dict(
             config=dict(init_from=init_from),
-            startup_info=dict(tokens_per_iter=per_iter),
+            startup_info=dict(tokens_per_iter=per_iter, device='cpu'),
             summary=dict(iter_num=last, iterations=last - first))
         (run / f'run_2026010{day}_000000.json').write_text(json.dumps(log))
     ckpt = load_checkpoint(str(run))
