@@ -546,7 +546,7 @@ def main():
                        torch=str(torch.__version__), python=sys.version.split()[0])
         print('{device} ({name}), torch {torch}'.format(**machine) + f", what={config['what']}")
         _, s, model = sides[0]
-        if not config['plan']:  # which is on paper
+        if not config['plan']:  # a plan builds no weights
             for _, _, other in sides:
                 check_weights_fit(other.config)
         if config['find_batch_size']:

@@ -132,6 +132,14 @@ class GPTConfig:
     doc_mask_token: int | None = None  # end-of-text id; attention never crosses it. None: no mask
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int and abs(value) < 2 ** 1000:
+                value = float(value)
+                setattr(self, field.name, value)
+            if not isinstance(value, field.type):
+                kind = getattr(field.type, '__name__', field.type)
+                raise ValueError(f'{field.name}={value!r:.60} must be of type {kind}')
         for kind, parts in REGISTRY.items():
             name = getattr(self, kind)
             if name not in parts:
@@ -140,7 +148,7 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and not (type(value) is int and 0 < value <= largest):
                 raise ValueError(f'{key} must be an int from 1 to {largest}, not {value!r}')
-        n_ids, scaling = self.unpadded_vocab_size, self.rope_scaling
+        n_ids, token, scaling = self.unpadded_vocab_size, self.doc_mask_token, self.rope_scaling
         if scaling is not None and set(scaling) != set(ROPE_SCALING):
             raise ValueError(f"rope_scaling needs exactly the keys {', '.join(ROPE_SCALING)}, "
                              f'not {scaling!r}')
@@ -149,6 +157,10 @@ class GPTConfig:
         require_range('rope_theta', self.rope_theta, 1e-30 <= self.rope_theta <= 1e30)
         require_range('logit_softcap', self.logit_softcap, divides_logits(self.logit_softcap))
         require_range('unpadded_vocab_size', n_ids, n_ids is None or 0 < n_ids <= self.vocab_size)
+        require_range('doc_mask_token', token, token is None or 0 <= token < self.vocab_size)
+        for key, value in (scaling or {}).items():
+            is_number = type(value) in (int, float)
+            require_range(f'rope_scaling[{key!r}]', value, is_number and 0 < value <= 1e9)
         C, H, K = self.n_embd, self.n_head, self.kv_heads
         if C % H:
             raise ValueError(f'n_embd ({C}) must be a multiple of n_head ({H})')

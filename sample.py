@@ -10,7 +10,6 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
 import codecs
-import contextlib
 import itertools
 import os
 import sys
@@ -22,7 +21,7 @@ from configurator import LogitScale, NonNegativeInt, PositiveInt, Seed, Share, c
 from data.tokenizer import Ids, find_tokenizer, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
-from engine.common import UserError, optional, printable
+from engine.common import UserError, optional, printable, user_errors
 from engine.cost import check_sampling_fits
 from engine.huggingface import load_weights
 from engine.machine import pick_device
@@ -70,16 +69,6 @@ if start.startswith('FILE:'):
         start = f.read()
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
-
-
-@contextlib.contextmanager
-def user_errors():
-    """Turn the model's ValueError, which names an argument, into a UserError of one line."""
-    try:
-        yield
-    except ValueError as e:
-        raise UserError(str(e)) from e
-
 
 def say(text, end='\n', file=None):
     """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""

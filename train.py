@@ -235,7 +235,7 @@ if ckpt is not None:
     if not eval_only:  # evaluation needs no moments
         restore_optimizer(opt, optimizer, ckpt, parallel)
     if scaler.is_enabled() and ckpt.get('scaler'):
-        scaler.load_state_dict(ckpt['scaler'])
+        start.restore_scaler(scaler, ckpt)
     if 'compile' not in given and is_ours(ckpt):  # the same kernels give the same numbers
         compile = ckpt['config'].get('compile', compile)
 del ckpt  # free its memory
@@ -419,8 +419,8 @@ while True:
         evaluated = within_memory(evaluate_splits)
         if evaluated is None:  # a process has to stop
             continue
-        if not math.isfinite(evaluated['val']['loss']):
-            run_log.not_finite('val loss')
+        if not all(math.isfinite(values['loss']) for values in evaluated.values()):
+            run_log.not_finite('train or val loss')
             break
         losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)

@@ -161,7 +161,7 @@ def read_rows(path, field, limit):
                 for text in rows.column(0).to_pylist():
                     number += 1
                     read = size * number // f.metadata.num_rows
-                    too_long = isinstance(text, str) and len(text) > limit
+                    too_long = isinstance(text, str) and len(text.encode()) > limit
                     yield Item('' if too_long else text, number, read, too_long=too_long)
     except ArrowException as e:
         problem = f'{path} is not a whole parquet file ({first_line(e):.100})'

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from data.documents import Source
-from engine.common import UserError, first_line, optional, replacing, show_error
+from engine.common import UserError, first_line, optional, printable, replacing, show_error
 
 SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
                'data/tinyshakespeare/input.txt')
@@ -17,7 +17,7 @@ SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f'{self.prog}: {message} (--help shows the flags)\n')
+        self.exit(2, printable(f'{self.prog}: {message} (--help shows the flags)') + '\n')
 
 
 def script_parser(script, doc):

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.loader import TOKENIZER, read_meta
 from engine.common import UserError, optional
-from engine.schema import check
+from engine.schema import check, read_json
 
 
 class Tokenizer:
@@ -322,7 +322,7 @@ def tokenizer_from_file(path):
     try:
         text = path.read_text(encoding='utf-8')
         if settings.exists():
-            eot = json.loads(settings.read_text(encoding='utf-8')).get('eos_token')
+            eot = read_json(settings, dict).get('eos_token')
     except UnicodeDecodeError:
         raise UserError(f'{path} is not a tokenizer.json of Hugging Face') from None
     eot = eot.get('content') if isinstance(eot, dict) else eot
@@ -367,7 +367,7 @@ def find_tokenizer(ckpt, vocab_size):
         if not is_folder_name(dataset):  # a checkpoint may not point to other folders
             checkpoint = f"checkpoint '{ckpt['path']}' names no tokenizer"
             problem = f'its data set, {dataset!r:.100}, is no name of a folder in data/'
-            raise UserError(f'{checkpoint}, and {problem}: refused')
+            raise UserError(f'{checkpoint}, and {problem}; name one with sample.py --tokenizer=...')
         meta = read_meta(Path(__file__).resolve().parent / dataset)
         tokenizer = get_tokenizer(meta['tokenizer']) if 'tokenizer' in meta else None
         if tokenizer and tokenizer.vocab_size <= vocab_size:

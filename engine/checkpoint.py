@@ -120,8 +120,8 @@ def check_weights(ckpt):
     # a model of any size could be built otherwise
     check(ckpt['model_args'], {'n_layer?': range(1, len(ckpt['model']) + 1)}, 'model_args')
     for name, weight in distinct_tensors({'model': ckpt['model']}).items():
-        if not weight.is_floating_point():
-            raise ValueError(f"'{name}' must have floating-point numbers, not {weight.dtype}")
+        if weight.is_complex():
+            raise ValueError(f"'{name}' must have real numbers, not {weight.dtype}")
         if not weight.isfinite().all():
             raise ValueError(f"'{name}' has numbers that are not finite")
 

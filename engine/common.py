@@ -27,6 +27,15 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextlib.contextmanager
+def user_errors():
+    """Turn a ValueError of the model, which names an argument, into a UserError."""
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
 def out_of_memory(error):
     """
     Return whether an exception means that memory ran out. Only CUDA has an exception type for it.
@@ -66,7 +75,10 @@ def print_error(message):
         if not own_error and os.environ.get('LOCAL_RANK') != '0':
             return
         who += f': rank {rank}'
-    print(f"{who}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    line = printable(' '.join(message.split()))
+    if len(line) > 900:  # it quotes something huge
+        line = f'{line[:600]} ... {line[-250:]}'
+    print(f'{who}: {line}', file=sys.stderr, flush=True)
 
 
 def printable(text):

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from engine.common import replacing
 from engine.statistics import fit_power_law
 from engine.study import AXES
 
@@ -144,7 +145,7 @@ def picture(groups, path):
         figure.legend(handles, labels, loc='outside lower center', ncols=columns)
     windows = next(iter(groups.values()))[0].windows['n']
     figure.suptitle(f'{windows:,} windows of val; a band goes from the best seed to the worst')
-    figure.savefig(path, dpi=100)
+    save_picture(figure, path)
 
 
 def draw_cell(ax, cell, group, key, shade, dash, marker):
@@ -216,4 +217,9 @@ def scaling_picture(n, losses, fit, config):
     ax.grid(alpha=0.3, which='both')
     ax.legend()
     figure.tight_layout()
-    figure.savefig(os.path.join(config['out_dir'], 'scaling.png'), dpi=100)
+    save_picture(figure, os.path.join(config['out_dir'], 'scaling.png'))
+
+
+def save_picture(figure, path):
+    with replacing(path) as f:
+        figure.savefig(f, dpi=100, format='png')

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, first_line, printable, replacing
+from engine.common import UserError, first_line, printable, replacing, user_errors
 from engine.machine import check_memory, never_compiled, pick_device
 from engine.optim import moment_numel
 from engine.schema import shown
@@ -203,10 +203,8 @@ def meta_model(settings):
     vocab_size = vocab_size or 50257
     if settings['vocab_size'] is not None:
         vocab_size = min(vocab_size, settings['vocab_size'])
-    try:
+    with user_errors():
         return GPT.without_data(GPTConfig.from_settings(settings, vocab_size))
-    except ValueError as e:
-        raise UserError(str(e)) from e
 
 
 def describe(model, settings, device, dtype):
@@ -304,7 +302,7 @@ def consolidate_checkpoint(source, path):
             save_checked({key: value for key, value in saved.items() if key != 'path'}, f)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"'{path}' could not be written: {first_line(e)}") from e
-    print(f"{saved['path']} -> {path}")
+    print(printable(f"{saved['path']} -> {path}"))
 
 
 def export_checkpoint(source, path, dtype):
@@ -327,7 +325,7 @@ def export_checkpoint(source, path, dtype):
         if not os.path.exists(os.path.join(path, 'tokenizer.json')):
             print('NOTE: exported without a tokenizer, because the checkpoint names none that fits',
                   file=sys.stderr)
-    print(f"{saved['path']} -> {path}")
+    print(printable(f"{saved['path']} -> {path}"))
 
 
 def inspect_checkpoint(source):
@@ -351,10 +349,8 @@ def inspect_checkpoint(source):
 
 def model_in(saved):
     """Return the model in a checkpoint dict. Raise UserError if it does not fit."""
-    try:
+    with user_errors():
         return GPT.from_dict(saved)
-    except ValueError as e:
-        raise UserError(str(e)) from e
 
 
 def main():

@@ -153,10 +153,16 @@ def read_sizes(path):
 
 
 def total_memory(device):
-    """Return the bytes of memory of a GPU or, for other devices, of this computer."""
+    """
+    Return the bytes of memory of a GPU or, for other devices, of this computer or container.
+    """
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with contextlib.suppress(OSError, ValueError):  # no such file, or the limit is 'max'
+        with open('/sys/fs/cgroup/memory.max') as f:
+            total = min(total, int(f.read()))
+    return total
 
 
 def check_memory(needed, device, what, keys):

@@ -42,9 +42,9 @@ def adamw(settings, device_type):
 
 class WholeMatrices(TorchFunctionMode):
     """
-    Inside this context, Tensor.bfloat16(), which Muon calls once on each matrix before its matmuls,
-    returns a tensor of `dtype`, and all rows of a matrix that FSDP has divided. Sums over the parts
-    of a matrix would be rounded to bfloat16 and differ from those of one process.
+    Inside this context, Tensor.bfloat16() converts to `dtype` and, under FSDP, gathers the whole
+    matrix. Muon calls it once per matrix, before its matmuls. On shards these would add up in
+    another order, and round differently from those of one process.
     """
     def __init__(self, dtype):
         super().__init__()

@@ -267,7 +267,7 @@ class RunLog:
     def not_finite(self, what):
         """Record that the run ends because `what` is not finite. No checkpoint is saved."""
         self.outcome = 'not finite'
-        if what == 'val loss':
+        if what == 'train or val loss':
             self.state.losses = {}
         self.console.say(f'{what} is not finite at iteration {self.state.iter_num}: nothing saved; '
                          'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')

@@ -33,7 +33,7 @@ def read_json(path, schema):
     return content
 
 
-def check(value, schema, name='it'):
+def check(value, schema, name=''):
     """Raise ValueError, which names the field, unless `value` fits the schema."""
     if isinstance(schema, dict) and isinstance(value, dict):
         for key, inner in schema.items():
@@ -42,21 +42,21 @@ def check(value, schema, name='it'):
                 continue
             field = key.removesuffix('?')
             if field in value:
-                check(value[field], inner, field if name == 'it' else f'{name}.{field}')
+                check(value[field], inner, f'{name}.{field}' if name else field)
             elif field == key:
-                raise ValueError(f"{name} has no '{field}'")
+                raise ValueError(f"{name or 'it'} has no '{field}'")
     elif isinstance(schema, list) and isinstance(value, list):
         for i, item in enumerate(value):
             check(item, schema[0], f'{name}[{i}]')
     elif not fits(value, schema):
-        raise ValueError(f'{name} must be {describe(schema)}, not {shown(value)}')
+        raise ValueError(f"{name or 'it'} must be {describe(schema)}, not {shown(value)}")
 
 
 def check_items(value, key_schema, schema, name):
     """Check all keys and all values of a dict."""
     for key, item in value.items():
-        check(key, key_schema, f'a key of {name}')
-        check(item, schema, str(key) if name == 'it' else f'{name}.{key}')
+        check(key, key_schema, f"a key of {name or 'it'}")
+        check(item, schema, f'{name}.{key}' if name else str(key))
 
 
 def fits(value, schema):

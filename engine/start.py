@@ -15,6 +15,7 @@ from configurator import ON_COMMAND_LINE, check_value, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from engine import optim
+from engine.checked_file import reading
 from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
 from engine.common import (
     UserError,
@@ -22,9 +23,11 @@ from engine.common import (
     first_line,
     optional,
     printable,
+    user_errors,
 )
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
+from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -190,8 +193,8 @@ def run_script(script, *flags):
 
 def is_recipe(script):
     """
-    Return whether a prepare.py is in data/. Others are code from elsewhere: a data set's name in a
-    config or on the command line asks for its data, and not to run them.
+    Return whether a prepare.py is in data/. Any other is foreign code, and naming a data set is not
+    asking for a script to be run.
     """
     data = os.path.join(ROOT, 'data')
     return os.path.commonpath([data, os.path.abspath(script)]) == data
@@ -257,10 +260,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if used and not resuming and not config['eval_only']:
         check_overwrite(config, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
-        try:
+        with user_errors():
             model_config = GPTConfig.from_settings(config, data_vocab)
-        except ValueError as e:
-            raise UserError(str(e)) from e
         check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         return model_config, None, None
     if resuming:
@@ -268,10 +269,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     else:
         block_size = config['block_size'] if 'block_size' in given else None
         ckpt = load_weights(init_from, block_size)
-    try:
+    with user_errors():
         model = fit_model(ckpt, config, given, resuming)
-    except ValueError as e:
-        raise UserError(str(e)) from e
     if (data_vocab or 0) > model.config.vocab_size:
         raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, but the checkpoint "
                         f"'{ckpt['path']}' has only {model.config.vocab_size}")
@@ -308,7 +307,16 @@ def load_to_resume(folder, console):
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
         raise UserError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; "
                         f"--init_from={ckpt['path']} and another --out_dir fine-tune it")
+    if is_ours(ckpt):
+        with reading(ckpt['path']):
+            check(ckpt, {'config': dict.fromkeys(DATA_SETTINGS, object)})
     return ckpt
+
+
+def restore_scaler(scaler, ckpt):
+    with reading(ckpt['path']):
+        check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
+        scaler.load_state_dict(ckpt['scaler'])
 
 
 def fit_model(ckpt, config, given, resuming):
@@ -359,6 +367,9 @@ def changed_data(ckpt, config):
         if value != before:
             changed.append(f'{name} {value} instead of {before}')
     return ', '.join(changed)
+
+
+DATA_SETTINGS = 'dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'
 
 
 def data_settings(config):

@@ -94,7 +94,8 @@ def seed_variances(cells):
     parts = (within - residual, within_df - residual_df), (residual, residual_df)
     uncertainty = sum(squares ** 2 / df for squares, df in parts if df)
     effective_df = within ** 2 / uncertainty if uncertainty else within_df
-    left = from_both if residual_df else from_cell
+    # with two cells of the same seeds, the residuals of one mirror those of the other
+    left = from_both if residual_df and len(cells) > 2 else from_cell
     return SeedVariances(
         within=SeedVariance(within / max(1, within_df), effective_df),
         residual=SeedVariance(residual / max(1, residual_df), residual_df),

@@ -171,7 +171,7 @@ class Run:
     cost: float = 1.0  # relative to the other runs, for the estimate of the time left
 
     def __str__(self):
-        return f'{self.cell}, seed {self.seed}'
+        return printable(f'{self.cell}, seed {self.seed}')
 
 
 class Launcher(NamedTuple):
@@ -191,6 +191,10 @@ class Launcher(NamedTuple):
         elif self.jobs > 1:
             env.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // self.jobs)))
         return env
+
+
+def open_no_link(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class Job:
@@ -224,7 +228,7 @@ class Job:
         flags = settings | dict(out_dir=folder, max_iters=self.until, init_from=init_from)
         command = [sys.executable, launcher.script]
         command += [f'--{key}={value}' for key, value in flags.items()]
-        with open(self.console, 'ab') as console:
+        with open(self.console, 'ab', opener=open_no_link) as console:
             self.offset = console.tell()
             self.process = subprocess.Popen(
                 command, env=launcher.environment(slot), stdin=subprocess.DEVNULL, stdout=console,

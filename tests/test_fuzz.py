@@ -136,8 +136,12 @@ def places(value, path=()):
 
 
 def change_field(content, rng):
-    """Replace one random field of nested dicts and lists, in place, or remove it. Return a description."""
-    *path, last = rng.choice(list(places(content)))
+    """
+    Replace one random field of nested dicts and lists, in place, or remove it. Every part of a file
+    has the same chance, however large it is. Return a description.
+    """
+    top = rng.choice(list(content))
+    *path, last = rng.choice([(top,), *((top, *path) for path in places(content[top]))])
     holder = content
     for key in path:
         holder = holder[key]
@@ -195,6 +199,8 @@ def test_fuzz_fields_of_checkpoints(text_set, finished, tmp_path, trials, report
         'sample': lambda out: command('sample.py', f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=8',
                                       '--device=cpu', before=LIMITS),
         'resume': lambda out: train(text_set, out, '--init_from=resume', '--max_iters=21', before=LIMITS),
+        'resume, fp16': lambda out: train(text_set, out, '--init_from=resume', '--max_iters=21', '--dtype=float16',
+                                          before=LIMITS),
         'fine-tune': lambda out: train(text_set, f'{out}-tuned', f'--init_from={out}', '--max_iters=1', before=LIMITS),
         'evaluate': lambda out: command('train.py', '--eval_only=True', '--init_from=resume', f'--out_dir={out}',
                                         '--device=cpu', f'--dataset={text_set}', before=LIMITS),
@@ -205,7 +211,9 @@ def test_fuzz_fields_of_checkpoints(text_set, finished, tmp_path, trials, report
         out_dir.mkdir()
         shutil.copy(finished[0] / 'ckpt.pt', out_dir)
         what, reader = change_checkpoint(out_dir / 'ckpt.pt', rng), rng.choice(list(readers))
-        if problem := complaint(readers[reader](out_dir)):
+        done = readers[reader](out_dir)
+        listed = reader == 'inspect' and what.startswith('config.') and done.returncode == 0  # the settings, as they are
+        if problem := '' if listed else complaint(done):
             report.append(f'{reader}, {what}: {problem}')
         shutil.rmtree(out_dir)
 

@@ -140,6 +140,19 @@ def test_sampling_from_the_hub_needs_a_tokenizer_that_fits(gpt2):
     refused(command('sample.py', '--init_from=gpt2-xl', env=env), 'gpt2-xl')
 
 
+@pytest.mark.parametrize('field, change, flags', [
+    ('config.seed', lambda ckpt: ckpt['config'].pop('seed'), []),
+    ('scaler', lambda ckpt: ckpt.update(scaler=[1]), ['--dtype=float16']),
+    ('scaler.scale', lambda ckpt: ckpt.update(scaler={'scale': 'x'}), ['--dtype=float16']),
+])
+def test_a_checkpoint_that_lacks_what_a_resume_reads_is_one_line(text_set, finished, tmp_path, field, change, flags):
+    """A KeyError or TypeError, and its traceback."""
+    ckpt, out_dir = checkpoint(finished[0]), copy_run(finished[0], tmp_path / 'out')
+    change(ckpt)
+    torch.save(ckpt, out_dir / 'ckpt.pt')
+    refused(train(text_set, out_dir, '--init_from=resume', '--max_iters=21', *flags), field.split('.')[-1])
+
+
 # refused settings
 
 @pytest.mark.parametrize('flags, words', [

@@ -117,11 +117,11 @@ def test_an_empty_file_of_text_is_refused(tmp_path):
     refused(train(tmp_path / 'empty.txt', tmp_path / 'out'), 'data/prepare.py', tmp_path / 'empty.txt', 'is empty')
 
 
-def test_the_readme_example_runs_as_printed(tmp_path):
+def test_the_example_of_a_part_runs_as_printed(tmp_path):
     """The example of a new part in docs/parts.md has stopped working, since nobody has run it."""
-    readme = (ROOT / 'docs/parts.md').read_text()
-    part = readme.split('```python\n')[1].split('```')[0]
-    lines = [line for line in readme.splitlines() if line.startswith('python train.py') and '--ffn_type=maxout' in line]
+    page = (ROOT / 'docs/parts.md').read_text()
+    part = page.split('```python\n')[1].split('```')[0]
+    lines = [line for line in page.splitlines() if line.startswith('python train.py') and '--ffn_type=maxout' in line]
     copy = tmp_path / 'copy'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'out*', '__pycache__', 'wandb'))
     source = (copy / 'model.py').read_text()

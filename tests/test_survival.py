@@ -488,13 +488,16 @@ LONG_CALL = 'sum(range(10 ** 12))'  # in C, so that Python's own handlers would 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize('listens', [False, True])
 def test_signals_end_a_process_at_once_until_there_is_something_to_save(signum, listens):
-    """A signal waits for the compiler, which takes minutes; clusters kill a job 30 s after it."""
+    """
+    A signal waits for the compiler, which takes minutes; clusters kill a job 30 s after it. The status
+    -signum says that the kernel ended the process, without waiting for Python.
+    """
     code = UNTIL_STEP.format(listen='stop.listen()' if listens else '',
                              work='while not stop.status: pass' if listens else LONG_CALL)
     process = subprocess.Popen([*PYTHON, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'ready\n'
     process.send_signal(signum)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=HANGS)[0]
     if listens:
         assert process.returncode == 0 and rest.endswith(f'status {128 + signum}\n')
     else:
@@ -506,7 +509,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(listens):
     """A run under nohup ends when its terminal closes."""
     code = UNTIL_STEP.format(listen='stop.listen()' * listens, work='import os; os.kill(os.getpid(), 1)')
     code = f'import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}'
-    done = subprocess.run([*PYTHON, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*PYTHON, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.stdout == 'ready\nstatus 0\n', done.stderr
 
 
@@ -514,7 +517,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(listens):
 def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
     """A signal waits until a text is prepared, or leaves prepare.py at work alone."""
     book = tmp_path / 'book.txt'
-    book.write_bytes(b'all work and no play makes a dull line\n' * 400_000)
+    book.write_bytes(b'all work and no play makes a dull line\n' * 4_000_000)
     folder = find_datasets(str(book))[0][2]
     process = begin(book, tmp_path / 'out')
     try:
@@ -522,8 +525,8 @@ def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
         while not (preparing := children(process.pid)):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == -signal.SIGTERM
-        until = time.time() + 60
+        assert process.wait(HANGS) == -signal.SIGTERM
+        until = time.time() + HANGS
         while any(os.path.exists(f'/proc/{pid}') for pid in preparing) and time.time() < until:
             time.sleep(0.1)
         assert not any(os.path.exists(f'/proc/{pid}') for pid in preparing)
@@ -543,7 +546,7 @@ def test_a_signal_before_the_first_step_leaves_the_checkpoint_as_it_is(text_set,
     process = begin(text_set, out_dir, *flags, launcher=launcher_of(mode))
     assert any(line.startswith('expected:') for line in process.stdout)
     process.send_signal(signum)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
     assert process.returncode == (-signum if mode == 'one' else 1)
     assert contents(out_dir) == before
 
