@@ -1454,6 +1454,7 @@ STANDALONE = """
 import sys
 import torch
 import model
+torch.manual_seed(0)
 config = model.GPTConfig.from_settings(dict(
     arch_preset='llama', block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32))
 gpt = model.GPT(config)

@@ -149,7 +149,7 @@ def training_loss(model, X, Y):
 # set-up: processes and device
 parallel = Parallel(use_zero1, use_fsdp)
 console = report.Console(speaks=parallel.master)
-stop = StopSignal('finishing this iteration and saving; repeat the signal to quit at once'
+stop = StopSignal('finishing this iteration and saving; a signal after 2 more seconds quits at once'
                   if parallel.master else '')
 if eval_only:  # the data set and batch size come from the checkpoint unless given
     config.update(start.settings_of_run(__file__, config, given))

@@ -22,7 +22,7 @@ import torch
 from engine.checked_file import distinct_tensors, load_zip, read_file, reading
 from engine.common import UserError
 from engine.optim import OPTIMIZER
-from engine.schema import check
+from engine.schema import Between, check
 
 PLAIN = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 SHARDED = 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
@@ -78,7 +78,7 @@ FACTS = {
     'best_val_loss?': (float, math.inf),
     'stale_evals?': int,
     'last_eval_iter?': range(-1, 2 ** 63),
-    'train_seconds?': float,
+    'train_seconds?': Between(0, 1e10),
     'losses?': {str: {str: float}},
     'tokenizer?': ({'name': str}, None),
     'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,

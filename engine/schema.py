@@ -8,6 +8,7 @@ A schema says which values are allowed:
     int                      an integer from 0 to 2^63 - 1, and not a bool
     range(-1, 10)            an integer in this range
     float                    a finite number
+    Between(0, 1e10)         a number from the first to the second
     str, bool, dict, list    any value of this type
     [schema]                 a list, each of whose values fits
     {'a': ..., 'b?': ...}    a dict with at least these keys; 'b' may be missing
@@ -16,10 +17,16 @@ A schema says which values are allowed:
     None, 'word', ...        this value
 """
 import json
+from typing import NamedTuple
 
 from engine.common import UserError, first_line
 
 NATURAL = range(2 ** 63)
+
+
+class Between(NamedTuple):
+    low: float
+    high: float
 
 
 def read_json(path, schema):
@@ -62,6 +69,8 @@ def check_items(value, key_schema, schema, name):
 def fits(value, schema):
     """Return whether a value fits a schema without fields, or one of several."""
     match schema:
+        case Between(low, high):
+            return type(value) in (int, float) and low <= value <= high
         case tuple():
             return any(allowed(value, choice) for choice in schema)
         case type() if schema is int:
@@ -85,6 +94,8 @@ def allowed(value, schema):
 
 def describe(schema):
     match schema:
+        case Between(low, high):
+            return f'a number from {low:g} to {high:g}'
         case tuple():
             return ' or '.join(map(describe, schema))
         case dict():

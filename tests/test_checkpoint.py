@@ -272,6 +272,8 @@ FOREIGN = [
     ('tokenizer', {'name': 7}),
     ('losses', {'val': 3}),
     ('train_seconds', 'long'),
+    ('train_seconds', 10 ** 30),
+    ('train_seconds', math.nan),
     ('optimizer', DEEP),
     ('optimizer', {'state': [], 'param_groups': []}),
     ('optimizer', {'state': {}, 'param_groups': [{'params': 'all'}]}),
