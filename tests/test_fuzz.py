@@ -212,7 +212,8 @@ def test_fuzz_fields_of_checkpoints(text_set, finished, tmp_path, trials, report
         shutil.copy(finished[0] / 'ckpt.pt', out_dir)
         what, reader = change_checkpoint(out_dir / 'ckpt.pt', rng), rng.choice(list(readers))
         done = readers[reader](out_dir)
-        listed = reader == 'inspect' and what.startswith('config.') and done.returncode == 0  # the settings, as they are
+        # `inspect` lists the settings as they are
+        listed = reader == 'inspect' and what.startswith('config.') and done.returncode == 0
         if problem := '' if listed else complaint(done):
             report.append(f'{reader}, {what}: {problem}')
         shutil.rmtree(out_dir)
