@@ -453,7 +453,7 @@ while True:
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
-    finite = scaler.is_enabled() or math.isfinite(grad_norm.item())
+    finite = scaler.is_enabled() or math.isfinite(grad_norm.item())  # waits for the device
     if finite:
         scaler.step(opt)  # with fp16, skips a step that is not finite and lowers the loss scale
         scaler.update()

@@ -131,7 +131,8 @@ def create(path, mode='wb', **kwargs):
 def replacing(path, mode='wb', **kwargs):
     """
     Open a temporary file that replaces `path` when the block ends and all bytes are on disk. If the
-    block raises, `path` is unchanged and the temporary file is removed.
+    block raises, `path` is unchanged and the temporary file is removed. Its name is always the
+    same, so a kill leaves at most one, which the next write removes.
     """
     temporary = f'{path}.tmp'
     try:
