@@ -21,6 +21,9 @@ import time
 from dataclasses import asdict
 from typing import Literal
 
+# OpenMP reads this when torch is imported. Its threads then sleep soon while they wait for each
+# other. Otherwise they spin, and a step takes 20 times as long while other programs use the cores.
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 import torch
 
 from configurator import (
