@@ -334,7 +334,7 @@ def config_json(model):
     if c.rope_scaling:
         hf['rope_scaling'] = c.rope_scaling | {'rope_type': 'llama3'}
     return hf | dict(
-        num_key_value_heads=c.n_kv_head or c.n_head,
+        num_key_value_heads=c.kv_heads,
         head_dim=c.n_embd // c.n_head,
         sliding_window=None,
         attention_bias=c.bias or c.qkv_bias,
@@ -355,7 +355,7 @@ def tensors_there(model, family):
             bias = name.removesuffix('weight') + 'bias'
             state.setdefault(bias, weight.new_zeros(len(weight)))
 
-    head_dim, n_kv_head = c.n_embd // c.n_head, c.n_kv_head or c.n_head
+    head_dim, n_kv_head = c.head_dim, c.kv_heads
     qkv_rows = [n * head_dim for n in (c.n_head, n_kv_head, n_kv_head)]
     tensors = {}
     for name, tensor in state.items():

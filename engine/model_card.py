@@ -64,7 +64,7 @@ def describe_architecture(c, architecture):
     names = [getattr(c, kind) for kind in REGISTRY if kind != 'attention_backend']
     biases = 'biases' if c.bias else 'no biases'
     return (f'{architecture}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, '
-            f"{c.n_kv_head or c.n_head} key/value heads, {', '.join(names)}, {biases}")
+            f"{c.kv_heads} key/value heads, {', '.join(names)}, {biases}")
 
 
 def describe_parameters(model):
