@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from engine.common import replacing
+from engine.run_report import save_picture
 from engine.statistics import fit_power_law
 from engine.study import AXES
 
@@ -218,8 +218,3 @@ def scaling_picture(n, losses, fit, config):
     ax.legend()
     figure.tight_layout()
     save_picture(figure, os.path.join(config['out_dir'], 'scaling.png'))
-
-
-def save_picture(figure, path):
-    with replacing(path) as f:
-        figure.savefig(f, dpi=100, format='png')

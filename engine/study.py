@@ -24,24 +24,26 @@ from engine.common import (
     replacing,
     try_lock,
 )
-from engine.schema import check, read_json
+from engine.schema import Between, check, read_json
 
 CLEAR = '\r\033[K' if sys.stdout.isatty() else ''  # erases the progress line of a terminal
 
+MAX_LOSS = 3.5e38  # losses are computed in float32
+LOSS = Between(-MAX_LOSS, MAX_LOSS)
 
 # the fields of a run log that are read here; `windows` are those of val
 RUN_LOG = {
     'config': {'seed': int, 'eval_only': bool},
     'startup_info': {'total_params': int, 'flops_per_token': float, 'hardware_peak_tflops': float,
-                     'device': str},
-    'training_iterations': [{'iter': int, 'memory': dict,
+                     'tokens_per_iter': int, 'device': str},
+    'training_iterations': [{'iter': int, 'loss': (LOSS, None), 'memory': dict,
                              'mfu': {'tokens_per_sec': float, 'achieved_tflops': float}}],
-    'eval_steps': [{'iter': int, 'tokens': int, 'train_seconds': float,
-                    'val': {'loss': float, 'window_losses?': [float]}}],
+    'eval_steps': [{'iter': int, 'tokens': int, 'train_seconds': float, 'sample?': str,
+                    'train': {'loss': LOSS},
+                    'val': {'loss': LOSS, 'bits_per_byte?': float, 'window_losses?': [float]}}],
     'eval_windows?': {'n': int, 'tokens_each': int, 'crc': int},
     'summary': {'outcome': str, 'iterations': int, 'iter_num': int},
 }
-MAX_LOSS = 3.5e38  # losses are computed in float32
 
 
 class Evaluation(NamedTuple):
@@ -49,8 +51,11 @@ class Evaluation(NamedTuple):
     tokens: int
     flops: float
     train_seconds: float
-    loss: float
+    loss: float  # of val
     losses: np.ndarray  # per window of val, in text order
+    train_loss: float = math.nan
+    bits_per_byte: float | None = None  # of val, where the bytes of a token are known
+    sample: str | None = None  # text of the model
 
 
 # what losses are compared and plotted against: {label: field of Evaluation}
@@ -126,8 +131,9 @@ def check_figures(log):
         iters = [entry['iter'] for entry in log[kind]]
         if iters != sorted(iters) or max(iters, default=0) > last:
             raise ValueError(f'{kind} are not in order, or beyond summary.iter_num, {last}')
-    if not log['startup_info']['hardware_peak_tflops'] > 0:
-        raise ValueError('startup_info.hardware_peak_tflops must be positive')
+    for key in ('hardware_peak_tflops', 'tokens_per_iter'):
+        if not log['startup_info'][key] > 0:
+            raise ValueError(f'startup_info.{key} must be positive')
     for entry in log['training_iterations']:
         check([*entry['memory'].values()], [int], 'memory')
         if not entry['memory']:
@@ -157,7 +163,8 @@ def first_iter(log):
 def evaluation(e, flops_per_token):
     losses = np.array(e['val']['window_losses'])
     flops = e['tokens'] * flops_per_token
-    return Evaluation(e['iter'], e['tokens'], flops, e['train_seconds'], e['val']['loss'], losses)
+    return Evaluation(e['iter'], e['tokens'], flops, e['train_seconds'], e['val']['loss'], losses,
+                      e['train']['loss'], e['val'].get('bits_per_byte'), e.get('sample'))
 
 
 @dataclass(eq=False)
