@@ -228,7 +228,8 @@ def text_set(tmp_path_factory):
 def finished(text_set, tmp_path_factory):
     """(out_dir, console) of a run of 20 iterations, with checkpoints at 10 (ckpt_prev.pt) and 20 (ckpt.pt)."""
     out_dir = tmp_path_factory.mktemp('runs') / 'out'
-    done = train(text_set, out_dir, '--save_interval=10', '--sample_interval=1', '--gradient_log_interval=5')
+    flags = '--save_interval=10', '--sample_interval=1', '--gradient_log_interval=5', '--verbose=True'
+    done = train(text_set, out_dir, *flags)
     succeeded(done)
     return out_dir, done.stdout
 

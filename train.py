@@ -43,12 +43,13 @@ from configurator import (
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
 from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors
-from engine.common import StopSignal, UserError, duration
+from engine.common import StopSignal, UserError
 from engine.compile import compile_model
+from engine.console import Console
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
-from engine.startup_report import measure_costs, startup_report
+from engine.startup_report import measure_costs, say_startup, startup_report
 from model import GPT
 
 # -------------------------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ overwrite = False  # let a new run replace the checkpoints of an earlier one in 
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
+verbose = False  # print the whole start-up report, and FLOP/s, memory and gradients per log line
 # logging besides the console and the run log
 wandb_log = False  # also log to Weights & Biases; offline where its server does not answer
 wandb_project = 'owt'  # its project
@@ -151,7 +153,7 @@ def training_loss(model, X, Y):
 
 # set-up: processes and device
 parallel = Parallel(use_zero1, use_fsdp)
-console = report.Console(speaks=parallel.master)
+console = Console(speaks=parallel.master)
 stop = StopSignal('finishing this iteration and saving; a signal after 2 more seconds quits at once'
                   if parallel.master else '')
 if eval_only:  # the data set and batch size come from the checkpoint unless given
@@ -259,20 +261,14 @@ costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensor
 compiled = config['compile'] = costs.compiled
 startup = startup_report(config, costs, raw_model, opt, batches, splits, data_sets, train_loader,
                          tokenizer, state.iter_num, parallel)
-for title, text in startup.items():
-    console.say(f"{title + ':':<17}{text}")
-if costs.too_large:
-    console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '
-                '--activation_checkpointing=True')
-if costs.expected_seconds > 3600:
-    console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
-                f'more; {report.QUICK_LOOK}')
+say_startup(startup, costs, out_dir, verbose, console)
 
 # set-up: logs
-facts = startup | costs.as_numbers(raw_model)
-run_log = report.RunLog(out_dir, config, facts, state, costs.tokens_per_iter, console)
+run_log = report.RunLog(out_dir, config, startup | costs.as_numbers(raw_model), state,
+                        costs.tokens_per_iter, console)
 run_log.open_sinks(config)
-iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel)
+iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
+                                          verbose)
 
 
 def autocast():
@@ -327,7 +323,7 @@ def forward_backward():
             loss = training_loss(model, X, Y) / batches.per_rank
         scaler.scale(loss).backward()
         total += loss.detach()
-        console.progress(f'iteration {state.iter_num}: micro-batch {m + 1}/{batches.per_rank}')
+        console.progress(f'micro-batch {m + 1}/{batches.per_rank}')
     return total
 
 
@@ -479,6 +475,7 @@ while True:
         more = {}  # {name: number}: also logged and printed; compute it on all processes
         iteration_report.add(mean_loss, lr, float(grad_norm), gradients, more)
         gradients = {}
+    iteration_report.show_progress()
     state.iter_num += 1
     if state.iter_num == first_iter + 1:
         stop.listen()  # before the first step there was nothing to save
@@ -489,6 +486,6 @@ if run_log.outcome != 'not finite':
     run_log.outcome = 'finished' if complete else 'stopped early'
 if stop_status:
     run_log.outcome = signal.Signals(stop_status - 128).name if stop_status > 128 else 'failed'
-run_log.close()
+run_log.close(run_folder.best)
 exit_code = 1 if run_log.outcome == 'not finite' else 0
 parallel.leave(stop_status or exit_code)

@@ -78,7 +78,26 @@ def print_error(message):
     line = printable(' '.join(message.split()))
     if len(line) > 900:  # it quotes something huge
         line = f'{line[:600]} ... {line[-250:]}'
-    print(f'{who}: {line}', file=sys.stderr, flush=True)
+    clear = CLEAR_LINE if sys.stdout.isatty() and sys.stderr.isatty() else ''
+    print(f"{clear}{in_colour(f'{who}:', RED, sys.stderr)} {line}", file=sys.stderr, flush=True)
+
+
+CLEAR_LINE = '\r\033[K'  # erases the progress line of a terminal
+RED, YELLOW, CYAN = 31, 33, 36
+
+
+def in_colour(text, colour, stream):
+    """Colour a text on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    plain = os.environ.get('NO_COLOR') or not stream.isatty()
+    return text if plain else f'\033[{colour}m{text}\033[0m'
+
+
+def highlight(text, stream):
+    """Colour a WARNING or NOTE at the start of a text."""
+    for word, colour in (('WARNING:', YELLOW), ('NOTE:', CYAN)):
+        if text.startswith(word):
+            return in_colour(word, colour, stream) + text.removeprefix(word)
+    return text
 
 
 def printable(text):
@@ -230,7 +249,8 @@ class StopSignal:
             return
         self.status, self.time = 128 + number, time.time()
         with contextlib.suppress(OSError):  # the terminal may be gone
-            text = f'{signal.Signals(number).name}: {self.notice}\n' if self.notice else ''
+            start = '\n' if os.isatty(1) else ''  # after the progress line
+            text = f'{start}{signal.Signals(number).name}: {self.notice}\n' if self.notice else ''
             os.write(1, text.encode())  # print is not reentrant
 
     def try_reading(self, read):

@@ -1,6 +1,6 @@
 """
-Report on a run: console, run_*.json and, if asked for, W&B and TensorBoard, all with the same
-names.
+Report on a run: its lines on the console, run_*.json and, if asked for, W&B and TensorBoard, all
+with the same names.
 """
 import atexit
 import collections
@@ -8,43 +8,18 @@ import html
 import json
 import math
 import os
-import sys
+import shlex
 import time
 
 import numpy as np
 import torch
 
-from engine.common import duration, first_line, printable, replacing
+from engine.common import UserError, duration, first_line, replacing
 from engine.machine import memory
 from engine.parallel import Parallel
-
-GIB = 2 ** 30
-QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
-              '--gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py')
-
-
-class Console:
-    """
-    print() on rank 0 only, with control characters escaped. A terminal that closes does not end the
-    run.
-    """
-    def __init__(self, speaks=True):
-        self.speaks, self.last_line = speaks, time.time()
-        sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
-
-    def say(self, text):
-        if self.speaks:
-            try:
-                print(printable(text), flush=True)
-            except OSError:
-                sys.stdout = open(os.devnull, 'w')
-        self.last_line = time.time()
-
-    def progress(self, text):
-        """Print a sign of life if nothing was printed for 10 seconds."""
-        if time.time() - self.last_line > 10:
-            self.say(f'  ... {text}')
-
+from engine.run_report import draw_loss, sparkline
+from engine.startup_report import GIB, QUICK_LOOK
+from engine.study import read_run
 
 # -------------------------------------------------------------------------------------------------
 # gradients
@@ -272,15 +247,26 @@ class RunLog:
         self.console.say(f'{what} is not finite at iteration {self.state.iter_num}: nothing saved; '
                          'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
 
-    def close(self):
-        """Print the last line, close the sinks and write the log."""
-        iterations = self.state.iter_num - self.first_iter
-        text = f'; to sample from it: python sample.py --out_dir={self.out_dir}'
-        self.console.say(f'{self.outcome} after {iterations} iterations in '
-                         f'{duration(time.time() - self.start)}; log: {self.path}' +
-                         (text if self.data['checkpoints'] else ''))
+    def close(self, best_path):
+        """Close the sinks, write the log, draw the losses and print how the run ended."""
         self.tell('close')
         self.write()
+        for line in end_of_run(self, best_path, self.draw()):
+            self.console.say(line)
+
+    def draw(self):
+        """
+        Draw the losses so far into out_dir/loss.png, and return its path. Return None without
+        matplotlib, and for a run that has no curve yet or was told to end soon.
+        """
+        wanted = self.n_evaluations > 2 and not self.outcome.startswith('SIG')
+        if not (self.console.speaks and wanted):
+            return None
+        try:
+            return draw_loss(read_run(self.out_dir))
+        except (OSError, UserError) as e:  # an earlier log in this folder may be damaged
+            self.console.say(f'WARNING: no picture of the losses: {first_line(e)}')
+            return None
 
     def write(self):
         state = self.state
@@ -309,18 +295,46 @@ def evaluation_line(iter_num, evaluated, best):
     train, val = evaluated['train'], evaluated['val']
     line = (f"step {iter_num}: train loss {train['loss']:.4f}, val loss {val['loss']:.4f}, "
             f"perplexity {val['perplexity']:.2f}")
-    if 'bits_per_byte' in val:
-        line += f", {val['bits_per_byte']:.4f} bits per byte"
-    return line + ' (best)' * best
+    return line + bits_per_byte(val) + ' (best)' * best
+
+
+def bits_per_byte(val):
+    return f", {val['bits_per_byte']:.4f} bits per byte" if 'bits_per_byte' in val else ''
+
+
+def end_of_run(run_log, best_path, picture):
+    """Return the last lines of a run: how it ended, what it learned, where that is, what next."""
+    data, out_dir = run_log.data, run_log.out_dir
+    first, last = run_log.first_iter, run_log.state.iter_num
+    line = (f'{run_log.outcome} after {last - first} iterations in '
+            f'{duration(time.time() - run_log.start)}')
+    if data['training_iterations']:
+        highest = max(data['training_iterations'][-1]['memory'].values())
+        line += f', {highest / GIB:.2f} GiB at most'
+    lines = [line]
+    evals = data['eval_steps']
+    if len(evals) > 1:
+        losses = [e['val']['loss'] for e in evals]
+        lines.append(f"val loss  {losses[0]:.4f} to {losses[-1]:.4f} {sparkline(losses)}"
+                     f"{bits_per_byte(evals[-1]['val'])}")
+    if last > first and os.path.exists(best_path):
+        lines.append(f'best      {run_log.state.best_val_loss:.4f}, {best_path}')
+    lines.append(f'log       {run_log.path}')
+    if picture:
+        lines.append(f'picture   {picture}')
+    if data['checkpoints']:
+        command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
+        if run_log.outcome.startswith('SIG'):
+            command = 'the same command with --init_from=resume continues it'
+        lines.append(f'next      {command}')
+    return lines
 
 
 def evaluation_lines(val, split):
     """Return everything that an evaluation of val found, as text, for --eval_only."""
     of = f'all {split.n:,}' if split.n == split.total else f'{split.n:,} of {split.total:,}'
     line = (f'val, {of} windows of {split.loader.block_size} tokens: {with_error(val)}, '
-            f"perplexity {val['perplexity']:.2f}")
-    if 'bits_per_byte' in val:
-        line += f", {val['bits_per_byte']:.4f} bits per byte"
+            f"perplexity {val['perplexity']:.2f}{bits_per_byte(val)}")
     lines = [line]
     for part in val['by_position']:
         first, last = part['first'], part['last']
@@ -338,12 +352,13 @@ def with_error(values):
 
 class IterationReport:
     """Print and log iterations, with the time left."""
-    def __init__(self, run_log, costs, max_iters, eval_interval, parallel):
+    def __init__(self, run_log, costs, max_iters, eval_interval, parallel, verbose):
         self.run_log, self.costs, self.parallel = run_log, costs, parallel
-        self.max_iters, self.eval_interval = max_iters, eval_interval
+        self.max_iters, self.eval_interval, self.verbose = max_iters, eval_interval, verbose
         self.n_since_log, self.logged_seconds = 0, run_log.state.train_seconds
         self.mean_seconds, self.eval_seconds = 0.0, 0.0
         self.recent_losses = collections.deque(maxlen=100)
+        self.summary = ''  # of the last log line, for the progress line
 
     def due(self, iter_num, log_interval):
         """
@@ -353,6 +368,15 @@ class IterationReport:
         return (iter_num % log_interval == 0 or iter_num + 1 == self.max_iters
                 or iter_num == self.run_log.first_iter + 2)
 
+    def show_progress(self):
+        """Show on the console how far the run is, once per iteration."""
+        n, console = self.run_log.state.iter_num + 1, self.run_log.console
+        console.share_done = n / self.max_iters
+        console.status = f'iter {n}/{self.max_iters}{self.summary}'
+        if self.mean_seconds:
+            console.status += f', {duration(self.seconds_left())} left'
+        console.progress()
+
     def add(self, loss, lr, grad_norm, gradients, more):
         """
         Log the current iteration. `loss` is the mean since the last line. `gradients` is what
@@ -361,7 +385,7 @@ class IterationReport:
         """
         state, costs = self.run_log.state, self.costs
         seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
-        left = self.seconds_left(seconds)
+        self.update_mean(seconds)
         speed, used = self.run_log.tokens_per_iter / seconds, memory(self.parallel.device)
         achieved = costs.flops_per_token * speed / self.parallel.world_size
         mfu_percent = 100 * achieved / costs.peak_flops
@@ -378,41 +402,68 @@ class IterationReport:
             iter=state.iter_num, loss=loss if math.isfinite(loss) else None,
             loss_variance=float(np.var(self.recent_losses or [0])), lr=lr,
             time_ms=1000 * seconds, mfu=mfu, memory=used, gradients=norms, **more))
-        done = 100 * (state.iter_num + 1) / self.max_iters
-        self.run_log.console.say(
-            f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
-            f'{1000 * seconds:.0f} ms, {speed:,.0f} tok/s, mfu {mfu_percent:.1f}%'
-            f'{self.peak_note(achieved)}, grad norm {grad_norm:.2f}, '
+        rate = f'{speed:,.0f} tok/s' + self.mfu_text(mfu_percent)
+        self.summary = f', loss {loss:.4f}, {rate}'
+        done, say = 100 * (state.iter_num + 1) / self.max_iters, self.run_log.console.say
+        say(f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
+            f'{1000 * seconds:.0f} ms, {rate}, '
             f"{''.join(f'{name} {value:.4g}, ' for name, value in more.items())}"
-            f'{max(used.values()) / GIB:.2f} GiB, {duration(left)} left')
+            f'{duration(self.seconds_left())} left')
+        if self.verbose:
+            say(f'    {self.compute_text(mfu)}; {memory_text(used)}; {gradient_text(norms)}')
         if state.iter_num == self.run_log.first_iter + 2:  # by now the moments exist
-            self.report_memory_and_time(left)
+            self.check_memory_and_time(used)
         self.n_since_log, self.logged_seconds = 0, state.train_seconds
 
-    def seconds_left(self, seconds):
-        """Return the seconds until the end of the run, if iterations keep taking `seconds` each."""
-        iter_num, n = self.run_log.state.iter_num, self.n_since_log
-        weight = min(1.0, n / 10)
-        if iter_num < self.run_log.first_iter + 10:  # the first iterations are slower
-            weight = 1.0
+    def update_mean(self, seconds):
+        """Average the seconds per iteration over about ten iterations."""
+        weight = min(1.0, self.n_since_log / 10)
+        if self.run_log.state.iter_num < self.run_log.first_iter + 10:
+            weight = 1.0  # the first iterations are slower
         self.mean_seconds = weight * seconds + (1 - weight) * self.mean_seconds
+
+    def seconds_left(self):
+        """Return the seconds until the end of the run, if its speed stays what it is."""
+        iter_num = self.run_log.state.iter_num
         evaluations = (self.max_iters - iter_num - 2) // self.eval_interval + 1
         return self.mean_seconds * (self.max_iters - iter_num - 1) + self.eval_seconds * evaluations
 
-    def report_memory_and_time(self, left):
-        measured, say = memory(self.parallel.device), self.run_log.console.say
-        highest = measured.get('peak', max(measured.values()))
-        say(f'memory: {highest / GIB:.2f} GiB at its peak, '
-            f"{self.costs.estimate['peak'] / GIB:.2f} estimated")
-        self.run_log.data['startup_info']['memory_measured'] = measured
+    def check_memory_and_time(self, used):
+        """Log how much memory the run takes, and say so if it is not as estimated."""
+        self.run_log.data['startup_info']['memory_measured'] = used
+        if self.verbose:
+            self.run_log.console.say(
+                f"    memory: {max(used.values()) / GIB:.2f} GiB at its peak, "
+                f"{self.costs.estimate['peak'] / GIB:.2f} estimated")
+        left = self.seconds_left()
         if left > 3600:
-            say(f'NOTE: at this speed the run needs another {duration(left)}; {QUICK_LOOK}')
+            self.run_log.console.say(f'NOTE: at this speed the run needs another {duration(left)}; '
+                                     f'{QUICK_LOOK}')
 
-    def peak_note(self, achieved):
-        note = ' of measured' if self.costs.peak_source.startswith('measured') else ''
-        if achieved <= self.costs.peak_flops:
-            return note
+    def mfu_text(self, percent):
+        """Return the MFU for a line, or '' where the peak is only measured, which says little."""
+        if self.costs.peak_source.startswith('measured'):
+            return ''
+        if percent <= 100:
+            return f', mfu {percent:.1f}%'
         if self.costs.peak_source.startswith('dense'):
-            return note + ' (over 100 %: a bug, please report it)'
-        return note + (' (over 100 %: the peak is set too low; --peak_tflops=0 measures it '
-                       'again)')
+            return f', mfu {percent:.1f}% (over 100 %: a bug, please report it)'
+        return f', mfu {percent:.1f}% (over 100 %: --peak_tflops is too low)'
+
+    def compute_text(self, mfu):
+        return (f"{mfu['achieved_tflops']:.4g} TFLOP/s per device, {mfu['mfu_percent']:.1f}% of "
+                f"{mfu['hardware_peak_tflops']:.4g} ({self.costs.peak_source})")
+
+
+def memory_text(used):
+    return ', '.join(f'{kind} {size / GIB:.2f}' for kind, size in used.items()) + ' GiB'
+
+
+def gradient_text(norms):
+    """Return the gradient's norm now, and its mean and deviation when they were last computed."""
+    if norms['norm'] is None:
+        return 'gradient not finite'
+    text = f"gradient norm {norms['norm']:.4g}"
+    if 'mean' in norms:
+        text += f", mean {norms['mean']:.2e}, std {norms['std']:.2e} at iteration {norms['iter']}"
+    return text

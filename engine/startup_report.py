@@ -12,6 +12,8 @@ from engine.parallel import MODES
 from model import REGISTRY
 
 GIB = 2 ** 30
+QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
+              '--gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py')
 
 
 @dataclass
@@ -71,30 +73,47 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
 
 def startup_report(settings, costs, model, opt, batches, splits, data_sets, train_loader,
                    tokenizer, iter_num, parallel):
-    """Return {title: text} about the model, the data, the expected speed and the cost."""
+    """
+    Return {title: text} about the model, the data, the expected speed and the cost. The first
+    N_SHORT entries are a summary of the others.
+    """
     c, max_iters = model.config, settings['max_iters']
     sequences = batches.batch_size * batches.accumulation_steps
     tokens = costs.tokens_per_iter
+    epochs = max_iters * tokens / train_loader.n_tokens
+    n_params = model.get_num_params(False)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
     at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
     device = parallel.device
+    start = f'{max_iters - iter_num} iterations' if not settings['eval_only'] else 'evaluation only'
+    resumed = f' from {iter_num} on' if iter_num else ''
+    processes = f' x {parallel.world_size}, {MODES[parallel.mode]}' if parallel.distributed else ''
+    memory_here = total_memory(device) / GIB
     return {
+        'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
+                 f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
+        'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
+                f"{tokenizer.name if tokenizer else 'unknown'}, {epochs:.3g} epochs",
+        'training': f'{start}{resumed}, {tokens:,} tokens each, {describe(opt)}, {schedule}',
+        'machine': f"{device_name(device)}{processes}, {settings['dtype']}, "
+                   f"{'compiled' if costs.compiled else 'not compiled'}",
+        'cost': f"about {costs.estimate['peak'] / GIB:.2f} of {memory_here:.0f} GiB, and "
+                f'{duration(costs.expected_seconds)} at half of the peak speed',
         'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
-        'data': data_line(settings['dataset'], data_sets, train_loader, splits['val'].loader,
-                          tokenizer, max_iters * tokens),
+        'data sets': data_line(data_sets, train_loader, splits['val'].loader, max_iters * tokens),
         'architecture': architecture_line(c, costs.flex),
-        'parameters': f'{model.get_num_params(False):,} total, {n_trainable:,} trainable, '
+        'parameters': f'{n_params:,} total, {n_trainable:,} trainable, '
                       f'{model.get_num_params():,} non-embedding',
         'shape': f'{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, '
                  f'{c.kv_heads} kv heads, sequence {c.block_size}, '
                  f'vocabulary {c.vocab_size}',
         'batch': f'{batches.batch_size} sequences x {batches.per_rank} accumulation x '
                  f'{parallel.world_size} processes = {sequences} sequences, {tokens:,} tokens per '
-                 f'iteration, {max_iters * tokens / train_loader.n_tokens:.2f} epochs in all',
+                 f'iteration, {epochs:.2f} epochs in all',
         'optimizer': f"{describe(opt)}, {schedule}, weight decay {settings['weight_decay']:g}",
         'device': f'{device} ({device_name(device)}) x {parallel.world_size}, '
-                  f"{total_memory(device) / GIB:.0f} GiB, {settings['dtype']}, "
+                  f"{memory_here:.0f} GiB, {settings['dtype']}, "
                   f'{MODES[parallel.mode]}, compile {costs.compiled} '
                   f'({costs.compile_reason})',
         'peak': f'{costs.peak_flops / 1e12:.4g} TFLOP/s per device ({costs.peak_source})',
@@ -105,9 +124,24 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     }
 
 
-def data_line(dataset, data_sets, train_loader, val_loader, tokenizer, total_tokens):
-    line = (f'{dataset}: {train_loader.n_tokens:,} train tokens, {val_loader.n_tokens:,} val '
-            f"tokens, tokenizer {tokenizer.name if tokenizer else 'unknown'}")
+N_SHORT = 5  # lines of the start-up report that every run prints
+
+
+def say_startup(startup, costs, out_dir, verbose, console):
+    """Print the start-up report, in short or as a whole, and what may go wrong."""
+    n_shown, width, more = (None, 16, '') if verbose else (N_SHORT, 9, '; more: --verbose=True')
+    for title, text in [*list(startup.items())[:n_shown], ('out_dir', out_dir + more)]:
+        console.say(f'{title:<{width}} {text}')
+    if costs.too_large:
+        console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '
+                    '--activation_checkpointing=True')
+    if costs.expected_seconds > 3600:
+        console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
+                    f'more; {QUICK_LOOK}')
+
+
+def data_line(data_sets, train_loader, val_loader, total_tokens):
+    line = f'{train_loader.n_tokens:,} train tokens, {val_loader.n_tokens:,} val tokens'
     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', [])):
         epochs = total_tokens * share / loader.n_tokens
         line += f'; {share:.3g} from {name}, {epochs:.2f} epochs of its {loader.n_tokens:,} tokens'

@@ -12,7 +12,7 @@ import pytest
 from conftest import assert_equal_states, checkpoint, refused, run_logs, succeeded, train
 from engine import report
 from engine.checkpoint import State
-from engine.report import Console
+from engine.console import Console
 from tests.warm import HANGS
 
 ALWAYS_LOGGED = {'loss', 'lr', 'val/loss', 'train/loss', 'val/bits_per_byte', 'gradients/norm', 'gradients/layers/wte',
@@ -163,12 +163,6 @@ def test_wandb_without_a_reason_names_the_server(text_set, tmp_path):
         server.shutdown()
     succeeded(done, f'server {url} cannot be used', 'recorded offline')
     assert 'no message' not in done.stdout
-
-
-def test_the_console_escapes_control_characters(capsys):
-    """A model's text, a data set's name or a setting rewrites what the terminal shows."""
-    Console().say('a\x1b[2Jb\r\tc\nd')
-    assert capsys.readouterr().out == 'a\\x1b[2Jb\\r\tc\nd\n'
 
 
 def test_only_rank_0_waits_for_a_free_log_name(tmp_path, monkeypatch):

@@ -126,15 +126,9 @@ def test_the_run_log_has_every_evaluation(finished):
         assert all(type(value) is float for value in of_split.values())
 
 
-CONSOLE_WORDS = ('parameters', 'non-embedding', 'accumulation', 'float32', 'compile False', 'GiB', 'estimated',
-                 'TFLOP/s', 'FLOPs', 'left', 'peak', 'bits per byte')
-
-
-def test_the_console_says_what_a_run_will_cost_and_what_it_did(finished):
-    """The start-up report leaves out a line, or a run does not compare its memory with the estimate."""
-    out_dir, console = finished
-    assert [word for word in CONSOLE_WORDS if word not in console] == []
-    startup = run_logs(out_dir)[0]['startup_info']
+def test_a_run_compares_its_memory_with_the_estimate(finished):
+    """A run does not log the memory that it took, or estimates less than the process."""
+    startup = run_logs(finished[0])[0]['startup_info']
     assert 0 < startup['memory_estimate']['process'] < startup['memory_estimate']['peak']
     assert startup['memory_measured']['peak'] > 0
 

@@ -1,0 +1,49 @@
+"""Print for the person at the keyboard: lines that last, and one that shows the progress."""
+import os
+import shutil
+import sys
+import time
+
+from engine.common import CLEAR_LINE, highlight, printable
+
+
+class Console:
+    """
+    Print on rank 0 only, with control characters escaped. On a terminal the last line shows the
+    progress, and is rewritten ten times per second. Elsewhere a sign of life is printed after 10
+    seconds without a line. A terminal that closes does not end the run.
+    """
+    def __init__(self, speaks=True):
+        self.speaks, self.last_time = speaks, time.time()
+        self.terminal = speaks and sys.stdout.isatty()
+        self.share_done, self.status = 0.0, ''  # of the run; set where iterations are reported
+        sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
+
+    def say(self, text):
+        """Print a line, or several."""
+        clear = CLEAR_LINE if self.terminal else ''
+        self._write(f'{clear}{highlight(printable(text), sys.stdout)}\n')
+
+    def progress(self, text=''):
+        """Show the status of the run, and what it is doing right now."""
+        if time.time() - self.last_time < (0.1 if self.terminal else 10):
+            return
+        line = ', '.join(part for part in (self.status, text) if part)
+        if not self.terminal:
+            self.say(f'  ... {line}')
+            return
+        width = shutil.get_terminal_size().columns - 1  # the last column would start a new line
+        self._write(CLEAR_LINE + f'{bar(self.share_done)} {printable(line)}'[:width])
+
+    def _write(self, text):
+        if self.speaks:
+            try:
+                print(text, end='', flush=True)
+            except OSError:
+                sys.stdout = open(os.devnull, 'w')
+        self.last_time = time.time()
+
+
+def bar(share, width=20):
+    """Draw a share from 0 to 1: '[=====               ]  25%'."""
+    return f"[{'=' * int(share * width):<{width}}] {100 * share:3.0f}%"
