@@ -2,6 +2,7 @@
 The whole GPT in one file: the parts, the model, the loss, and text generation.
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # parameters, FLOPs and memory
+    python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
     python model.py --ckpt=out --export=hf_dir                  # to a folder for transformers
