@@ -544,9 +544,7 @@ class MLP(nn.Module):
 
 @register(FFN_TYPE, 'swiglu')
 class SwiGLU(nn.Module):
-    """
-    Gated FFN (https://arxiv.org/abs/2002.05202). An activation that is set replaces the gate's.
-    """
+    """Gated FFN (https://arxiv.org/abs/2002.05202), gated by SiLU unless activation is set."""
     default_activation = 'silu'
 
     def __init__(self, config):
@@ -565,6 +563,7 @@ class SwiGLU(nn.Module):
 
 @register(FFN_TYPE, 'geglu')
 class GEGLU(SwiGLU):
+    """The same, gated by GELU unless activation is set."""
     default_activation = 'gelu'
 
 
