@@ -2,6 +2,7 @@
 The whole GPT in one file: the parts, the model, the loss, and text generation.
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # parameters, FLOPs and memory
+    python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
     python model.py --ckpt=out --export=hf_dir                  # to a folder for transformers
@@ -45,7 +46,8 @@ ATTENTION_BACKEND = {}
 # function(x, norm, sublayer) -> x. Set its attribute final_norm to True if the last block's output
 # still has to be normalized, otherwise to False.
 NORM_POSITION = {}
-# Module(config); forward: (B, T, C) -> same shape
+# Module(config); forward: (B, T, C) -> same shape. If it has an attribute default_activation, that
+# replaces the preset's activation, but not one that was set.
 FFN_TYPE = {}
 
 REGISTRY = dict(
@@ -118,7 +120,7 @@ class GPTConfig:
     ffn_type: str = 'standard'
     weight_tying: bool = True
     n_kv_head: int | None = None  # None: n_head
-    d_ff: int | None = None  # None: 4 n_embd; swiglu: 8/3 n_embd, rounded up to a multiple of 256
+    d_ff: int | None = None  # None: 4 n_embd; gated: 8/3 n_embd, rounded up to a multiple of 256
     qk_norm: bool = False  # normalize q and k per head: https://arxiv.org/abs/2010.04245
     zero_init_residual: bool = False  # blocks start as the identity: arxiv.org/abs/1901.09321
     rope_theta: float = 10000.0
@@ -181,7 +183,8 @@ class GPTConfig:
     def from_settings(cls, settings, data_vocab=None):
         """
         Build the config from a dict of settings. Keys that are None or missing come from
-        arch_preset, then from the defaults above.
+        arch_preset, then from the defaults above. activation comes first from the ffn_type, if that
+        has a default_activation.
 
         data_vocab is the number of ids in the data set. It becomes vocab_size if that is unset,
         padded to a multiple of 64 above 1024, for speed.
@@ -193,6 +196,9 @@ class GPTConfig:
         for field in fields(cls):
             if settings.get(field.name) is not None:
                 chosen[field.name] = settings[field.name]
+        ffn = FFN_TYPE.get(chosen['ffn_type'])
+        if settings.get('activation') is None and hasattr(ffn, 'default_activation'):
+            chosen['activation'] = ffn.default_activation
         if data_vocab is not None:
             padded = data_vocab if data_vocab <= 1024 else math.ceil(data_vocab / 64) * 64
             vocab_size = chosen.setdefault('vocab_size', padded)
@@ -538,9 +544,9 @@ class MLP(nn.Module):
 
 @register(FFN_TYPE, 'swiglu')
 class SwiGLU(nn.Module):
-    """
-    Gated FFN (https://arxiv.org/abs/2002.05202). With --activation=gelu it is the paper's GEGLU.
-    """
+    """Gated FFN (https://arxiv.org/abs/2002.05202), gated by SiLU unless activation is set."""
+    default_activation = 'silu'
+
     def __init__(self, config):
         super().__init__()
         # with 8/3 C, three matrices have as many parameters as a standard FFN's two with 4 C
@@ -553,6 +559,12 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
         return self.dropout(self.c_proj(self.activation(gate) * up))
+
+
+@register(FFN_TYPE, 'geglu')
+class GEGLU(SwiGLU):
+    """The same, gated by GELU unless activation is set."""
+    default_activation = 'gelu'
 
 
 # the block

@@ -14,6 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,7 @@ class Reference:
 
     def ffn(self, x, name):
         h, act = self.linear(x, f'{name}.c_fc'), REFERENCE_ACTIVATION[self.c.activation]
-        if self.c.ffn_type == 'swiglu':
+        if self.c.ffn_type in ('swiglu', 'geglu'):
             gate, up = h.chunk(2, dim=2)
             return self.linear(act(gate) * up, f'{name}.c_proj')
         return self.linear(act(h), f'{name}.c_proj')
@@ -226,7 +227,7 @@ class Reference:
 KNOWN = dict(
     normalization=['layernorm', 'layernorm_nobias', 'rmsnorm'], activation=list(REFERENCE_ACTIVATION),
     position_encoding=['learned_absolute', 'rope', 'none'], norm_position=['pre', 'post'],
-    ffn_type=['standard', 'swiglu'])
+    ffn_type=['standard', 'swiglu', 'geglu'])
 
 
 # registry: properties of every combination
@@ -649,7 +650,7 @@ def test_swiglu_is_its_formula(d_ff, C, width):
 def test_swiglu_costs_what_four_times_the_width_costs():
     """A fair comparison needs equal cost: three matrices at 8/3 C are two at 4 C."""
     c = dict(n_embd=768, n_layer=1)
-    for ffn_type in ('standard', 'swiglu'):
+    for ffn_type in ('standard', 'swiglu', 'geglu'):
         assert on_meta(**c, ffn_type=ffn_type).flops_by_part()['ffn'] == 2 * 2 * 768 * 3072
 
 
@@ -877,6 +878,35 @@ def test_preset_means_what_its_name_promises(preset):
         assert GPTConfig.from_settings({}) == GPTConfig.from_settings({'arch_preset': 'custom'})
 
 
+ACTIVATION_OF = dict(swiglu='silu', geglu='gelu')
+
+
+@pytest.mark.parametrize('settings, activation', [
+    (dict(ffn_type='swiglu'), 'silu'),
+    (dict(ffn_type='swiglu', arch_preset='gpt2'), 'silu'),
+    (dict(ffn_type='swiglu', activation=None), 'silu'),
+    (dict(ffn_type='swiglu', activation='gelu'), 'gelu'),
+    (dict(ffn_type='geglu', arch_preset='llama'), 'gelu'),
+    (dict(ffn_type='standard', arch_preset='llama'), 'silu'),
+    (dict(arch_preset='llama', activation='relu'), 'relu'),
+    (dict(arch_preset='modern'), 'relu_squared'),
+], ids=str)
+def test_the_gate_of_an_ffn_is_the_one_that_its_name_says(settings, activation):
+    """--ffn_type=swiglu on a preset with GELU trained GEGLU."""
+    assert GPTConfig.from_settings(settings).activation == activation
+
+
+def test_an_old_checkpoint_keeps_its_gate():
+    """Before geglu had a name, swiglu was stored with the activation of its preset."""
+    old = shaken(ffn_type='swiglu', activation='gelu')
+    loaded = GPT.from_dict(dict(model=old.state_dict(), model_args=vars(old.config)))
+    assert loaded.config == old.config
+    geglu = GPT(replace(old.config, ffn_type='geglu')).eval()
+    geglu.load_state_dict(old.state_dict())
+    for model in loaded, geglu:
+        assert torch.equal(model(ids(B, T))[0], old(ids(B, T))[0])
+
+
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_key_set_by_hand_wins_over_the_preset(preset):
     """--arch_preset=llama --bias=True must have biases; False must not count as unset."""
@@ -887,6 +917,8 @@ def test_a_key_set_by_hand_wins_over_the_preset(preset):
             assert getattr(config, key) == value
             same = GPTConfig.from_settings({'arch_preset': preset})
             setattr(same, key, value)
+            if key == 'ffn_type':
+                same.activation = ACTIVATION_OF.get(value, same.activation)
             assert config == same, f'{key} changed more than itself from {preset_says!r}'
 
 

@@ -7,7 +7,7 @@ cells = {
     'gpt2': dict(arch_preset='gpt2'),
     '+ rmsnorm': _rmsnorm,
     '+ rope': _rope,
-    '+ swiglu': dict(**_rope, ffn_type='swiglu', activation='silu', d_ff=344),
+    '+ swiglu': dict(**_rope, ffn_type='swiglu', d_ff=344),
     '+ no biases': dict(arch_preset='llama', d_ff=344, weight_tying=True),
     '+ untied = llama': dict(arch_preset='llama', d_ff=344),
 }

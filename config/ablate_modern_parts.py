@@ -8,7 +8,7 @@ cells = {
     'layernorm': dict(normalization='layernorm'),
     'learned positions': dict(position_encoding='learned_absolute'),
     'gelu': dict(activation='gelu'),
-    'swiglu': dict(ffn_type='swiglu', activation='silu', d_ff=344),  # as many FLOPs
+    'swiglu': dict(ffn_type='swiglu', d_ff=344),  # as many FLOPs
     'no qk_norm': dict(qk_norm=False),
     'no zero_init_residual': dict(zero_init_residual=False),
     'no softcap': dict(logit_softcap=0.0),
@@ -22,7 +22,6 @@ dataset = 'shakespeare_char'
 n_layer = 2
 n_head = 4
 n_embd = 128
-d_ff = 512
 block_size = 64
 rope_theta = 300.0
 compile = False

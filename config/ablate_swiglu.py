@@ -2,10 +2,10 @@
 out_dir = 'out-ablate-swiglu'
 arch_preset = 'llama'
 cells = {  # two matrices of 128 x 512, or three of 128 x 344, which have 0.8 % more weights
-    'gelu': dict(ffn_type='standard', activation='gelu', d_ff=512),
-    'relu squared': dict(ffn_type='standard', activation='relu_squared', d_ff=512),
-    'swiglu': dict(ffn_type='swiglu', activation='silu', d_ff=344),
-    'geglu': dict(ffn_type='swiglu', activation='gelu', d_ff=344),
+    'gelu': dict(ffn_type='standard', activation='gelu'),
+    'relu squared': dict(ffn_type='standard', activation='relu_squared'),
+    'swiglu': dict(ffn_type='swiglu', d_ff=344),
+    'geglu': dict(ffn_type='geglu', d_ff=344),
 }
 seed = 1, 2, 3
 

@@ -7,7 +7,7 @@ n_layer = 6  # blocks; depth costs more time per parameter, width needs more dat
 n_head = 6  # query heads; divides n_embd, usually into heads of 64
 n_kv_head = 2  # key/value heads; divides n_head. n_head or None: ordinary attention, 1: multi-query
 n_embd = 384  # width; multiples of 64 are fastest
-d_ff = 1024  # feed-forward width; None: 4 n_embd; swiglu: 8/3 n_embd up to a multiple of 256
+d_ff = None  # feed-forward width; None: 4 n_embd; gated: 8/3 n_embd up to a multiple of 256
 block_size = 512  # context length in tokens; the cost of attention grows with its square
 vocab_size = 256  # at least the data set's; None: the data set's, above 1024 a multiple of 64
 
@@ -20,8 +20,10 @@ norm_position = 'pre'  # pre (GPT-2, LLaMA) | post (GPT-1; needs a longer warmup
 position_encoding = 'rope'  # learned_absolute | rope | none
 # sdpa (torch's fastest kernel) | manual (the definition) | chunked (less memory than manual)
 attention_backend = 'sdpa'
-ffn_type = 'swiglu'  # standard (two matrices) | swiglu (three; activation is applied to the gate)
-activation = 'silu'  # gelu (exact) | gelu_tanh (GPT-2's) | silu | relu | leaky_relu | relu_squared
+ffn_type = 'swiglu'  # standard (two matrices) | swiglu | geglu (three; gated by silu or gelu)
+# gelu (exact) | gelu_tanh (GPT-2's) | silu | relu | leaky_relu | relu_squared; None: the ffn_type's
+# own, if it has one
+activation = None
 bias = False  # biases in Linears and layernorm
 weight_tying = True  # token embeddings and head share one matrix
 qk_norm = True  # normalise q and k per head, which steadies high learning rates

@@ -15,7 +15,7 @@ vocab_size = 50304  # the same for any data set
 # divides 64
 batch_size = 4
 gradient_accumulation_steps = 8 * 8
-# If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 22 GB.
+# If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 20 GiB.
 max_iters = 600000  # 315 billion tokens
 lr_decay_iters = 600000
 warmup_iters = 2000

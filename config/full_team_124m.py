@@ -9,7 +9,6 @@ weight_tying = True
 n_layer = 12
 n_head = 12
 n_embd = 768
-d_ff = 2048  # 8/3 n_embd: three matrices of this width cost as much as GPT-2's two of 4 n_embd
 block_size = 1024
 vocab_size = 50304  # full_gpt2_124m.py's, not LLaMA's 32000: same data, same head
 

@@ -2,6 +2,7 @@
 Describe a model: parameters, FLOPs, memory. Inspect, merge and export checkpoints.
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # describe; needs no memory
+    python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
     python model.py --ckpt=out --export=hf_dir                  # for Hugging Face transformers
@@ -19,10 +20,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configurator import configure
+from configurator import Share, configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, first_line, printable, replacing, user_errors
-from engine.machine import check_memory, never_compiled, pick_device
+from engine.common import UserError, duration, first_line, printable, replacing, user_errors
+from engine.machine import (
+    DATASHEETS,
+    FLOAT16_ONLY,
+    GIB,
+    USABLE_MEMORY,
+    check_memory,
+    datasheet_peak,
+    find_gpu,
+    memory,
+    never_compiled,
+    pick_device,
+)
 from engine.optim import moment_numel
 from engine.schema import shown
 from model import GPT, GPTConfig
@@ -98,14 +110,14 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-def fake_tensors(config, batch_size, device):
+def fake_tensors(config, batch_size, dtype, device):
     """
     Return a context in which tensors have shapes but no data. For a small step on a CPU it does
-    nothing, because running that step is faster than importing fake tensors.
+    nothing, because running that step is faster than importing fake tensors, except in float16.
     """
     multiplications = 12 * config.n_layer * config.n_embd + config.vocab_size
     work = batch_size * config.block_size * config.n_embd * multiplications
-    if work <= 2 ** 32 and device.type == 'cpu':
+    if work <= 2 ** 32 and device.type == 'cpu' and dtype != 'float16':
         return contextlib.nullcontext()
     from torch._subclasses.fake_tensor import FakeTensorMode
     return FakeTensorMode()
@@ -122,7 +134,7 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
     autocast = contextlib.nullcontext()
     if dtype != 'float32':
         autocast = torch.autocast(device.type, getattr(torch, dtype))
-    fake = fake_tensors(config, batch_size, device)
+    fake = fake_tensors(config, batch_size, dtype, device)
     with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
         weights = live.now
@@ -207,16 +219,19 @@ def meta_model(settings):
         return GPT.without_data(GPTConfig.from_settings(settings, vocab_size))
 
 
-def describe(model, settings, device, dtype):
+def describe(model, settings, device, dtype, gpu=''):
     """
-    Return a text about a model's architecture and the cost of training it with these settings. The
-    model may be on the meta device.
+    Return a text about a model's architecture and the cost of training it with these settings, on a
+    device of this computer or on a GPU in DATASHEETS. The model may be on the meta device.
     """
     config = model.config
     lines = ['architecture']
     lines += [f'  {key:<24} {value}' for key, value in vars(config).items() if value is not None]
     lines += parameter_lines(model) + flops_lines(model)
-    lines += training_memory_lines(config, settings, device, dtype)
+    title, sizes = training_memory(model, settings, device, dtype, gpu)
+    lines += size_lines(title, sizes)
+    if gpu:
+        lines += gpu_lines(model, settings, dtype, sizes, gpu)
     lines += sampling_memory_lines(model)
     return printable('\n'.join(lines))
 
@@ -243,18 +258,62 @@ def flops_lines(model):
     return lines + [f'  {name:<40} {a:>16,.0f} {b:>16,.0f}' for name, a, b in rows]
 
 
-def training_memory_lines(config, settings, device, dtype):
-    batch_size = settings.get('batch_size', 1)
-    if batch_size == 'auto':
-        batch_size = 1
-    if batch_size < 1:
-        raise UserError(f'batch_size must be positive, not {batch_size}')
+def training_memory(model, settings, device, dtype, gpu=''):
+    """Return (title, {part: bytes}) of a training step, as train.py estimates it."""
+    batch_size = whole_batch_size(settings)
     optimizer = settings.get('optimizer', 'adamw')
     accumulation = settings.get('gradient_accumulation_steps', 1)
-    sizes = memory_estimate(config, batch_size, dtype, device, accumulation, optimizer=optimizer)
-    shown = {part: sizes[part] for part in ('weights', 'gradients', 'moments', 'activations')}
-    title = f'memory to train, {optimizer}, {dtype} on {device}, batch_size {batch_size}'
-    return size_lines(f'{title}, one process, estimated', shown)
+    present = memory(device)
+    # A GPU is estimated with the kernels of a CPU. In bfloat16 some of them keep more than a GPU's.
+    traced_dtype = 'float16' if gpu and dtype == 'bfloat16' else dtype
+    sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation,
+                            optimizer=optimizer)
+    if device.type == 'cpu' and not gpu:
+        weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        add_process(sizes, present.get('resident', present['peak']) - weights)
+    title = f'memory to train, {optimizer}, {dtype} on {gpu or device}, batch_size {batch_size}'
+    parts = {part: size for part, size in sizes.items() if part not in ('gathered', 'peak')}
+    return f'{title}, one process, estimated', parts
+
+
+def whole_batch_size(settings):
+    batch_size = settings.get('batch_size', 1)
+    if batch_size == 'auto':
+        return 1
+    if batch_size < 1:
+        raise UserError(f'batch_size must be positive, not {batch_size}')
+    return batch_size
+
+
+def gpu_lines(model, settings, dtype, sizes, gpu):
+    """Tell whether a training step fits a GPU, and how long it takes at the MFU in settings."""
+    gib, peak = DATASHEETS[gpu][1], datasheet_peak(gpu, dtype)
+    lines = [f'on one {gpu}, by its datasheet']
+    lines += [f"  {'memory':<24} {fit(sizes, gib)}"]
+    if peak is None:
+        return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
+    mfu, max_iters = settings['mfu'], settings['max_iters']
+    sequences = whole_batch_size(settings) * settings['gradient_accumulation_steps']
+    tokens_per_iter = sequences * model.config.block_size
+    speed = mfu * peak / model.flops_per_token()
+    seconds = tokens_per_iter / speed
+    return lines + [
+        f"  {'speed':<24} {speed:,.0f} tokens/s at {100 * mfu:g} % MFU (--mfu={mfu:g}) of "
+        f'{peak / 1e12:g} TFLOP/s, dense {dtype}',
+        f"  {'time':<24} {1000 * seconds:,.0f} ms per iteration of {tokens_per_iter:,} tokens; "
+        f'{duration(seconds * max_iters)} for {max_iters:,} iterations, without evaluations',
+    ]
+
+
+def fit(sizes, gib):
+    """Say whether {part: bytes} fits a GPU of so many GiB and, if not, what would help."""
+    needed, usable = sum(sizes.values()) / GIB, USABLE_MEMORY * gib
+    numbers = f'{needed:,.2f} GiB, and of its {gib} GiB about {usable:.0f} are free for tensors'
+    if needed <= usable:
+        return f'fits: {numbers}'
+    if needed - sizes['activations'] / GIB > usable:
+        return f'does not fit: {numbers}; divide the states with --use_fsdp=True on several'
+    return f'does not fit: {numbers}; try a smaller --batch_size or --activation_checkpointing=True'
 
 
 def sampling_memory_lines(model):
@@ -267,7 +326,7 @@ def sampling_memory_lines(model):
 
 def size_lines(title, sizes):
     sizes = sizes | {'total': sum(sizes.values())}
-    return [title] + [f'  {part:<24} {size / 1e9:>12,.3f} GB' for part, size in sizes.items()]
+    return [title] + [f'  {part:<24} {size / GIB:>12,.2f} GiB' for part, size in sizes.items()]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -358,6 +417,8 @@ def main():
     consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py would
     export = ''  # write the checkpoint to a folder for transformers, or to a .onnx file
     list = False  # print a table of every file in config/ with its counts
+    device = 'auto'  # cuda, mps or cpu; or a GPU that is elsewhere: --device=H100 tells its costs
+    mfu: Share = 0.4  # with --device=H100: the share of its peak that training reaches
     config, given = configure(__file__, TRAIN)
     for key in ('consolidate', 'export'):
         if config[key] and not config['ckpt']:
@@ -371,5 +432,8 @@ def main():
     elif config['ckpt']:
         inspect_checkpoint(config['ckpt'])
     else:
-        device, dtype = pick_device(config['device'], config['dtype'])
-        print(describe(meta_model(config), config, device, dtype))
+        gpu, dtype = find_gpu(config['device']), config['dtype']
+        if gpu and dtype == 'auto':
+            dtype = 'float16' if gpu in FLOAT16_ONLY else 'bfloat16'
+        device, dtype = pick_device('cpu' if gpu else config['device'], dtype)
+        print(describe(meta_model(config), config, device, dtype, gpu))

@@ -35,7 +35,7 @@ class Family:
 LLAMA_PARTS = dict(
     normalization=('rmsnorm',),
     position_encoding=('rope',),
-    ffn_type=('swiglu',),
+    ffn_type=('swiglu', 'geglu'),
     activation=tuple(ACTIVATIONS.values()),
     bias=(False,),
     qkv_bias=(False, True),  # with zeros as the bias of the attention's output

@@ -140,6 +140,8 @@ def read_settings(hf, block_size=None):
             settings[ours] = hf[theirs]
     check_sizes(settings, family)
     settings['activation'] = ACTIVATIONS[settings['activation']]
+    if settings['ffn_type'] == 'swiglu' and settings['activation'] in ('gelu', 'gelu_tanh'):
+        settings['ffn_type'] = 'geglu'
     if family.model_type == 'gpt2':
         return settings
 

@@ -14,6 +14,8 @@ import torch
 
 from engine.common import UserError, first_line, out_of_memory
 
+GIB = 2 ** 30
+
 
 def pick_device(device='auto', dtype='auto'):
     """Return (torch.device, dtype name). 'auto' picks the fastest that this machine has."""
@@ -64,29 +66,52 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
-# Dense bfloat16 TFLOP/s from the vendors' datasheets; float16 for V100 and T4, which have no
-# bfloat16 units. Figures twice as high assume 2:4 sparsity. The first name that occurs as
-# whole words in the device's name is used.
-DENSE_PEAKS = {
-    'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312,
-    'L40S': 362, 'A10': 125, 'RTX 4090': 165, 'RTX 3090': 71, 'RTX A6000': 155,
-    'V100': 125, 'T4': 65,
+# {GPU: (dense TFLOP/s in bfloat16 or, without units for it, in float16; GiB of memory)} from the
+# vendors' datasheets, which write GB and mean GiB. Figures twice as high assume 2:4 sparsity. The
+# first name that occurs as whole words in the device's name is used.
+DATASHEETS = {
+    'B200': (2250, 180), 'H200': (989, 141), 'H100 PCIe': (756, 80), 'H100 NVL': (835, 94),
+    'H100': (989, 80), 'A100 80GB': (312, 80), 'A100': (312, 40), 'L40S': (362, 48),
+    'A10': (125, 24), 'RTX 4090': (165, 24), 'RTX 3090': (71, 24), 'RTX A6000': (155, 48),
+    'V100 32GB': (125, 32), 'V100': (125, 16), 'T4': (65, 16),
 }
+FLOAT16_ONLY = 'V100 32GB', 'V100', 'T4'
+USABLE_MEMORY = 0.9  # the rest is for the driver, its libraries and gaps between tensors
+
+
+def find_gpu(name):
+    """
+    Return the key of DATASHEETS that a user means by `name`, such as h100 or RTX4090, or '' if it
+    is a device of this computer. Raise UserError if it is neither.
+    """
+    if re.fullmatch(r'auto|(cpu|cuda|mps)(:\d+)?', name):
+        return ''
+    for gpu in DATASHEETS:
+        if re.sub(r'\W', '', gpu).lower() == re.sub(r'[\W_]', '', name).lower():
+            return gpu
+    raise UserError(f"unknown device '{name}'; choose auto, cpu, cuda or mps for this computer, or "
+                    f"a GPU that is known by its datasheet: {', '.join(DATASHEETS)}")
+
+
+def datasheet_peak(gpu, dtype):
+    """Return the dense FLOP/s of a GPU in DATASHEETS, or None if there is none for the dtype."""
+    if dtype == 'float32' or dtype == 'bfloat16' and gpu in FLOAT16_ONLY:
+        return None
+    return DATASHEETS[gpu][0] * 1e12
 
 
 def peak_flops(device, dtype):
     """
     Return (FLOP/s, source): the datasheet's dense peak or, for an unknown device, the measured
     speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048 elsewhere, or smaller where that
-    would take more than half a second.
+    would take more than half a second. Other programs make a measured one lower, so it serves to
+    estimate times, and a share of it says little.
     """
     name = device_name(device) if device.type == 'cuda' else ''
-    for known, tflops in DENSE_PEAKS.items():
-        float16_only = known in ('V100', 'T4')
-        has_units = dtype == 'float16' or dtype == 'bfloat16' and not float16_only
-        full_size = not re.search('Laptop|MIG', name)
-        if has_units and full_size and re.search(rf'\b{known}\b', name):
-            return tflops * 1e12, f'dense {dtype} peak of {known}'
+    gpu = next((known for known in DATASHEETS if re.search(rf'\b{known}\b', name)), '')
+    if gpu and not re.search('Laptop|MIG', name):
+        if peak := datasheet_peak(gpu, dtype):
+            return peak, f'dense {dtype} peak of {gpu}'
     n, largest = 64, 8192 if device.type == 'cuda' else 2048
     while n < largest and 8 * matmul_time(n, device, dtype, 0.0) < 0.5:  # twice as large
         n *= 2
@@ -170,8 +195,8 @@ def check_memory(needed, device, what, keys):
     total = total_memory(device)
     if needed > total:
         where = 'GPU' if device.type == 'cuda' else 'computer'
-        raise UserError(f'{what} would take {needed / 1e9:,.1f} GB, and this {where} has '
-                        f'{total / 1e9:,.1f} GB of memory: lower {keys}')
+        raise UserError(f'{what} would take {needed / GIB:,.1f} GiB, and this {where} has '
+                        f'{total / GIB:,.1f} GiB of memory: lower {keys}')
 
 
 def free_memory(device):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from engine.cost import memory_estimate
-from engine.machine import free_memory
+from engine.machine import GIB, free_memory
 from engine.side import Side
 from model import GPT
 
@@ -24,7 +24,7 @@ def plan_ranks(config, s, model, device):
         rate, source = measure_rate(s, model.config, device)
     print(f'one device: {rate / 1e12:.3g} TFLOP/s ({source}); '
           f"interconnect {config['interconnect_gbps']:g} Gbit/s per rank, each way")
-    print(f"{'ranks':>6} {'mode':>7} {'micro-batches':>14} {'tokens/step':>14} {'GB/rank':>10} "
+    print(f"{'ranks':>6} {'mode':>7} {'micro-batches':>14} {'tokens/step':>14} {'GiB/rank':>10} "
           f"{'GB sent':>9} {'s/step':>17} {'tokens/s':>23}")
     bytes_per_sec = config['interconnect_gbps'] * 1e9 / 8
     rows = []
@@ -49,7 +49,7 @@ def print_plan_row(row):
     seconds = f'{low:,.3f}-{high:,.3f}'
     rates = f"{row['tokens'] / high:,.0f}-{row['tokens'] / low:,.0f}"
     print(f"{row['ranks']:>6} {row['mode']:>7} {row['micro_batches']:>14} {row['tokens']:>14,} "
-          f"{row['memory'] / 1e9:>10.2f} {row['sent'] / 1e9:>9.2f} {seconds:>17} {rates:>23}")
+          f"{row['memory'] / GIB:>10.2f} {row['sent'] / 1e9:>9.2f} {seconds:>17} {rates:>23}")
 
 
 def bytes_sent(model, dtype, micro_batches, ranks):

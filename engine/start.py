@@ -328,7 +328,10 @@ def fit_model(ckpt, config, given, resuming):
     asked = {key: value for key, value in config.items()
              if key in model_keys and key in given and value is not None}
     if 'arch_preset' in given:
-        asked = PRESETS[config['arch_preset']] | asked
+        preset = dict(PRESETS[config['arch_preset']])
+        if 'ffn_type' in asked:  # which may have an activation of its own
+            del preset['activation']
+        asked = preset | asked
     ckpt['model_args'].update({key: asked[key] for key in FREE & asked.keys()})
     ckpt['model_args']['dropout'] = config['dropout']  # as in nanoGPT: not from ckpt
     model = GPT.from_dict(ckpt).float()

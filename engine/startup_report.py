@@ -47,6 +47,9 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     unknown.
     """
     device, dtype = parallel.device, settings['dtype']
+    # before the peak, whose measurement leaves memory to this process that is not the run's
+    estimate = estimate_memory(model.config, loss, batches, settings['optimizer'], opt,
+                               state_tensors, dtype, parallel, console)
     peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
     if not peak:
         peak, peak_source = peak_flops(device, dtype)
@@ -60,8 +63,6 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     tokens = iters_left * tokens_per_iter + evaluations * eval_tokens / 3
     expected = tokens * flops_per_token / (0.5 * peak * parallel.world_size)
     compiled, why = choose_compile(compile, given, device, expected, settings['eval_only'])
-    estimate = estimate_memory(model.config, loss, batches, settings['optimizer'], opt,
-                               state_tensors, dtype, parallel, console)
     ranks_here = parallel.world_size if device.type == 'cpu' else 1
     too_large = estimate['peak'] * ranks_here > total_memory(device)
     # FSDP compiles block by block, and the mask is made outside the blocks

@@ -79,8 +79,8 @@ def test_the_ranges_of_the_settings_are_those_of_the_model(key):
 
 
 @pytest.mark.parametrize('script, parts', [
-    ('train.py', ['n_layer', 'n_embd', 'GB of memory']),
-    ('bench.py', ['n_layer', 'n_embd', 'GB of memory']),
+    ('train.py', ['n_layer', 'n_embd', 'GiB of memory']),
+    ('bench.py', ['n_layer', 'n_embd', 'GiB of memory']),
 ])
 def test_weights_beyond_the_memory_are_refused_before_they_are_built(tmp_path, text_set, script, parts):
     """--n_embd=1000000 ended with the allocator's text, if the machine survived the attempt."""

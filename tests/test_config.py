@@ -62,6 +62,18 @@ def test_known_sizes(args, n):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_does_not_fix_a_width_that_follows_from_others(name):
+    """d_ff = 2048 in full_llama_124m.py: with --ffn_type=standard it had 19 million parameters fewer."""
+    d_ff = built('config/' + name).config.d_ff
+    assert d_ff is None or count('config/' + name) != count(f'config/{name} --d_ff=None')
+
+
+def test_another_ffn_type_costs_as_much():
+    llama = 'config/full_llama_124m.py'
+    assert count(f'{llama} --ffn_type=standard') == count(f'{llama} --ffn_type=geglu') == count(llama)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_sets_known_keys_and_trains_whole_batches(name):
     """Token counts in comments must follow from the settings."""
     config, given = config_of('config/' + name)  # UserError for an unknown key or a wrong type

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import command
+from conftest import command, run_logs, succeeded, train
 from engine.common import UserError
-from engine.cost import describe, memory_estimate, meta_model
-from engine.machine import pick_device
+from engine.cost import describe, fit, memory_estimate, meta_model
+from engine.machine import DATASHEETS, GIB, datasheet_peak, find_gpu, peak_flops, pick_device
 from engine.parallel import Parallel
 from engine.report import gradient_statistics
 from model import GPTConfig
@@ -160,10 +160,10 @@ def test_a_run_without_compile_does_not_import_the_compiler():
 SETTINGS = dict(dataset='pystdlib', vocab_size=None, arch_preset='gpt2', n_layer=2, n_head=4, n_embd=64, block_size=32)
 
 
-def described(**settings):
+def described(gpu='', dtype='float32', **settings):
     """({label of a line: its first number}, text) of a description."""
     settings = SETTINGS | settings
-    text = describe(meta_model(settings), settings, CPU, 'float32')
+    text = describe(meta_model(settings), settings, CPU, dtype, gpu)
     found = re.findall(r'^  (\S.*?) {2,}([\d.,]+)(?: |$)', text, re.MULTILINE)
     return {label: float(number.replace(',', '')) for label, number in found}, text
 
@@ -175,7 +175,7 @@ def test_a_description_adds_up():
     assert rows['non-embedding'] == model.get_num_params()
     assert rows['trainable'] == model.get_num_params(False) == sum(rows[part] for part in model.params_by_part())
     assert rows['training, 3 x forward'] == 3 * rows['forward'] == model.flops_per_token()
-    assert rows['KV cache, 32 tokens'] == pytest.approx(2 * 2 * 2 * 64 * 32 / 1e9, abs=1e-3)
+    assert rows['KV cache, 32 tokens'] == pytest.approx(2 * 2 * 2 * 64 * 32 / GIB, abs=1e-2)
     assert 'memory to train, adamw, float32 on cpu, batch_size 1, one process, estimated' in text
 
 
@@ -195,6 +195,87 @@ def test_what_cannot_be_described_is_a_user_error():
     with pytest.raises(UserError, match='batch_size'):
         described(batch_size=0)
     assert 'batch_size 1,' in described(batch_size='auto')[1]
+
+
+def test_model_and_train_say_the_same_memory(text_set, tmp_path):
+    """One said GB of tensors; the other GiB of the process, with what the matmul that measures the peak had left."""
+    sizes = '--n_layer=4 --n_head=4 --n_embd=256 --block_size=128 --batch_size=16 --dtype=float32'.split()
+    succeeded(train(text_set, tmp_path, *sizes, '--dropout=0', '--max_iters=1', '--peak_tflops=0'))
+    estimate = run_logs(tmp_path)[0]['startup_info']['memory_estimate']
+    done = command('model.py', *sizes, f'--dataset={text_set}', '--gradient_accumulation_steps=2', '--device=cpu')
+    training = done.stdout[done.stdout.index('memory to train'):]
+    total = float(re.search(r'total +([\d.]+) GiB', training)[1])
+    assert total == pytest.approx(estimate['peak'] / GIB, abs=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a GPU that is elsewhere
+
+GPU_SETTINGS = dict(mfu=0.5, max_iters=1000, batch_size=4, gradient_accumulation_steps=8)
+
+
+@pytest.mark.parametrize('gpu', DATASHEETS)
+def test_a_gpu_elsewhere_is_described_by_its_datasheet(gpu):
+    flops = meta_model(SETTINGS).flops_per_token()
+    for dtype in ('bfloat16', 'float16', 'float32'):
+        text, peak = described(gpu, dtype, **GPU_SETTINGS)[1], datasheet_peak(gpu, dtype)
+        assert f'{dtype} on {gpu}, batch_size 4' in text and 'holes' not in text
+        assert f'of its {DATASHEETS[gpu][1]} GiB' in text and ' fits: ' in text
+        assert peak is not None or f'no peak for {dtype}' in text
+        assert peak is None or f'{0.5 * peak / flops:,.0f} tokens/s at 50 % MFU' in text
+    assert 'per iteration of 1,024 tokens' in described(gpu, 'float16', **GPU_SETTINGS)[1]
+
+
+@pytest.mark.parametrize('states, activations, words', [
+    (1, 1, '  fits: 2.00 GiB, and of its 80 GiB about 72 are'),
+    (30, 42, 'fits'),
+    (30, 43, 'does not fit: 73.00 GiB.*--batch_size'),
+    (73, 0, 'does not fit.*--use_fsdp'),
+])
+def test_a_tenth_of_a_gpu_is_not_for_tensors(states, activations, words):
+    assert re.search(words.strip(), fit(dict(weights=states * GIB, activations=activations * GIB), 80))
+
+
+@pytest.mark.parametrize('name, gpu', [
+    ('H100', 'H100'),
+    ('h100-pcie', 'H100 PCIe'),
+    ('RTX4090', 'RTX 4090'),
+    ('a100_80gb', 'A100 80GB'),
+    ('auto', ''),
+    ('cpu', ''),
+    ('cuda:1', ''),
+])
+def test_a_gpu_is_found_by_its_name(name, gpu):
+    assert find_gpu(name) == gpu
+
+
+def test_an_unknown_gpu_lists_the_known_ones():
+    """'Invalid device string', with --device=auto as the remedy."""
+    with pytest.raises(UserError) as e:
+        find_gpu('H1000')
+    assert all(gpu in str(e.value) for gpu in ("'H1000'", *DATASHEETS))
+
+
+@pytest.mark.parametrize('name, dtype, tflops', [
+    ('NVIDIA H100 80GB HBM3', 'bfloat16', 989),
+    ('NVIDIA H100 PCIe', 'bfloat16', 756),
+    ('NVIDIA A100-SXM4-80GB', 'float16', 312),
+    ('NVIDIA A100 80GB PCIe', 'bfloat16', 312),
+    ('Tesla V100-SXM2-32GB', 'float16', 125),
+    ('NVIDIA A10G', 'bfloat16', None),
+    ('NVIDIA H100 80GB HBM3', 'float32', None),
+    ('Tesla V100-SXM2-32GB', 'bfloat16', None),
+    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None),
+])
+def test_the_peak_of_a_gpu_is_that_of_its_datasheet(monkeypatch, name, dtype, tflops):
+    """An A10G is no A10, and a V100 has no bfloat16 units."""
+    monkeypatch.setattr('engine.machine.device_name', lambda device: name)
+    monkeypatch.setattr('engine.machine.matmul_time', lambda *_: 1.0)
+    flops, source = peak_flops(torch.device('cuda'), dtype)
+    if tflops is None:
+        assert source.startswith('measured')
+    else:
+        assert flops == tflops * 1e12 and source.startswith(f'dense {dtype} peak of')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

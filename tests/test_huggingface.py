@@ -219,6 +219,7 @@ OURS = {  # name: (the class that it becomes, settings)
     'llama': ('Llama', dict(arch_preset='llama', n_kv_head=2)),
     'llama 3': ('Llama', dict(arch_preset='llama') | LLAMA3_UNUSUAL),
     'llama qkv': ('Llama', dict(arch_preset='llama', qkv_bias=True, n_kv_head=2)),
+    'geglu': ('Llama', dict(arch_preset='llama', ffn_type='geglu')),
     'qwen3': ('Qwen3', dict(arch_preset='llama', qk_norm=True, n_kv_head=2)),
     'qwen3 qkv': ('Qwen3', dict(arch_preset='llama', qk_norm=True, qkv_bias=True)),
     'quick test': ('Qwen3', QUICK_TEST_PARTS),
@@ -241,6 +242,8 @@ def test_exported_logits_are_those_of_transformers(tmp_path, name):
     same_logits(ours, hf.eval())
     back = GPT.from_pretrained(tmp_path / 'hf')
     assert torch.equal(back(ids(B, T), all_logits=True)[0], ours(ids(B, T), all_logits=True)[0])
+    gate = {'gelu': 'geglu', 'gelu_tanh': 'geglu'}.get(ours.config.activation, 'swiglu')
+    assert back.config.ffn_type in ('standard', gate)
 
 
 @pytest.mark.parametrize('settings, parts', [

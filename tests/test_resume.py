@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import configure
 from conftest import (
     PYTHON,
+    ROOT,
     assert_equal_states,
     checkpoint,
     command,
@@ -18,6 +20,7 @@ from conftest import (
     train,
 )
 from data.loader import write_dataset
+from engine.start import fit_model
 from model import GPT, GPTConfig
 
 # resuming
@@ -47,6 +50,17 @@ def test_resume_takes_new_optimizer_settings(text_set, finished, tmp_path):
     groups = checkpoint(out_dir)['optimizer']['param_groups']
     assert [group['weight_decay'] for group in groups] == [0.3, 0.0]
     assert all(group['betas'] == (0.9, 0.9) and group['lr'] == 7e-4 for group in groups)
+
+
+@pytest.mark.parametrize('stored', ['silu', 'gelu'])
+def test_an_ffn_resumes_with_its_stored_gate_by_the_flags_that_began_it(stored):
+    """arch_preset says GELU, which a new swiglu does not have and one from before geglu had a name has."""
+    sizes = dict(n_layer=1, n_head=1, n_embd=8, block_size=8)
+    flags = ['--arch_preset=custom', '--ffn_type=swiglu', *(f'--{key}={n}' for key, n in sizes.items())]
+    config, given = configure(str(ROOT / 'train.py'), argv=flags)
+    model = GPT(GPTConfig.from_settings(config | dict(activation=stored, vocab_size=8)))
+    ckpt = dict(model=model.state_dict(), model_args=vars(model.config), iter_num=1, path='ckpt.pt')
+    assert fit_model(ckpt, config, given, resuming=True).config.activation == stored
 
 
 @pytest.mark.parametrize('flag, words', [

@@ -272,7 +272,7 @@ def test_a_missing_library_is_one_line(finished, tmp_path, library, flag):
     (['--temperature=1e308'], ['temperature']),
     (['--temperature=1e-40'], ['temperature']),
     (['--max_new_tokens=9223372036854775807'], ['max_new_tokens']),
-    (['--max_new_tokens=2147483647', '--num_samples=100000'], ['num_samples or max_new_tokens', 'GB']),
+    (['--max_new_tokens=2147483647', '--num_samples=100000'], ['num_samples or max_new_tokens', 'GiB']),
     (['--top_k=-1'], ['top_k']),
     (['--top_p=1.5'], ['top_p']),
     (['--slide=17'], ['slide']),
