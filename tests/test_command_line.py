@@ -10,7 +10,7 @@ from test_checkpoint import nanogpt_checkpoint
 from test_config import CONFIGS
 from test_configurator import refusal
 
-from configurator import COMMON, OTHER_NAMES, RANGES, choices, configure, read_block
+from configurator import COMMON, OTHER_NAMES, RANGES, choices, configure, read_block, suggest_key
 from conftest import ROOT, command, refused
 from engine.common import UserError
 from engine.cost import memory_estimate
@@ -62,6 +62,19 @@ def test_a_common_name_has_the_right_hint(script, name, ours):
     """--use_gradient_checkpointing=True was answered with sharded_checkpoint, and --lr=1e-3 with --help."""
     with pytest.raises(UserError, match=f"unknown key '{name}' on the command line; use {ours}$"):
         configure(str(ROOT / script), argv=[f'--{name}=1'])
+
+
+def test_the_names_in_the_docs_have_a_hint_at_ours():
+    """The table of other trainers' names in docs/from-nanogpt.md, and a hint that says something else."""
+    block = read_block(str(ROOT / 'train.py'))
+    rows = (ROOT / 'docs/from-nanogpt.md').read_text().split('## Names')[1].splitlines()
+    for row in rows:
+        first, _, others = row.removeprefix('|').partition('|')
+        ours = re.findall('`(.+?)`', first)
+        for name in re.findall('`(.+?)`', others):
+            hint = suggest_key(name, block)
+            assert name in block or any(f"'{key}'?" in hint or hint == f'; use {key}' for key in ours), (name, hint)
+    assert len(rows) > 10
 
 
 @pytest.mark.parametrize('script, flags', [

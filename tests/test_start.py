@@ -30,7 +30,7 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
 
 
 @pytest.mark.parametrize('flags, named', [
-    ([], 'fsdp_min_num_params backend muon_momentum cooldown_frac restart_iters attention_chunk_size min_lr'),
+    ([], 'fsdp_min_num_params backend attention_chunk_size muon_momentum cooldown_frac restart_iters min_lr'),
     (['--optimizer=muon', '--lr_schedule=sgdr', '--learning_rate=1', '--attention_backend=chunked'],
      'fsdp_min_num_params backend cooldown_frac'),
 ])
