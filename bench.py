@@ -12,7 +12,6 @@ Measure what a config costs on this machine: step time, tokens/s, TFLOP/s, MFU a
 a prompt, and data a training step with batches from the loader; memory compares the estimated with
 the measured memory of a step.
 
-
 Every side of a comparison runs in its own process, so its memory is measured separately. The sides
 take alternating steps, so other load on the machine affects them alike. Figures are medians, with
 the middle half in parentheses. Weights and ids are random. FLOPs count matmuls only, with attention

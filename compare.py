@@ -53,6 +53,7 @@ from configurator import (
     coerce,
     configure,
     read_block,
+    suggest_file,
 )
 from engine.common import (
     Locked,
@@ -104,7 +105,8 @@ def arguments(argv):
     for arg in argv:
         is_flag = arg.startswith('-') or '=' in arg and '/' not in arg
         if not is_flag and not arg.endswith('.py') and not os.path.isdir(arg):
-            raise UserError(f"'{arg}' is neither a config file nor the folder of a run")
+            raise UserError(f"'{arg}' is neither a config file nor the folder of a run"
+                            f'{suggest_file(arg)}')
     return files + [arg for arg in argv if not os.path.isdir(arg)]
 
 

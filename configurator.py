@@ -4,7 +4,7 @@ assignments at its top, override files are Python that assigns some of the same 
 --key=value flags come last and win.
 
     python train.py config/preset_quick_test.py --batch_size=32
-    python train.py --help
+    python train.py --help  # also --help=all, and --help=optimizer for one group
 
 A script calls this right after its block:
 
@@ -17,21 +17,28 @@ its help text. An annotation gives the type if the default does not show it, and
     log_interval: PositiveInt = 1  # iterations between log lines
     d_ff: Size = None  # feed-forward width; None: 4 n_embd
 
+A comment line of one word above a setting begins a group, with or without a note behind the word:
+`# data` or `# model: its sizes`. --help shows settings without a group, and the COMMON ones.
+
 Override files are code and are executed; nothing else is. Names in them that begin with an
 underscore are private to the file.
 """
 import ast
 import difflib
+import glob
 import io
+import itertools
 import os
+import re
 import sys
+import textwrap
 import tokenize
 import traceback
 import types
 import warnings
 from typing import Literal, NamedTuple, get_args
 
-from engine.common import UserError, show_error
+from engine.common import UserError, reader_may_exit, show_error, terminal_width
 from engine.schema import shown
 
 # Annotations that stand for a range. Python sees an ordinary int or float; read_block() finds the
@@ -40,6 +47,48 @@ PositiveInt = NonNegativeInt = Size = Layers = Seed = int
 PositiveFloat = NonNegativeFloat = Fraction = Share = OpenFraction = LogitScale = float
 
 ON_COMMAND_LINE = 'on the command line'  # where a flag was set, in `given`
+CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
+
+# The settings of train.py that people use most, which --help shows; --help=all shows the rest too.
+COMMON = """
+    out_dir eval_interval init_from
+    dataset gradient_accumulation_steps batch_size block_size
+    arch_preset n_layer n_head n_embd dropout
+    optimizer learning_rate max_iters
+    device compile
+""".split()
+
+# {a setting here: its names in other trainers}, for hints. Near misses need no line of their own.
+OTHER_NAMES = {
+    'n_layer': 'num_layers num_hidden_layers depth',
+    'n_head': 'num_heads num_attention_heads',
+    'n_kv_head': 'num_key_value_heads',
+    'n_embd': 'd_model hidden_size hidden_dim embed_dim dim',
+    'd_ff': 'intermediate_size ffn_dim',
+    'block_size': 'context_length max_position_embeddings seq_len max_seq_len sequence_length',
+    'norm_eps': 'layer_norm_epsilon eps',
+    'weight_tying': 'tie_weights tie_embeddings tie_word_embeddings',
+    'activation_checkpointing': 'gradient_checkpointing use_gradient_checkpointing',
+    'learning_rate': 'lr lr_max max_lr peak_lr',
+    'min_lr': 'lr_min min_learning_rate',
+    'warmup_iters': 'warmup warmup_steps',
+    'lr_decay_iters': 'cosine_cycle_iters',
+    'max_iters': 'steps num_steps max_steps total_steps train_steps num_iterations',
+    'beta1': 'adam_beta1',
+    'beta2': 'adam_beta2',
+    'grad_clip': 'clip_grad max_grad_norm max_l2_norm',
+    'gradient_accumulation_steps': 'grad_accum grad_accum_steps',
+    'batch_size': 'per_device_train_batch_size',
+    'dtype': 'precision mixed_precision torch_dtype',
+    'use_fsdp': 'fsdp',
+    'dataset': 'data data_dir data_path',
+    'out_dir': 'output_dir save_dir checkpoint_dir',
+    'eval_interval': 'eval_every eval_steps',
+    'save_interval': 'save_every save_steps',
+    'wandb_log': 'wandb use_wandb',
+    'init_from=resume, with the out_dir of the run': 'resume resume_from resume_from_checkpoint',
+    'start': 'prompt',
+}
 
 # {annotation: (words, whether a number is inside)}. Every number has a range. The limits keep
 # products and float32 from overflowing; no machine needs more. NaN is inside none of them.
@@ -64,6 +113,7 @@ class Setting(NamedTuple):
     kind: type  # int, float, bool, str, a Literal, or a union such as int | Literal['auto']
     comment: str
     range: str  # a key of RANGES, or '' if it is not a number
+    group: str  # the comment line that begins its group, or ''
 
 
 def read_block(script):
@@ -73,12 +123,15 @@ def read_block(script):
     """
     with tokenize.open(script) as f:
         source = f.read()
-    comments = {}
+    comments, groups = {}, {}  # {line number: text}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip('# ')
-    settings = {}
+            if match := re.fullmatch(r'\s*# ([\w/]+(: .+)?)\s*', token.line):
+                groups[token.start[0]] = match[1]
+    settings, group = {}, ''
     for statement in statements_before_configure(source, script):
+        group = groups.get(statement.lineno - 1, group)
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 annotation = None
@@ -93,7 +146,7 @@ def read_block(script):
         names = [n.id for n in ast.walk(statement) if isinstance(n, ast.Name)]
         range_name = next((n for n in names if n in RANGES), '')
         comment = comments.get(statement.end_lineno, '')
-        settings[name] = Setting(default, kind, comment, range_name)
+        settings[name] = Setting(default, kind, comment, range_name, group)
     return settings
 
 
@@ -190,13 +243,35 @@ def parse(text, kind):
 
 def suggestion(text, known):
     """Return the known word nearest to `text`, as a question; '' if none is near."""
-    match = difflib.get_close_matches(text, known, n=1)
+    match = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
     return f"; did you mean '{match[0]}'?" if match else ''
 
 
 def suggest_key(name, settings):
-    every = f"; 'python {sys.argv[0]} --help' lists every key"
+    """Return a hint at the setting that `name` stands for, or at --help."""
+    name = name.strip('-').replace('-', '_')
+    for ours, others in OTHER_NAMES.items():
+        if name in others.split() and re.match(r'\w+', ours)[0] in settings:
+            return f'; use {ours}'
+    every = f"; 'python {sys.argv[0]} --help=all' lists every key"
     return suggestion(name, settings) or every
+
+
+def suggest_file(path):
+    """
+    Return the config file whose name is nearest to that of `path`, with or without .py, as a
+    question. It may be in the folder of `path` or in config/.
+    """
+    found = {}
+    for folder in os.path.relpath(CONFIG), os.path.dirname(path):
+        for file in glob.glob(os.path.join(glob.escape(folder), '*.py')):
+            found[stem(file)] = file
+    match = difflib.get_close_matches(stem(path), found, n=1, cutoff=0.7)
+    return f"; did you mean '{found[match[0]]}'?" if match else ''
+
+
+def stem(path):
+    return os.path.basename(path).removesuffix('.py')
 
 
 def configure(script, *also, argv=None, convert=None):
@@ -205,7 +280,7 @@ def configure(script, *also, argv=None, convert=None):
     {name: value} for every key, given is {name: where} for those that were set. Scripts in `also`
     add the keys that `script` does not have itself.
 
-    Any mistake raises UserError, which sys.excepthook shows as one line. --help prints the keys and
+    Any mistake raises UserError, which sys.excepthook shows as one line. --help prints settings and
     exits. convert(name, value, default, kind) returns the value to store, or raises ValueError with
     what was expected; the default is coerce().
     """
@@ -217,9 +292,11 @@ def configure(script, *also, argv=None, convert=None):
     for other in also:
         for name, setting in read_block(other).items():
             settings.setdefault(name, setting)
-    if '--help' in argv or '-h' in argv:
-        show_help(script, own, settings)
-        raise SystemExit(0)
+    for arg in argv:
+        flag, _, group = arg.partition('=')
+        if flag in ('-h', '--help'):
+            show_help(script, own, settings, group)
+            raise SystemExit(0)
     convert = convert or (lambda name, *rest: coerce(*rest))
     config = {name: setting.default for name, setting in settings.items()}
     given = {}
@@ -255,27 +332,33 @@ def split_arguments(argv, settings):
     files, flags = [], []
     for i, arg in enumerate(argv):
         name, equals, text = arg.removeprefix('--').partition('=')
-        following = argv[i + 1] if i + 1 < len(argv) else '-'
         if arg.startswith('--') and equals and name.isidentifier():
             flags.append((name, text))
-        elif arg.startswith('--') and not equals and not following.startswith('-'):
-            raise UserError(f"flags are written --key=value: '{arg}={following}', "
-                            f"not '{arg} {following}'")
         elif arg.startswith('-') or equals:
-            hint = '' if name in settings else suggest_key(name.strip('-'), settings)
-            raise UserError(f"malformed flag '{arg}': flags are written --key=value{hint}")
+            following = argv[i + 1] if i + 1 < len(argv) else '-'
+            raise UserError(malformed(arg, following, settings))
         else:
             files.append(arg)
     return files, flags
 
 
+def malformed(arg, following, settings):
+    """Return the message for an argument that is not written --key=value."""
+    name, equals, _ = arg.strip('-').partition('=')
+    setting = settings.get(name)
+    hint = '' if setting else suggest_key(name, settings)
+    takes_true = setting and (setting.kind is bool or True in choices(setting.kind))
+    if takes_true and following not in ('True', 'False'):
+        hint = f', as in --{name}=True'
+    elif arg.startswith('--') and not equals and not following.startswith('-'):
+        return f"flags are written --key=value: '{arg}={following}', not '{arg} {following}'{hint}"
+    return f"malformed flag '{arg}': flags are written --key=value{hint}"
+
+
 def run_file(path, config):
     """Execute an override file with the values so far in scope. Return the names that it set."""
     if not os.path.isfile(path):
-        folder = os.path.dirname(path)
-        names = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
-        scripts = [os.path.join(folder, name) for name in names if name.endswith('.py')]
-        raise UserError(f"no such override file: '{path}'{suggestion(path, scripts)}")
+        raise UserError(f"no such override file: '{path}'{suggest_file(path)}")
     scope = dict(config, __file__=path, __name__='config')
     try:
         with open(path, 'rb') as f:
@@ -299,23 +382,74 @@ def run_file(path, config):
     return changes
 
 
-def show_help(script, own, settings):
+# -------------------------------------------------------------------------------------------------
+# --help
+
+def show_help(script, own, settings, asked):
+    """
+    Print the settings that people use most. `asked` is the value of --help: '', a group, or 'all'.
+    """
+    groups = list(dict.fromkeys(group_name(s) for s in settings.values() if s.group))
+    if asked in groups:
+        shown = [name for name, s in settings.items() if group_name(s) == asked]
+    elif asked == 'all':
+        shown = list(settings)
+    elif asked == '':
+        shown = [name for name, s in settings.items() if name in COMMON or not s.group]
+    else:
+        raise UserError(f"--help={asked}: there is no such group; choose from "
+                        f"{', '.join(['all', *groups])}")
+    width = terminal_width()
+    texts = []
+    if asked not in groups:
+        texts += introduction(script, asked == 'all', width)
+    texts += sections({name: own[name] for name in shown if name in own}, width)
+    others = {name: settings[name] for name in shown if name not in own}
+    if others:
+        texts += ['Settings of train.py, which override files may set:']
+        texts += sections(others, width)
+    if len(shown) < len(settings):
+        more = (f'--help=all shows all {len(settings)} settings, --help=GROUP those of a group: '
+                f"{', '.join(groups)}")
+        texts += [textwrap.fill(more, width)]
+    with reader_may_exit():
+        print('\n\n'.join(texts))
+
+
+def group_name(setting):
+    return setting.group.partition(':')[0]
+
+
+def introduction(script, whole, width):
+    """
+    Return the paragraphs of a script's docstring and its usage. Without `whole`, only the first
+    paragraph and the launch lines, which are indented.
+    """
     with tokenize.open(script) as f:
         docstring = ast.get_docstring(ast.parse(f.read())) or ''
+    first, *rest = docstring.split('\n\n')
+    if not whole:
+        rest = itertools.takewhile(lambda paragraph: paragraph.startswith(' '), rest)
+    texts = [text if text.startswith(' ') else textwrap.fill(text, width)
+             for text in (first, *rest)]
     program = os.path.basename(sys.argv[0])
-    lines = [docstring, '']
-    lines += [f'usage: python {program} [override_file.py ...] [--key=value ...]', '']
-    others = {name: setting for name, setting in settings.items() if name not in own}
-    lines += ['keys of this script:', *(help_line(*item) for item in own.items())]
-    if others:
-        lines += ['keys of train.py, which override files may set:']
-        lines += [help_line(*item) for item in others.items()]
-    print('\n'.join(lines))  # one print, because the reader may be `head`, which exits early
+    return texts + [f'usage: python {program} [override_file.py ...] [--key=value ...]']
 
 
-def help_line(name, setting):
+def sections(settings, width):
+    """Return one text per group: its heading, and its settings in the order of the block."""
+    texts = []
+    for group, items in itertools.groupby(settings.items(), key=lambda item: item[1].group):
+        lines = [help_line(*item, width) for item in items]
+        texts.append('\n'.join([group, *lines] if group else lines))
+    return texts
+
+
+def help_line(name, setting, width):
     kind = describe(setting.kind)
     text = setting.comment or kind
     if setting.comment and choices(setting.kind):
         text += f' ({kind})'
-    return f"{f'  --{name}={setting.default}':<42} {text}"
+    key = f'  --{name}={setting.default!r}'
+    return textwrap.fill(text, width, initial_indent=f'{key:<36} ', subsequent_indent=' ' * 37,
+                         break_long_words=False, break_on_hyphens=False)

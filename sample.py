@@ -11,7 +11,6 @@ Generate text from a trained model and print it token by token.
 """
 import codecs
 import itertools
-import os
 import sys
 from typing import Literal
 
@@ -21,7 +20,7 @@ from configurator import LogitScale, NonNegativeInt, PositiveInt, Seed, Share, c
 from data.tokenizer import Ids, find_tokenizer, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
-from engine.common import UserError, optional, printable, user_errors
+from engine.common import UserError, optional, printable, reader_may_exit, user_errors
 from engine.cost import check_sampling_fits
 from engine.huggingface import load_weights
 from engine.machine import pick_device
@@ -186,12 +185,10 @@ def ask():
 
 
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
-try:
+with reader_may_exit():
     if attention:
         draw(start)
     elif interactive:
         ask()
     else:
         generate(start)
-except BrokenPipeError:  # the reader of the output, such as head, has exited
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -68,7 +68,7 @@ sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
 verbose = False  # print the whole start-up report, and FLOP/s, memory and gradients per log line
-# logging besides the console and the run log
+# logging: besides the console and the run log
 wandb_log = False  # also log to Weights & Biases; offline where its server does not answer
 wandb_project = 'owt'  # its project
 wandb_run_name = 'gpt2'  # its run name
@@ -114,7 +114,7 @@ weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings, not of bias
 beta1: Fraction = 0.9  # decay of the first moment
 beta2: Fraction = 0.95  # decay of the second moment
 grad_clip: NonNegativeFloat = 1.0  # clip the global gradient norm to this; 0: do not clip
-# learning rate schedule
+# schedule: of the learning rate
 decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule: Literal['cosine', 'sgdr', 'wsd', 'linear', 'constant'] = 'cosine'  # after warmup
 warmup_iters: NonNegativeInt = 2000  # linear warmup

@@ -9,13 +9,31 @@ import urllib.request
 from pathlib import Path
 
 from data.documents import Source
-from engine.common import UserError, first_line, optional, printable, replacing, show_error
+from engine.common import (
+    UserError,
+    first_line,
+    optional,
+    printable,
+    reader_may_exit,
+    replacing,
+    show_error,
+    terminal_width,
+)
 
 SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/'
                'data/tinyshakespeare/input.txt')
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, width=terminal_width())
+
+
 class Parser(argparse.ArgumentParser):
+    def print_help(self, file=None):
+        with reader_may_exit():
+            super().print_help(file)
+
     def error(self, message):
         self.exit(2, printable(f'{self.prog}: {message} (--help shows the flags)') + '\n')
 
@@ -29,8 +47,7 @@ def script_parser(script, doc):
     script = Path(script).resolve()
     in_data = script.parent == Path(__file__).resolve().parent  # data/prepare.py itself
     name = '/'.join(script.parts[-2 if in_data else -3:])
-    return Parser(prog=name, description=doc, allow_abbrev=False,
-                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(prog=name, description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 def small_parser(script, doc, takes_input=True):

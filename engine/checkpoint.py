@@ -146,6 +146,19 @@ def newest_checkpoint(folder):
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
 
 
+def checkpoints_in(folder):
+    """Return the names of the checkpoints in a run's folder."""
+    return [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(folder, name))]
+
+
+def no_checkpoint(path):
+    """Return the message for a path without a checkpoint. It lists the run folders here."""
+    runs = [name for name in sorted(os.listdir()) if checkpoints_in(name)]
+    if not runs:
+        return f"no checkpoint at '{path}', and none in the folders here"
+    return f"no checkpoint at '{path}'; the folders here that have one: {', '.join(runs)}"
+
+
 def is_sharded(path):
     """Return whether a folder is itself a sharded checkpoint, and not a run's folder."""
     return os.path.isdir(path) and os.path.exists(os.path.join(path, 'info.pt'))
@@ -161,7 +174,7 @@ def load_checkpoint(path, moments=True):
     if os.path.isdir(path) and not is_sharded(path):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
     if not os.path.exists(path):
-        raise UserError(f"no checkpoint at '{path}'")
+        raise UserError(no_checkpoint(path))
     with reading(path):
         ckpt = load_sharded(path, moments) if os.path.isdir(path) else read_file(path)
         checked_facts(ckpt)

@@ -109,6 +109,21 @@ def printable(text):
     return re.sub(control, lambda match: match[0].encode('unicode_escape').decode(), text)
 
 
+def terminal_width():
+    """Return the width for help texts: the terminal's, but at least 60 and at most 100 columns."""
+    return max(60, min(shutil.get_terminal_size().columns, 100))
+
+
+@contextlib.contextmanager
+def reader_may_exit():
+    """Print within this block. If the reader of stdout, such as head, exits, drop the rest."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the interpreter flushes again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def script_name():
     """Return the script's path as a user would type it: train.py, data/prepare.py."""
     path = os.path.relpath(sys.argv[0])

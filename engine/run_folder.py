@@ -8,7 +8,7 @@ import shutil
 import socket
 
 from engine.checked_file import read_file, save_checked
-from engine.checkpoint import PLAIN, SHARDED, number_of
+from engine.checkpoint import PLAIN, SHARDED, checkpoints_in, number_of
 from engine.common import (
     Locked,
     UserError,
@@ -44,7 +44,7 @@ class RunFolder:
 
     def used(self):
         """Return the names of the checkpoints in the folder."""
-        return [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(self.path, name))]
+        return checkpoints_in(self.path)
 
     def lock(self):
         """

@@ -16,7 +16,15 @@ from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_me
 from data.tokenizer import get_tokenizer
 from engine import optim
 from engine.checked_file import reading
-from engine.checkpoint import is_ours, is_sharded, load_checkpoint, newest_checkpoint, read_facts
+from engine.checkpoint import (
+    checkpoints_in,
+    is_ours,
+    is_sharded,
+    load_checkpoint,
+    newest_checkpoint,
+    no_checkpoint,
+    read_facts,
+)
 from engine.common import (
     UserError,
     end_with_parent,
@@ -44,6 +52,8 @@ def check_settings(config, given, parallel):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
+    if config['init_from'] == 'resume' and not checkpoints_in(config['out_dir']):
+        raise UserError(no_checkpoint(config['out_dir']))
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
@@ -69,6 +79,9 @@ def notes(config, given, parallel):
         ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
         ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
         ('backend', not parallel.distributed, one_process),
+        ('attention_chunk_size',
+         config['attention_backend'] != 'chunked' and init_from == 'scratch',
+         'without --attention_backend=chunked'),
         ('muon_learning_rate', config['optimizer'] != 'muon', 'without --optimizer=muon'),
         ('muon_momentum', config['optimizer'] != 'muon', 'without --optimizer=muon'),
         ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),

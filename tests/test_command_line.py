@@ -10,7 +10,7 @@ from test_checkpoint import nanogpt_checkpoint
 from test_config import CONFIGS
 from test_configurator import refusal
 
-from configurator import RANGES, choices, read_block
+from configurator import COMMON, OTHER_NAMES, RANGES, choices, configure, read_block, suggest_key
 from conftest import ROOT, command, refused
 from engine.common import UserError
 from engine.cost import memory_estimate
@@ -20,14 +20,74 @@ from tests.warm import HANGS
 
 def test_train_help_lists_every_key_of_its_block():
     """A setting without a comment, or one that --help does not know."""
-    result = command('train.py', '--help')
+    result = command('train.py', '--help=all')
     assert result.returncode == 0 and result.stderr == ''
     block = (ROOT / 'train.py').read_text().split('config, given = configure')[0]
     settings = re.findall(r'^[a-z]\w*(?:: .+?)? = ', block, flags=re.M)
     keys = re.findall(r'^([a-z]\w*)(?:: .+?)? = .+?  # (.+)$', block, flags=re.M)
     assert len(keys) == len(settings) > 50, 'a setting without a comment'
+    words = ' '.join(result.stdout.split())
     for key, comment in keys:
-        assert re.search(rf'--{key}=.* +{re.escape(comment)}(?: \(.+\))?\n', result.stdout), key
+        assert re.search(rf'--{key}=\S+ {re.escape(comment)}( |$)', words), key
+
+
+def test_help_without_a_group_is_short():
+    """A new setting in no group is in every --help; a COMMON setting that was renamed is in none."""
+    block = read_block(str(ROOT / 'train.py'))
+    assert set(COMMON) <= block.keys() and all(setting.group for setting in block.values())
+    assert 15 <= len(COMMON) <= 20
+
+
+def test_other_names_lead_to_settings_that_exist():
+    """A hint that leads to a setting that was renamed, or that claims a name which is itself a setting."""
+    blocks = read_block(str(ROOT / 'train.py')) | read_block(str(ROOT / 'sample.py'))
+    names = ' '.join(OTHER_NAMES.values()).split()
+    assert all(re.match(r'\w+', ours)[0] in blocks for ours in OTHER_NAMES)
+    assert len(names) == len(set(names)) and not blocks.keys() & set(names)
+
+
+@pytest.mark.parametrize('script, name, ours', [
+    ('train.py', 'context_length', 'block_size'),
+    ('train.py', 'd_model', 'n_embd'),
+    ('train.py', 'hidden_size', 'n_embd'),
+    ('train.py', 'num_layers', 'n_layer'),
+    ('train.py', 'max_steps', 'max_iters'),
+    ('train.py', 'lr', 'learning_rate'),
+    ('train.py', 'lr_max', 'learning_rate'),
+    ('train.py', 'use_gradient_checkpointing', 'activation_checkpointing'),
+    ('train.py', 'resume_from', 'init_from=resume, with the out_dir of the run'),
+    ('sample.py', 'prompt', 'start'),
+])
+def test_a_common_name_has_the_right_hint(script, name, ours):
+    """--use_gradient_checkpointing=True was answered with sharded_checkpoint, and --lr=1e-3 with --help."""
+    with pytest.raises(UserError, match=f"unknown key '{name}' on the command line; use {ours}$"):
+        configure(str(ROOT / script), argv=[f'--{name}=1'])
+
+
+def test_the_names_in_the_docs_have_a_hint_at_ours():
+    """The table of other trainers' names in docs/from-nanogpt.md, and a hint that says something else."""
+    block = read_block(str(ROOT / 'train.py'))
+    rows = (ROOT / 'docs/from-nanogpt.md').read_text().split('## Names')[1].splitlines()
+    for row in rows:
+        first, _, others = row.removeprefix('|').partition('|')
+        ours = re.findall('`(.+?)`', first)
+        for name in re.findall('`(.+?)`', others):
+            hint = suggest_key(name, block)
+            assert name in block or any(f"'{key}'?" in hint or hint == f'; use {key}' for key in ours), (name, hint)
+    assert len(rows) > 10
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train.py', ['--init_from=resume', '--dataset=nonesuch']),
+    ('train.py', ['--init_from=resume', '--eval_only=True']),
+    ('sample.py', []),
+])
+def test_a_missing_checkpoint_is_said_first_and_the_others_are_listed(tmp_path, script, flags):
+    """The answer to --init_from=resume --out_dir=nope was that OpenWebText is not prepared."""
+    for path in ('out-a/ckpt.pt', 'out-b/ckpt_best.pt', 'out-c/ckpt_sharded', 'notes/text.txt'):
+        (tmp_path / path).mkdir(parents=True)
+    done = command(ROOT / script, *flags, '--out_dir=nope', cwd=tmp_path)
+    refused(done, "no checkpoint at 'nope'; the folders here that have one: out-a, out-b, out-c")
 
 
 SCRIPTS = 'train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/cost.py'

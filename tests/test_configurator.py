@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configurator import configure
-from conftest import ROOT
+from conftest import ROOT, one_line
 from engine.common import UserError
 from tests.warm import HANGS
 
@@ -300,6 +300,16 @@ def test_a_missing_override_file_names_the_nearest(configured, path, parts):
     refused(parts, configured, path, files={'file.py': ''})
 
 
+@pytest.mark.parametrize('path', [
+    'preset_quick_test', 'preset_quick_tset', 'preset_quick_tset.py', 'config/preset_quick_tset',
+    'config/preset_quick_tset.py', 'conifg/preset_quick_test.py'])
+def test_a_config_file_is_found_without_its_folder_or_extension(monkeypatch, path):
+    """Only names that ended in .py had a suggestion, and only from the folder that they named."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match="did you mean 'config/preset_quick_test.py'"):
+        configure('train.py', argv=[path])
+
+
 @pytest.mark.parametrize('args', [
     ['--count=9', 'a.py', 'b.py'],
     ['a.py', '--count=9', 'b.py'],
@@ -314,18 +324,102 @@ def test_flags_win_over_files_whatever_the_order(configured, args):
     assert given['count'] == 'on the command line' and 'b.py' in given['rate']
 
 
+@pytest.mark.parametrize('flag', [
+    '--d_model=64',
+    '--d-model=64',
+    '--d_model',
+    '-d_model',
+])
+def test_the_name_of_another_trainer_is_answered_with_ours(configured, flag):
+    """The hint at --d_model was the list of all keys, and that at --gradient_checkpointing another key."""
+    script = SCRIPT.replace('width: int', 'n_embd: int')
+    refused(['use n_embd'], configured, flag, files={'script.py': script})
+    refused(["'d_model'", "in 'a.py'", 'use n_embd'], configured, 'a.py',
+            files={'script.py': script, 'a.py': 'd_model = 64'})
+
+
+@pytest.mark.parametrize('args, hint', [
+    (['--flag'], "'--flag': flags are written --key=value, as in --flag=True"),
+    (['--mode'], 'as in --mode=True'),
+    (['--flag', 'file.py'], 'as in --flag=True'),
+    (['--flag', 'False'], "'--flag=False', not '--flag False'"),
+    (['--count'], "malformed flag '--count': flags are written --key=value"),
+])
+def test_a_flag_without_a_value_is_answered_with_the_flag_to_write(configured, args, hint):
+    """`--flag file.py` was answered with --flag=file.py, and a bare --flag without an example."""
+    refused([hint], configured, *args, files={'file.py': ''})
+
+
 def test_help_lists_every_key_with_default_and_comment(script):
-    """Help text that is written twice is wrong once."""
-    for args in (['--help'], ['-h'], ['--cuont=3', '--help']):
+    """Help text that is written twice is wrong once. Defaults without quotes: --name= and --name=None are unclear."""
+    for args in (['--help'], ['-h'], ['--cuont=3', '--help'], ['--help=all']):
         result = script(*args)
         assert result.returncode == 0 and result.stderr == ''
+        words = ' '.join(result.stdout.split())
         for line in SCRIPT.splitlines():
-            if match := re.match(r"(\w+)(?:: .+?)? = '?(.+?)'?  # (.+)", line):
+            if match := re.match(r"(\w+)(?:: .+?)? = (.+?)  # (.+)", line):
                 key, default, comment = match.groups()
-                row = rf'--{key}={re.escape(default)} +{re.escape(comment)}(?: \(.+\))?\n'
-                assert bool(re.search(row, result.stdout)) == (not key.startswith('_')), key
-        assert 'A script with settings.' in result.stdout and 'Positive' not in result.stdout
-        assert "a number or a word (int | 'auto')" in result.stdout
+                assert (f'--{key}={default} {comment}' in words) == (not key.startswith('_')), key
+        assert 'A script with settings.' in words and 'Positive' not in words
+        assert "a number or a word (int | 'auto')" in words
+
+
+GROUPED = '''"""
+A script with groups.
+
+    python script.py --out_dir=out
+
+More about it.
+"""
+alone = 1  # belongs to no group
+# A comment of many words.
+# I/O
+out_dir = 'out'  # a word and a word and a word and a word and a word and a word and a word and a word
+log_to = ''  # seldom needed
+# model: its sizes
+n_layer = 2  # blocks
+# a comment inside a group
+eps = 1e-5  # seldom needed
+config, given = configure(__file__)
+'''
+
+
+@pytest.mark.parametrize('flag, shown', [
+    ('--help', 'alone out_dir n_layer'),
+    ('--help=', 'alone out_dir n_layer'),
+    ('--help=all', 'alone out_dir log_to n_layer eps'),
+    ('--help=I/O', 'out_dir log_to'),
+    ('--help=model', 'n_layer eps'),
+])
+def test_help_shows_common_settings_or_a_group_or_all(configured, capsys, monkeypatch, flag, shown):
+    """--help was 73 lines of up to 120 columns."""
+    monkeypatch.setenv('COLUMNS', '70')
+    with pytest.raises(SystemExit) as ended:
+        configured(flag, files={'script.py': GROUPED})
+    text = capsys.readouterr().out
+    assert not ended.value.code and max(map(len, text.splitlines())) <= 70
+    assert re.findall(r'^  --(\w+)=', text, flags=re.M) == shown.split()
+    assert ('\nmodel: its sizes\n  --n_layer=2 ' in f'\n{text}') == ('n_layer' in shown)
+    assert ('    python script.py --out_dir=out\n\n' in text) == ('alone' in shown)
+    assert ('More about it.' in text) == (flag == '--help=all')
+    assert ('those of a group: I/O, model' in ' '.join(text.split())) == (flag != '--help=all')
+
+
+def test_an_unknown_group_is_one_line_that_names_the_groups(configured):
+    with pytest.raises(UserError) as caught:
+        configured('--help=modle', files={'script.py': GROUPED})
+    one_line(caught.value, '--help=modle', 'all, I/O, model')
+
+
+@pytest.mark.parametrize('script', ['train.py', 'data/prepare.py'])
+def test_help_ends_well_if_nobody_reads_it(script):
+    """`--help | head -3` may print 'Exception ignored ... BrokenPipeError' and end with status 120."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, script, '--help'], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE,
+                            timeout=HANGS)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b'')
 
 
 def test_only_rank_0_speaks_and_all_leave(script):

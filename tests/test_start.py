@@ -30,13 +30,14 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
 
 
 @pytest.mark.parametrize('flags, named', [
-    ([], 'fsdp_min_num_params backend muon_momentum cooldown_frac restart_iters min_lr'),
-    (['--optimizer=muon', '--lr_schedule=sgdr', '--learning_rate=1'], 'fsdp_min_num_params backend cooldown_frac'),
+    ([], 'fsdp_min_num_params backend attention_chunk_size muon_momentum cooldown_frac restart_iters min_lr'),
+    (['--optimizer=muon', '--lr_schedule=sgdr', '--learning_rate=1', '--attention_backend=chunked'],
+     'fsdp_min_num_params backend cooldown_frac'),
 ])
 def test_flags_that_do_nothing_are_named(tmp_path, flags, named):
     """A flag of another mode, optimizer or schedule has no effect, and nobody says so."""
     idle = ('--fsdp_min_num_params=5 --backend=gloo --muon_momentum=0.9 --cooldown_frac=0.5 --restart_iters=5 '
-            '--min_lr=1').split()
+            '--min_lr=1 --attention_chunk_size=8').split()
     done = train(tmp_path, tmp_path / 'out', *idle, *flags)
     assert re.findall(r'NOTE: (?:--)?(\w+) ', done.stdout) == named.split()
 
