@@ -113,7 +113,7 @@ def arguments(argv):
 # ------------------------------------------------------------------------------------------------
 # plan
 
-def plan(config, given):
+def plan(config, given, argv):
     """Return the list of Runs that the settings ask for."""
     if config['search'] == 1:
         raise UserError('search draws 2 cells or more, not 1')
@@ -121,8 +121,13 @@ def plan(config, given):
     if config['scaling']:
         base, _ = settings([f"--scaling={config['scaling']}"])
         return ladder(config, given, base, block)
+    without_flags, _ = settings([arg for arg in arguments(argv) if not arg.startswith('-')])
+    usual_iters = without_flags['max_iters']
+    if isinstance(usual_iters, (list, tuple)):
+        usual_iters = max(usual_iters)
     rng = np.random.default_rng(seeds_of(config)[0]) if config['search'] else None
-    runs = make_runs(config, given, block, make_cells(config, given, block, rng))
+    cells = make_cells(config, given, block, rng)
+    runs = make_runs(config, given, block, cells, usual_iters)
     if len(runs) == 1:
         raise UserError('nothing to compare: give a key several values, as in '
                         '--normalization=layernorm,rmsnorm --seed=1,2,3, or finished runs, as in '
@@ -158,7 +163,7 @@ def read_finished(folders, given):
 
 NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project wandb_run_name
     wandb_artifacts tensorboard_log sample_interval log_interval eval_interval save_interval
-    always_save_checkpoint gradient_log_interval device peak_tflops'''.split())
+    keep_interval ckpt always_save_checkpoint gradient_log_interval device peak_tflops'''.split())
 
 
 def group_by_config(results):
@@ -396,7 +401,7 @@ def main(argv):
     if folders:
         groups = read_finished(folders, given)
     else:
-        runs = plan(config, given)
+        runs = plan(config, given, argv)
         check_baseline(config, dict.fromkeys(run.cell for run in runs))
     lock = lock_out_dir(config['out_dir'])
     if runs:

@@ -2,16 +2,16 @@
 Train a GPT: on a laptop, on one GPU, or on many.
 
     python train.py config/preset_quick_test.py
-    python train.py config/full_llama_124m.py --max_iters=100 --normalization=layernorm
+    python train.py config/full_llama_124m.py --dataset=pystdlib --max_iters=100
     torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_124m.py  # one node
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --use_fsdp=True
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py config/full_gpt2_124m.py
 
 Writes out_dir/ckpt.pt (for resuming and sample.py), ckpt_best.pt (the lowest val loss),
-ckpt_prev.pt (the one before, used if ckpt.pt is damaged), lock (held while it runs) and
-run_YYYYMMDD_HHMMSS.json (everything measured). With --init_from=auto the same command starts or
-resumes a run.
+ckpt_prev.pt (the one before, used if ckpt.pt is damaged), ckpt_000500.pt and so on (with
+--keep_interval), lock (held while it runs) and run_YYYYMMDD_HHMMSS.json (everything measured). With
+--init_from=auto the same command starts or resumes a run.
 """
 import contextlib
 import math
@@ -49,6 +49,7 @@ from engine.console import Console
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
+from engine.schedule import schedule
 from engine.startup_report import measure_costs, say_startup, startup_report
 from model import GPT
 
@@ -62,7 +63,9 @@ eval_iters: PositiveInt = 200  # batches per split per evaluation, over all proc
 eval_only = False  # evaluate once and exit; on all of val unless --eval_iters is a flag too
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
+keep_interval: NonNegativeInt = 0  # iterations between those that stay, as ckpt_ITER.pt; 0: none
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
+ckpt = ''  # with init_from=resume: the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
@@ -110,6 +113,7 @@ learning_rate: PositiveFloat = 6e-4  # peak learning rate
 muon_learning_rate: PositiveFloat = 0.02  # Muon's peak learning rate; it follows the same schedule
 muon_momentum: Fraction = 0.95  # Nesterov momentum
 max_iters: PositiveInt = 600000  # optimizer steps
+epochs: NonNegativeFloat = 0.0  # passes over the training data instead of max_iters; 0: off
 weight_decay: NonNegativeFloat = 1e-1  # of matrices and embeddings, not of biases and norms
 beta1: Fraction = 0.9  # decay of the first moment
 beta2: Fraction = 0.95  # decay of the second moment
@@ -118,7 +122,7 @@ grad_clip: NonNegativeFloat = 1.0  # clip the global gradient norm to this; 0: d
 decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule: Literal['cosine', 'sgdr', 'wsd', 'linear', 'constant'] = 'cosine'  # after warmup
 warmup_iters: NonNegativeInt = 2000  # linear warmup
-lr_decay_iters: PositiveInt = 600000  # where the decay ends, usually max_iters
+lr_decay_iters: PositiveInt = None  # where the decay ends; None: at max_iters
 min_lr: NonNegativeFloat = 6e-5  # final learning rate, usually learning_rate / 10
 restart_iters: PositiveInt = 10000  # sgdr: iterations of the first cosine cycle
 restart_mult: PositiveInt = 2  # sgdr: each cycle is this many times as long as the one before
@@ -178,7 +182,7 @@ config.update(device=str(device), dtype=dtype)
 # set-up: data
 data_sets = find_datasets(dataset)
 for name, _, folder in data_sets:
-    start.prepare_data(name, str(folder), console, parallel)
+    start.prepare_data(name, str(folder), config['vocab_size'], console, parallel)
 run_folder = RunFolder(out_dir, sharded_checkpoint, parallel)
 run_folder.lock()
 meta = start.read_metas(data_sets)
@@ -189,31 +193,36 @@ if doc_mask and getattr(tokenizer, 'eot', None) is None:
                     f"data set '{dataset}' has none")
 
 # set-up: the model's config, and its weights unless they are new
-model_config, raw_model, ckpt = start.starting_point(
+model_config, raw_model, loaded = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
 model_config.doc_mask_token = tokenizer.eot if doc_mask else None
-state = State() if ckpt is None else State.from_dict(ckpt)
-if not parallel.all_equal(-1 if ckpt is None else state.iter_num):
+state = State() if loaded is None else State.from_dict(loaded)
+if not parallel.all_equal(-1 if loaded is None else state.iter_num):
     raise UserError('processes found different checkpoints (this one: iteration '
                     f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = start.auto_batch_size(
-        __file__, config, model_config, ckpt, console, parallel)
+        __file__, config, model_config, loaded, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
-resuming = ckpt is not None and not eval_only
-if resuming and (changed := start.changed_data(ckpt, config)):
+resuming = loaded is not None and not eval_only
+if resuming and (changed := start.changed_data(loaded, config)):
     console.say(f'NOTE: resumed with {changed}: from here on the data is read otherwise, and some '
                 'windows may be read twice')
-if resuming and state.last_eval_iter == state.iter_num >= max_iters:
-    console.say(f"{ckpt['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
-                'nothing to do')
-    parallel.leave(0)
 
 # set-up: data loaders
 train_loader = start.load_split('train', data_sets, model_config, device, seed=seed)
 # evaluations read the same windows in every run, whatever its seed
 eval_loaders = {split: start.load_split(split, data_sets, model_config, device, seed=0, shift=False)
                 for split in ('train', 'val')}
+
+# set-up: how long to train
+config.update(schedule(__file__, config, given, data_sets, train_loader, console))
+max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
+warmup_iters = config['warmup_iters']
+if resuming and state.last_eval_iter == state.iter_num >= max_iters:
+    console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
+                'nothing to do')
+    parallel.leave(0)
 os.makedirs(out_dir, exist_ok=True)
 run_folder.lock()  # again, because the folder may have been missing at the first call
 
@@ -234,16 +243,15 @@ opt = parallel.shard_optimizer(optim.build(optimizer, raw_model, config, device.
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 # More tensors to save and restore, {set: {name: tensor like a parameter}}: an EMA, for example
 state_tensors = {}
-if ckpt is not None:
-    run_folder.resumes(ckpt['path'])
-    restore_tensors(state_tensors, ckpt, parallel)
+if loaded is not None:
+    restore_tensors(state_tensors, loaded, parallel)
     if not eval_only:  # evaluation needs no moments
-        restore_optimizer(opt, optimizer, ckpt, parallel)
-    if scaler.is_enabled() and ckpt.get('scaler'):
-        start.restore_scaler(scaler, ckpt)
-    if 'compile' not in given and is_ours(ckpt):  # the same kernels give the same numbers
-        compile = ckpt['config'].get('compile', compile)
-del ckpt  # free its memory
+        restore_optimizer(opt, optimizer, loaded, parallel)
+    if scaler.is_enabled() and loaded.get('scaler'):
+        start.restore_scaler(scaler, loaded)
+    if 'compile' not in given and is_ours(loaded):  # the same kernels give the same numbers
+        compile = loaded['config'].get('compile', compile)
+del loaded  # free its memory
 
 # set-up: batches and evaluation
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
@@ -380,12 +388,14 @@ def save_checkpoint(best):
         torch_version=str(torch.__version__))
     model_tensors = raw_model.state_dict(keep_vars=True)  # keeps a tied tensor one object
     moments, param_groups = parallel.moments(opt)
+    also = [run_folder.best] if best else []
+    if keep_interval and state.iter_num % keep_interval == 0:
+        also.append(run_folder.numbered(state.iter_num))
     run_folder.save({'model': model_tensors, 'optimizer': moments} | state_tensors, param_groups,
-                    facts, best,
+                    facts, also,
                     before_rename=run_log.write)  # so that the log never lags behind a checkpoint
     run_log.add_checkpoint(run_folder.newest, best, time.time() - started)
-    also = f' and {os.path.basename(run_folder.best)}' if best else ''
-    console.say(f'saved {run_folder.newest}{also}')
+    console.say(' and '.join([f'saved {run_folder.newest}', *map(os.path.basename, also)]))
 
 
 def try_compiler():
@@ -410,7 +420,8 @@ while True:
     stop_status = parallel.all_max(stop.status)  # if one process has to stop, all do
     finished = state.iter_num >= max_iters or eval_only
     log_due = iteration_report.due(state.iter_num, log_interval)
-    save = bool(stop_status) or save_interval > 0 and state.iter_num % save_interval == 0
+    save = bool(stop_status)
+    save = save or any(n and state.iter_num % n == 0 for n in (save_interval, keep_interval))
     best = False
 
     # evaluate; all processes take this branch together

@@ -25,7 +25,6 @@ compile = False
 batch_size = 8
 gradient_accumulation_steps = 1
 max_iters = 600
-lr_decay_iters = 600
 warmup_iters = 50
 learning_rate = 2e-3
 min_lr = 1e-4

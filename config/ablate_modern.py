@@ -6,12 +6,12 @@ out_dir = 'out-ablate-modern'
 _adamw = dict(optimizer='adamw', learning_rate=2e-3, min_lr=1e-4)
 _muon = dict(optimizer='muon', learning_rate=0.012, min_lr=6e-4, muon_learning_rate=0.01)
 cells = {  # as many iterations as take the same time on one core, compiled
-    'gpt2, adamw': dict(arch_preset='gpt2', **_adamw, max_iters=666, lr_decay_iters=666),
-    'gpt2, muon': dict(arch_preset='gpt2', **_muon, max_iters=576, lr_decay_iters=576),
-    'llama, adamw': dict(arch_preset='llama', **_adamw, max_iters=762, lr_decay_iters=762),
-    'llama, muon': dict(arch_preset='llama', **_muon, max_iters=630, lr_decay_iters=630),
-    'modern, adamw': dict(arch_preset='modern', **_adamw, max_iters=581, lr_decay_iters=581),
-    'modern, muon': dict(arch_preset='modern', **_muon, max_iters=506, lr_decay_iters=506),
+    'gpt2, adamw': dict(arch_preset='gpt2', **_adamw, max_iters=666),
+    'gpt2, muon': dict(arch_preset='gpt2', **_muon, max_iters=576),
+    'llama, adamw': dict(arch_preset='llama', **_adamw, max_iters=762),
+    'llama, muon': dict(arch_preset='llama', **_muon, max_iters=630),
+    'modern, adamw': dict(arch_preset='modern', **_adamw, max_iters=581),
+    'modern, muon': dict(arch_preset='modern', **_muon, max_iters=506),
 }
 seed = 1, 2, 3
 

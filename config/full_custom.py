@@ -55,11 +55,12 @@ grad_clip = 1.0  # 0: no clipping
 
 # --- learning rate schedule
 max_iters = 2000
+epochs = 0.0  # e.g. 3.0: passes over the training data instead of max_iters; 0: off
 decay_lr = True  # False: learning_rate throughout
 # cosine | linear | wsd (constant, then linear at the end) | sgdr (cosine with restarts) | constant
 lr_schedule = 'cosine'
 warmup_iters = 100
-lr_decay_iters = 2000  # usually max_iters
+lr_decay_iters = None  # where the decay ends; None: at max_iters
 min_lr = 1e-4  # usually learning_rate / 10
 restart_iters = 500  # sgdr: iterations of the first cycle
 restart_mult = 2  # sgdr: each cycle is this many times as long as the one before
@@ -75,10 +76,12 @@ gradient_log_interval = 10  # iterations between gradient statistics in the log;
 sample_interval = 1  # evaluations between short text samples; 0: none
 always_save_checkpoint = True  # False: save only when val loss is the lowest so far
 save_interval = 0  # iterations between additional checkpoints; 0: none
+keep_interval = 0  # iterations between those that stay, as ckpt_000500.pt and so on; 0: none
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 # scratch | resume | auto (resume if there is a checkpoint); to fine-tune: another run's out_dir,
 # or a Hugging Face folder or id
 init_from = 'scratch'
+ckpt = ''  # with init_from = 'resume': the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # True: a new run may replace the checkpoints of an earlier one in out_dir
 wandb_log = False
 wandb_project = 'plaingpt'

@@ -1,6 +1,6 @@
 # GPT-2 1.36B: 1,357,565,184 parameters (tied, no biases; within 0.03 % of full_llama_1.36b.py)
 out_dir = 'out-gpt2-1.36b'
-dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
+dataset = 'openwebtext'  # --dataset=pystdlib: for a first try, without a download
 
 arch_preset = 'gpt2'
 bias = False
@@ -17,7 +17,6 @@ batch_size = 4
 gradient_accumulation_steps = 8 * 8
 # If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 20 GiB.
 max_iters = 600000  # 315 billion tokens
-lr_decay_iters = 600000
 warmup_iters = 2000
 learning_rate = 2e-4  # GPT-3's for this size
 min_lr = 2e-5

@@ -1,7 +1,7 @@
 # GPT-2 124M: 124,373,760 parameters (tied, no biases)
 # OpenAI's own 124,439,808 parameters: --bias=True --vocab_size=50257
 out_dir = 'out-gpt2-124m'
-dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
+dataset = 'openwebtext'  # --dataset=pystdlib: for a first try, without a download
 
 arch_preset = 'gpt2'
 bias = False  # as in nanoGPT: slightly better and faster
@@ -16,7 +16,6 @@ vocab_size = 50304  # GPT-2's 50257 rounded up to a multiple of 64; the same for
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000  # 295 billion tokens
-lr_decay_iters = 600000
 warmup_iters = 2000
 learning_rate = 6e-4  # GPT-3's for this size
 min_lr = 6e-5

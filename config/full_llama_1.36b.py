@@ -1,8 +1,8 @@
 # LLaMA 1.36B: 1,357,860,096 parameters (untied, as LLaMA is)
 out_dir = 'out-llama-1.36b'
-# For a first try, without a download. A real run needs a data set of at most 32000 ids:
-# openwebtext has 50257 and needs --vocab_size=50304, which makes it 1,442,204,928 parameters.
-dataset = 'pystdlib'
+# prepared with LLaMA's tokenizer: a data set has at most 32000 ids. GPT-2's 50257 need
+# --vocab_size=50304, which makes it 1,442,204,928 parameters.
+dataset = 'slimpajama_627b'  # --dataset=pystdlib: for a first try, without a download
 
 arch_preset = 'llama'
 n_layer = 18
@@ -18,7 +18,6 @@ batch_size = 4
 gradient_accumulation_steps = 8 * 8
 # If it does not fit: --activation_checkpointing=True. Weights, gradients and moments take 20 GiB.
 max_iters = 600000  # 315 billion tokens
-lr_decay_iters = 600000
 warmup_iters = 2000
 learning_rate = 2e-4  # GPT-3's for this size
 min_lr = 2e-5

@@ -1,6 +1,6 @@
 # Team 124M: 123,587,328 parameters (LLaMA's parts, tied as in full_llama_124m.py)
 out_dir = 'out-team-124m'
-dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
+dataset = 'openwebtext'  # --dataset=pystdlib: for a first try, without a download
 
 arch_preset = 'team'  # defined in PRESETS in model.py
 # LLaMA does not tie. Untied, it has 162,220,800 parameters, and the comparison with GPT-2 would
@@ -16,7 +16,6 @@ vocab_size = 50304  # full_gpt2_124m.py's, not LLaMA's 32000: same data, same he
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000
-lr_decay_iters = 600000
 warmup_iters = 2000
 learning_rate = 6e-4
 min_lr = 6e-5

@@ -1,6 +1,6 @@
 # GPT of 150M: 152,691,456 parameters (nanoGPT's mix, tied)
 out_dir = 'out-150m'
-dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
+dataset = 'openwebtext'  # --dataset=pystdlib: for a first try, without a download
 
 # nanoGPT's mix. --arch_preset=llama swaps the parts and unties the embeddings; with
 # --weight_tying=True as well, the size stays about the same.
@@ -15,7 +15,6 @@ vocab_size = 50304  # GPT-2's 50257 rounded up to a multiple of 64; the same for
 batch_size = 12
 gradient_accumulation_steps = 5 * 8
 max_iters = 6300  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
-lr_decay_iters = 6300
 warmup_iters = 700
 learning_rate = 6e-4  # GPT-3's for 125M
 min_lr = 6e-5

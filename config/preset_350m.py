@@ -1,6 +1,6 @@
 # GPT of 350M: 354,599,936 parameters (nanoGPT's mix, tied)
 out_dir = 'out-350m'
-dataset = 'pystdlib'  # for a first try, without a download; 'openwebtext' for a real run
+dataset = 'openwebtext'  # --dataset=pystdlib: for a first try, without a download
 
 # nanoGPT's mix. --arch_preset=llama swaps the parts and unties the embeddings; with
 # --weight_tying=True as well, the size stays about the same.
@@ -16,7 +16,6 @@ batch_size = 12
 gradient_accumulation_steps = 5 * 8
 # if it does not fit: --activation_checkpointing=True
 max_iters = 14500  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
-lr_decay_iters = 14500
 warmup_iters = 700
 learning_rate = 3e-4  # GPT-3's for 350M
 min_lr = 3e-5

@@ -15,7 +15,6 @@ batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 max_iters = 600000  # 295 billion tokens
-lr_decay_iters = 600000
 weight_decay = 1e-1
 
 eval_interval = 1000

@@ -25,7 +25,6 @@ beta1 = 0.8
 weight_decay = 0.0
 max_iters = 600
 lr_schedule = 'wsd'
-lr_decay_iters = 600
 warmup_iters = 0
 cooldown_frac = 0.85
 min_lr = 0.0

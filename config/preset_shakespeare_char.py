@@ -21,7 +21,6 @@ dropout = 0.2
 
 learning_rate = 1e-3  # small networks can take more
 max_iters = 5000
-lr_decay_iters = 5000
 min_lr = 1e-4
 beta2 = 0.99  # closer to 1 than usual, because there are few tokens per iteration
 warmup_iters = 100

@@ -17,7 +17,6 @@ vocab_size = 256  # bytes
 batch_size = 16
 gradient_accumulation_steps = 8
 max_iters = 6200  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
-lr_decay_iters = 6200
 warmup_iters = 200
 learning_rate = 8e-4  # between preset_tiny.py and GPT-3's 6e-4 at 125M
 min_lr = 8e-5

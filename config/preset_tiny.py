@@ -17,7 +17,6 @@ vocab_size = 256  # bytes
 batch_size = 8
 gradient_accumulation_steps = 8
 max_iters = 3400  # 20 tokens per parameter, https://arxiv.org/abs/2203.15556
-lr_decay_iters = 3400
 warmup_iters = 100
 learning_rate = 1e-3  # small networks can take more than GPT-3's 6e-4
 min_lr = 1e-4

@@ -23,7 +23,6 @@ learning_rate = 4e-3  # embeddings, head, norms
 weight_decay = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 0  # not needed with qk_norm and zero_init_residual
-lr_decay_iters = 6784
 cooldown_frac = 0.5
 min_lr = 0.0
 

@@ -33,6 +33,5 @@ grad_clip = 0.0
 lr_schedule = 'wsd'
 warmup_iters = 0
 max_iters = 2200
-lr_decay_iters = 2200
 cooldown_frac = 0.7
 min_lr = 0.0

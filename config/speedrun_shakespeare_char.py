@@ -38,6 +38,5 @@ grad_clip = 0.0
 max_iters = 250
 lr_schedule = 'wsd'
 warmup_iters = 0
-lr_decay_iters = 250
 cooldown_frac = 0.85
 min_lr = 4e-4

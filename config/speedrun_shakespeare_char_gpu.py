@@ -29,6 +29,5 @@ weight_decay = 0.1
 lr_schedule = 'wsd'
 warmup_iters = 0
 max_iters = 500
-lr_decay_iters = 500
 cooldown_frac = 0.7
 min_lr = 0.0

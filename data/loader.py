@@ -99,7 +99,8 @@ def check_meta(meta, path):
         raise UserError(f'{path} cannot be used: {e}: {REMEDY}') from None
 
 
-FACTS = {'about': str, 'download_mb': float, 'vocab_size': (None, VOCAB_SIZE), 'needs_flags': str}
+FACTS = {'about': str, 'download_mb': float, 'vocab_size': (None, VOCAB_SIZE), 'needs_flags': str,
+         'takes_tokenizer': bool}
 
 
 def prepare_facts(script):
@@ -112,6 +113,7 @@ def prepare_facts(script):
         'download_mb': 0,
         'vocab_size': None,
         'needs_flags': '',  # flags that the script requires, such as '--input=FILE'
+        'takes_tokenizer': False,  # whether --tokenizer=... makes other ids than vocab_size
     }
     try:
         tree = ast.parse(Path(script).read_text(encoding='utf-8'))

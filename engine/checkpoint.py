@@ -1,7 +1,7 @@
 """
 Read the checkpoints of a run, and restore a run from one. out_dir holds the newest checkpoint, the
-previous one and the best one, each as one file (ckpt.pt) or, with --sharded_checkpoint, as a folder
-(ckpt_sharded) with a file per process.
+previous one, the best one and those of keep_interval, each as one file (ckpt.pt) or, with
+--sharded_checkpoint, as a folder (ckpt_sharded) with a file per process.
 
 A checkpoint is a dict of tensors and plain values, a superset of nanoGPT's: 'model', 'optimizer',
 'model_args', 'iter_num', 'best_val_loss' and 'config'. It does not depend on the parallel mode that
@@ -13,8 +13,10 @@ contains
 
 engine/checked_file.py reads and writes these files, engine/run_folder.py the folder of a run.
 """
+import glob
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -26,6 +28,7 @@ from engine.schema import Between, check
 
 PLAIN = 'ckpt.pt', 'ckpt_prev.pt', 'ckpt_best.pt'
 SHARDED = 'ckpt_sharded', 'ckpt_sharded_prev', 'ckpt_sharded_best'
+NUMBERED = re.compile(r'ckpt_\d{6,}\.pt|ckpt_sharded_\d{6,}')  # ckpt_000500.pt, kept for good
 
 
 @dataclass
@@ -141,14 +144,21 @@ def newest_checkpoint(folder):
     found = existing('ckpt.pt', 'ckpt_sharded')
     if not existing('ckpt_sharded'):  # a kill between the two renames that replace it
         found += existing('ckpt_sharded_prev')
-    if not found:  # a kill during the first save, which is also the best one
-        found = existing('ckpt_best.pt', 'ckpt_sharded_best')
+    if not found:  # a kill during the first save, which is also the best one or kept
+        found = existing('ckpt_best.pt', 'ckpt_sharded_best', *numbered_checkpoints(folder))
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
+
+
+def numbered_checkpoints(folder):
+    """Return the names of the checkpoints that keep_interval has kept in a run's folder."""
+    names = glob.glob('ckpt_*', root_dir=folder)
+    return sorted(name for name in names if NUMBERED.fullmatch(name))
 
 
 def checkpoints_in(folder):
     """Return the names of the checkpoints in a run's folder."""
-    return [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(folder, name))]
+    names = [name for name in PLAIN + SHARDED if os.path.exists(os.path.join(folder, name))]
+    return names + numbered_checkpoints(folder)
 
 
 def no_checkpoint(path):

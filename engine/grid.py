@@ -13,6 +13,7 @@ from typing import NamedTuple
 from configurator import ON_COMMAND_LINE, coerce
 from data.loader import find_datasets, prepare_facts, read_meta
 from engine.common import UserError
+from engine.schedule import fit_schedule, flags_in, schedule_note
 from engine.study import Run
 
 
@@ -121,24 +122,33 @@ def combinations(axes, draws, rng):
     return [{key: draw(values) for key, values in axes.items()} for _ in range(draws)]
 
 
-def make_runs(config, given, block, cells):
+def make_runs(config, given, block, cells, usual_iters=0):
     """
     Return a Run per cell and seed. Seeds are outermost, so that an interrupted study can be
-    compared.
+    compared. A cell with fewer iterations than usual_iters has a shorter warmup, as in train.py.
     """
     axes = several_values(config)
     keys = [k for k in block
             if k in given and k not in axes and k not in ('seed', 'overwrite', 'out_dir')]
     shared = {k: config[k] for k in keys}
-    runs, windows = [], None
+    runs, windows, notes = [], None, []
     for seed in seeds_of(config):
         for cell, own in cells.items():
             chosen = shared | own | {'seed': seed}
+            # here, because halving starts runs with a smaller max_iters and the same schedule
+            flags = flags_in(given) | own.keys()
+            fitted = fit_schedule(config | chosen, flags, usual_iters)
+            notes.append(schedule_note(config | chosen, fitted))
+            chosen |= fitted
+            if chosen.get('epochs'):
+                raise UserError('the runs of a study end at --max_iters, not after --epochs')
             windows = match_windows(cell, chosen, config, windows)
             name = re.sub(r'[^\w.,=+-]+', '_', cell)[:150] + f',seed={seed}'
             folder = os.path.join(config['out_dir'], name)
             max_iters = chosen.get('max_iters', config['max_iters'])
             runs.append(Run(cell, seed, folder, chosen, max_iters))
+    for note in filter(None, dict.fromkeys(notes)):
+        print(note, flush=True)
     if len({run.folder for run in runs}) < len(runs):
         raise UserError('two cells would have the same folder: give them names that differ in '
                         'letters or digits')

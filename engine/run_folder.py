@@ -1,6 +1,6 @@
 """
-The out_dir of a run: its lock, and the newest, the previous and the best checkpoint. A kill at any
-moment leaves a complete checkpoint. The format of checkpoints is in engine/checkpoint.py.
+The out_dir of a run: its lock, and the newest, the previous, the best and the numbered checkpoints.
+A kill at any moment leaves a complete checkpoint. Their format is in engine/checkpoint.py.
 """
 import contextlib
 import os
@@ -40,6 +40,7 @@ class RunFolder:
         self.newest, self.previous, self.best = (os.path.join(path, name) for name in self.names)
         self.new_run = True
         self.newest_is_ours = False  # True once this run has saved it or resumed from it
+        self.origin = None  # the checkpoint that a new run starts from, if any
         self.lock_file, self.can_lock = None, True
 
     def used(self):
@@ -72,15 +73,25 @@ class RunFolder:
         if self.parallel.all_max(int(refusal is not None)):
             self.parallel.fail(refusal)
 
+    def numbered(self, iter_num):
+        """Return the path of the checkpoint that keep_interval keeps at an iteration."""
+        name = f'ckpt_sharded_{iter_num:06d}' if self.sharded else f'ckpt_{iter_num:06d}.pt'
+        return os.path.join(self.path, name)
+
+    def starts_from(self, path):
+        """Record that this is a new run, which starts from another's checkpoint at `path`."""
+        self.origin = os.path.realpath(path)
+
     def resumes(self, path):
-        """Record that the run resumes from the checkpoint at `path`."""
+        """Record that the run continues from its own checkpoint at `path`."""
         self.new_run = False
         self.newest_is_ours = os.path.basename(path) == self.names[0]  # not a fallback
 
-    def save(self, sets, param_groups, facts, best, before_rename):
+    def save(self, sets, param_groups, facts, also, before_rename):
         """
-        Replace the newest checkpoint. A kill at any moment leaves a complete one. The previous
-        checkpoint is kept, and the best one if `best`.
+        Replace the newest checkpoint. A kill at any moment leaves a complete one. The one before it
+        stays as the previous checkpoint. `also` are further paths that get the new one, as hard
+        links: self.best if it is the best, self.numbered(...) if it is to be kept.
 
         `sets` is {'model': state dict, 'optimizer': Parallel.moments(), and any other set of
         tensors shaped like parameters}. `facts` are plain values. `before_rename` is called on rank
@@ -92,7 +103,7 @@ class RunFolder:
         try:
             write(temporary, sets, param_groups, facts)
             self._on_master(before_rename)
-            self._on_master(lambda: self._rename(temporary, best))
+            self._on_master(lambda: self._rename(temporary, also))
         except OSError as e:
             self._on_master(lambda: remove(temporary))
             self.parallel.fail(f"checkpoint '{self.newest}' could not be written; the existing "
@@ -179,25 +190,23 @@ class RunFolder:
                     pieces[f'{kind}/{name}'] = shape, 0, t
         return pieces
 
-    def _rename(self, temporary, best):
+    def _rename(self, temporary, also):
         if self.new_run and not self.newest_is_ours:
             self._remove_earlier_run()
+        # `also` first, because replacing `newest` marks these iterations as done
         if self.sharded:
-            self._rename_folder(temporary, best)
+            for path in also:
+                link_folder(temporary, path)
+            self._rename_folder(temporary)
         else:
             if self.newest_is_ours:
                 link_or_copy(self.newest, self.previous)
-            if best:  # first, because replacing `newest` marks these iterations as done
-                link_or_copy(temporary, self.best)
+            for path in also:
+                link_or_copy(temporary, path)
             os.replace(temporary, self.newest)
         sync_folder(self.path)
 
-    def _rename_folder(self, temporary, best):
-        if best:  # hard links to the same files
-            remove(self.best + '.tmp')
-            shutil.copytree(temporary, self.best + '.tmp', copy_function=link_or_copy)
-            remove(self.best)
-            os.replace(self.best + '.tmp', self.best)
+    def _rename_folder(self, temporary):
         if self.newest_is_ours:
             remove(self.previous)
             os.replace(self.newest, self.previous)
@@ -208,11 +217,21 @@ class RunFolder:
     def _remove_earlier_run(self):
         """
         Remove an earlier run's checkpoints, so that this run never falls back to one or takes it
-        for newer because of its iteration number.
+        for newer because of its iteration number. Only the one that this run started from stays.
         """
         for name in self.used():
-            if name != 'ckpt.pt' or self.sharded:  # os.replace replaces that file atomically
-                remove(os.path.join(self.path, name))
+            path = os.path.join(self.path, name)
+            replaced = name == 'ckpt.pt' and not self.sharded  # by os.replace, atomically
+            if not replaced and os.path.realpath(path) != self.origin:
+                remove(path)
+
+
+def link_folder(path, other):
+    """Replace the folder `other` by one with hard links to the files in `path`."""
+    remove(f'{other}.tmp')
+    shutil.copytree(path, f'{other}.tmp', copy_function=link_or_copy)
+    remove(other)
+    os.replace(f'{other}.tmp', other)
 
 
 def check_finite(tensors):

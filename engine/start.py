@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import asdict, fields
 
-from configurator import ON_COMMAND_LINE, check_value, configure
+from configurator import check_value, configure
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from engine import optim
@@ -35,6 +35,7 @@ from engine.common import (
 )
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
+from engine.schedule import flags_in
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
@@ -52,7 +53,8 @@ def check_settings(config, given, parallel):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
-    if config['init_from'] == 'resume' and not checkpoints_in(config['out_dir']):
+    own = config['init_from'] == 'resume' and not config['ckpt']
+    if own and not checkpoints_in(config['out_dir']):
         raise UserError(no_checkpoint(config['out_dir']))
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
@@ -61,6 +63,12 @@ def check_settings(config, given, parallel):
     if config['use_zero1'] and config['use_fsdp']:
         raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
                         'moments, weights and gradients')
+    both = config['epochs'] and 'max_iters' in given
+    if both and len(flags_in(given) & {'epochs', 'max_iters'}) != 1:
+        raise UserError('epochs and max_iters both say how long to train: leave one of them out')
+    if config['ckpt'] and config['init_from'] not in ('resume', 'auto'):
+        raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
+                        f"--init_from={config['ckpt']} alone starts from its weights")
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not parallel.distributed:
             raise UserError(f'{key} needs several processes; run: '
@@ -72,9 +80,10 @@ def check_settings(config, given, parallel):
 
 def notes(config, given, parallel):
     """Return notes on flags that have no effect because another setting is missing."""
-    one_process = 'in one process'
+    one_process, flags = 'in one process', flags_in(given)
     no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
     schedule, init_from = config['lr_schedule'], config['init_from']
+    continues = init_from in ('resume', 'auto') and not config['ckpt']
     useless = [
         ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
         ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
@@ -87,14 +96,17 @@ def notes(config, given, parallel):
         ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
         ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
         ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
-        ('overwrite', config['overwrite'] and init_from in ('resume', 'auto'),
-         f'with --init_from={init_from}'),
+        ('overwrite', continues and config['overwrite'], f'with --init_from={init_from}'),
     ]
     lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
-             if is_useless and given.get(key) == ON_COMMAND_LINE]
+             if is_useless and key in flags]
     if config['wandb_artifacts'] and not config['wandb_log']:
         lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
     rate, min_lr = config['learning_rate'], config['min_lr']
+    only_adamw = 'learning_rate' in flags and 'muon_learning_rate' not in flags
+    if config['optimizer'] == 'muon' and only_adamw:
+        lines.append('NOTE: --learning_rate is for embeddings, head and norms; Muon trains the '
+                     f"other matrices with --muon_learning_rate={config['muon_learning_rate']:g}")
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
         lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
                      'learning rate will rise to it')
@@ -110,7 +122,7 @@ def settings_of_run(script, config, given):
     keys = [key for key in keys if key not in given]
     init_from, out_dir = config['init_from'], config['out_dir']
     own_run = init_from in ('scratch', 'resume', 'auto')
-    path = out_dir if own_run else init_from
+    path = config['ckpt'] or (out_dir if own_run else init_from)
     if not os.path.isfile(path) and not is_sharded(path):
         path = newest_checkpoint(path)
     if not path or init_from == 'scratch' or not keys:
@@ -140,18 +152,18 @@ def previous_of(out_dir, newest):
 # -------------------------------------------------------------------------------------------------
 # data
 
-def prepare_data(name, folder, console, parallel):
+def prepare_data(name, folder, vocab_size, console, parallel):
     """
     Prepare a data set if necessary, on the first process of each node, by its own prepare.py or,
     for a text file, by data/prepare.py. Raise UserError if it does not exist, or with the command
-    to run if it is a large download.
+    to run if it is a large download. vocab_size is the model's, or None if it is the data set's.
     """
     prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
     if parallel.local_rank == 0 and not prepared:
         if os.path.isfile(name):
             prepare_file(name, folder, console)
         else:
-            run_recipe(name, folder, console)
+            run_recipe(name, folder, vocab_size, console)
     parallel.barrier()
 
 
@@ -167,7 +179,7 @@ def prepare_file(name, folder, console):
         raise SystemExit(2)  # prepare.py has printed the error
 
 
-def run_recipe(name, folder, console):
+def run_recipe(name, folder, vocab_size, console):
     script = os.path.join(folder, 'prepare.py')
     if not os.path.isdir(folder):
         recipes = glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py'))
@@ -182,20 +194,48 @@ def run_recipe(name, folder, console):
                         f'data/prepare.py --input={source} --out=NAME, then --dataset=NAME')
     facts = prepare_facts(script)
     megabytes, command = facts['download_mb'], f'python {shlex.quote(os.path.relpath(script))}'
+    check_vocabulary(name, facts, vocab_size, command)
     if megabytes > 100:
-        raise UserError(f"data set '{name}' is not prepared and is a download of {megabytes:,.0f} "
-                        f'MB; to fetch it: {command}')
+        raise UserError(f"data set '{name}' is not prepared; to prepare it, with "
+                        f'{download_of(megabytes)}: {command}; {TRY_AT_ONCE}')
     if facts['needs_flags']:
         raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
                         f"{facts['needs_flags']}")
     if not is_recipe(script):
         raise UserError(f"data set '{name}' is not prepared, and only the prepare.py of folders in "
                         f'{os.path.join(ROOT, "data")} are run; to run this one: {command}')
-    size = f'a download of {megabytes} MB' if megabytes else 'no download'
-    console.say(f"preparing data set '{name}' by {command} ({size}): {facts['about']}")
+    console.say(f"preparing data set '{name}' by {command} ({download_of(megabytes)}): "
+                f"{facts['about']}")
     if run_script(script):
         raise UserError(f"data set '{name}' could not be prepared, see above; to try again: "
                         f'{command}')
+
+
+TRY_AT_ONCE = 'to try this config at once, without a download: --dataset=pystdlib'
+
+
+def download_of(megabytes):
+    if not megabytes:
+        return 'no download'
+    size = f'{megabytes / 1000:,.3g} GB' if megabytes > 100 else f'{megabytes:g} MB'
+    return f'a download of {size}'
+
+
+def check_vocabulary(name, facts, vocab_size, command):
+    """
+    Raise UserError, before anybody waits for the download, if a recipe makes more ids than
+    vocab_size, the model's. The commands in the message make them fit.
+    """
+    n_ids = facts['vocab_size']
+    if not (n_ids and vocab_size and n_ids > vocab_size):
+        return
+    remedy = f'add --vocab_size={GPTConfig.from_settings({}, n_ids).vocab_size} here'
+    if facts['takes_tokenizer']:
+        remedy = (f'prepare it by {command} --tokenizer=PATH/tokenizer.json, with a tokenizer of '
+                  f"at most {vocab_size:,} ids such as LLaMA's; or by {command}, and {remedy}")
+    raise UserError(f"data set '{name}' ({download_of(facts['download_mb'])}) is not prepared, and "
+                    f'its {n_ids:,} ids would not fit vocab_size={vocab_size}: {remedy}; '
+                    f'{TRY_AT_ONCE}')
 
 
 def run_script(script, *flags):
@@ -268,9 +308,11 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     for another run's weights, all three to resume. Raise UserError if out_dir, checkpoint and
     settings do not fit.
     """
-    init_from, used = config['init_from'], folder.used()
-    resuming = init_from == 'resume' or init_from == 'auto' and bool(used)
-    if used and not resuming and not config['eval_only']:
+    init_from, path, used = config['init_from'], config['ckpt'], folder.used()
+    if init_from == 'auto' and used and not config['eval_only']:
+        path = ''  # this run has come further than the file that it started from
+    resuming = init_from == 'resume' or init_from == 'auto' and bool(used or path)
+    if used and (path or not resuming) and not config['eval_only']:
         check_overwrite(config, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
@@ -278,7 +320,9 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
         return model_config, None, None
     if resuming:
-        ckpt = load_to_resume(folder, console)
+        ckpt = load_to_resume(folder, path, console)
+        if path and not config['eval_only']:
+            console.say(f"resuming from '{ckpt['path']}'; new checkpoints go to '{folder.path}'")
     else:
         block_size = config['block_size'] if 'block_size' in given else None
         ckpt = load_weights(init_from, block_size)
@@ -300,23 +344,25 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
 
 def check_overwrite(config, used, console):
     if not config['overwrite']:
-        raise UserError(f"out_dir '{config['out_dir']}' holds a run ({', '.join(used)}): "
+        shown = ', '.join(used[:4] + ['...'] * (len(used) > 4))
+        raise UserError(f"out_dir '{config['out_dir']}' holds a run ({shown}): "
                         '--init_from=resume or --init_from=auto continues it, another --out_dir '
                         'keeps it, --overwrite=True replaces it')
     console.say('WARNING: overwrite=True: this run will replace the checkpoints in '
                 f"'{config['out_dir']}'")
 
 
-def load_to_resume(folder, console):
-    """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
-    previous = previous_of(folder.path, newest_checkpoint(folder.path))
-    try:
-        ckpt = load_checkpoint(folder.path, moments=False)
-    except UserError as e:
-        if not os.path.exists(previous):
-            raise
-        console.say(f'WARNING: {e}; using the previous checkpoint')
-        ckpt = load_checkpoint(previous, moments=False)
+def load_to_resume(folder, path, console):
+    """
+    Load the checkpoint at `path` to start a run in out_dir from it or, without a path, the newest
+    one in out_dir to continue that run.
+    """
+    if path:
+        ckpt = load_checkpoint(path, moments=False)
+        folder.starts_from(ckpt['path'])
+    else:
+        ckpt = load_newest(folder, console)
+        folder.resumes(ckpt['path'])
     if not {'optimizer', 'iter_num', 'best_val_loss'} <= ckpt.keys():
         raise UserError(f"checkpoint '{ckpt['path']}' has weights only and cannot be resumed; "
                         f"--init_from={ckpt['path']} and another --out_dir fine-tune it")
@@ -324,6 +370,18 @@ def load_to_resume(folder, console):
         with reading(ckpt['path']):
             check(ckpt, {'config': dict.fromkeys(DATA_SETTINGS, object)})
     return ckpt
+
+
+def load_newest(folder, console):
+    """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
+    previous = previous_of(folder.path, newest_checkpoint(folder.path))
+    try:
+        return load_checkpoint(folder.path, moments=False)
+    except UserError as e:
+        if not os.path.exists(previous):
+            raise
+        console.say(f'WARNING: {e}; using the previous checkpoint')
+        return load_checkpoint(previous, moments=False)
 
 
 def restore_scaler(scaler, ckpt):

@@ -6,6 +6,7 @@ import random
 import struct
 import zipfile
 from dataclasses import asdict, make_dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from engine.checkpoint import (
     Pieces,
     State,
     load_checkpoint,
+    newest_checkpoint,
+    numbered_checkpoints,
     read_facts,
     restore_optimizer,
     restore_tensors,
 )
 from engine.common import UserError, create, replacing
 from engine.parallel import Parallel
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, remove
 from model import GPT, POSITION_ENCODING, GPTConfig
 from test_model import B, Reference, T, close, gradients, ids, shaken
 
@@ -393,7 +396,8 @@ def test_every_set_of_tensors_is_saved_and_restored(tmp_path, sharded):
     folder = RunFolder(str(tmp_path), sharded, parallel)
     moments, groups = parallel.moments(optimizer)
     sets = {'model': model.state_dict(keep_vars=True), 'optimizer': moments, 'ema': ema}
-    folder.save(sets, groups, dict(model_args=vars(model.config), iter_num=1), best=True, before_rename=lambda: None)
+    facts = dict(model_args=vars(model.config), iter_num=1)
+    folder.save(sets, groups, facts, [folder.best], before_rename=lambda: None)
     ckpt = load_checkpoint(tmp_path, moments=False)
     restored = {name: torch.zeros_like(t) for name, t in ema.items()}
     restore_tensors({'ema': restored}, ckpt, parallel)
@@ -423,11 +427,32 @@ def test_saving_writes_nothing_through_a_link(tmp_path, sharded):
         for name in names:
             os.symlink(folder if sharded else file, out_dir / f'{name}.tmp')
         sets = {'model': dict(shaken().state_dict(keep_vars=True)), 'optimizer': {}}
-        run.save(sets, [], dict(model_args={}, iter_num=it), best=True, before_rename=lambda: None)
+        run.save(sets, [], dict(model_args={}, iter_num=it), [run.best], before_rename=lambda: None)
         for name in names:
             (out_dir / f'{name}.tmp').unlink(missing_ok=True)
     assert [load_checkpoint(out_dir / name)['iter_num'] for name in names] == [2, 1, 2]
     assert file.read_text() == 'keep' and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_kept_checkpoints_are_links_that_a_kill_or_a_new_run_cannot_confuse(tmp_path, sharded):
+    """They take the space twice, are lost by a kill in the first save, or stay beside another run's."""
+    def saved(run, *iters):
+        for it in iters:
+            sets = {'model': dict(shaken().state_dict(keep_vars=True)), 'optimizer': {}}
+            facts = dict(model_args={}, iter_num=it)
+            run.save(sets, [], facts, [run.numbered(it)], before_rename=lambda: None)
+        return run
+    run = saved(RunFolder(str(tmp_path), sharded, Parallel()), 5, 10)
+    names = numbered_checkpoints(tmp_path)
+    assert [load_checkpoint(tmp_path / name)['iter_num'] for name in names] == [5, 10]
+    kept, newest = Path(run.numbered(10)), Path(run.newest)
+    assert (kept / 'info.pt').samefile(newest / 'info.pt') if sharded else kept.samefile(newest)
+    for path in (run.newest, run.previous):  # as if the first save had been killed between its two renames
+        remove(path)
+    assert newest_checkpoint(tmp_path) == str(kept) and run.used() == names
+    saved(RunFolder(str(tmp_path), sharded, Parallel()), 3)
+    assert numbered_checkpoints(tmp_path) == [os.path.basename(run.numbered(3))]
 
 
 def test_a_sharded_folder_of_an_older_version_names_the_command(tmp_path):

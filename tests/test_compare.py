@@ -131,7 +131,7 @@ def test_ablations_in_config_build(name):
     flops = [meta_model(config | own).flops_per_token() for own in cells.values()]
     assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
     for own in cells.values():
-        assert (config | own)['max_iters'] == (config | own)['lr_decay_iters']
+        assert (config | own)['lr_decay_iters'] is None  # the decay ends at max_iters
     assert config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure, read_block
 from conftest import ROOT
+from data.loader import prepare_facts
 from engine.cost import LiveBytes, meta_model
 from model import GPT, PRESETS, REGISTRY, GPTConfig
 
@@ -78,7 +79,7 @@ def test_every_config_sets_known_keys_and_trains_whole_batches(name):
     """Token counts in comments must follow from the settings."""
     config, given = config_of('config/' + name)  # UserError for an unknown key or a wrong type
     assert {'dataset', 'out_dir', 'gradient_accumulation_steps'} <= given.keys()
-    assert config['warmup_iters'] < config['max_iters'] == config['lr_decay_iters']
+    assert config['warmup_iters'] < config['max_iters'] and config['lr_decay_iters'] is None
     assert config['min_lr'] < config['learning_rate']
     batch = config['batch_size'], config['block_size'], config['gradient_accumulation_steps']
     tokens_per_iter = batch[0] * batch[1] * batch[2]
@@ -97,7 +98,13 @@ def test_full_configs_are_the_same_model_on_any_data_set_and_split_over_8_proces
     config, given = config_of('config/' + name)
     assert 'vocab_size' in given and config['vocab_size'] is not None
     assert config['gradient_accumulation_steps'] % 8 == 0
-    assert config['dataset'] == 'pystdlib'  # runs without a download
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_names_data_of_its_size(name):
+    """A model of 124M and more trained on 12 MB of bytes, thousands of epochs, without a word."""
+    facts = prepare_facts(ROOT / 'data' / config_of('config/' + name)[0]['dataset'] / 'prepare.py')
+    assert (facts['download_mb'] > 10_000) == (count('config/' + name) > 120e6)
 
 
 def test_out_dirs_are_not_shared():

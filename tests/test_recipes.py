@@ -223,7 +223,17 @@ def test_recipes_say_what_they_take(prepare, name):
     assert done.returncode == 0 and 'GB' in done.stdout and facts['about'] in done.stdout
     assert facts['download_mb'] > 1000 and facts['vocab_size'] == 50257
     done = command('train.py', f'--dataset={name}', '--device=cpu', f'--out_dir=/nonexistent/{name}')
-    refused(done, f"{facts['download_mb']:,} MB", f'python data/{name}/prepare.py')
+    refused(done, f"{facts['download_mb'] / 1000:.3g} GB", f'python data/{name}/prepare.py', '--dataset=pystdlib')
+
+
+@pytest.mark.parametrize('name', [*RECIPES, 'fineweb10B', 'shakespeare'])
+def test_ids_that_would_not_fit_are_noticed_before_the_download(name):
+    """full_llama_1.36b.py asked for 895 GB of ids up to 50,256, which its vocabulary of 32,000 refused afterwards."""
+    flags = f'--dataset={name}', '--vocab_size=32000', '--device=cpu', f'--out_dir=/nonexistent/{name}'
+    done = command('train.py', *flags)
+    refused(done, '50,257', 'vocab_size=32000', '--vocab_size=50304')
+    takes_tokenizer = '--tokenizer' in command(f'data/{name}/prepare.py', '--help').stdout
+    assert ('--tokenizer=PATH/tokenizer.json' in done.stderr) == takes_tokenizer
 
 
 OWN_FLAGS = '''"""Chapters of a book."""

@@ -12,8 +12,11 @@ from conftest import (
     assert_equal_states,
     checkpoint,
     command,
+    contents,
     copy_run,
     flip_bit,
+    losses,
+    losses_from,
     refused,
     rewrite,
     succeeded,
@@ -86,6 +89,36 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(text_set, finished, t
     succeeded(done)
     assert done.stdout.count('WARNING') == 1
     assert_equal_states(checkpoint(finished[0]), checkpoint(out_dir))
+
+
+def test_a_run_resumes_from_a_checkpoint_that_was_kept(text_set, finished, tmp_path):
+    """A checkpoint in the middle was gone, or could be fine-tuned only, with another optimizer state and data order."""
+    whole, out_dir = tmp_path / 'whole', tmp_path / 'out'
+    succeeded(train(text_set, whole, '--keep_interval=5'), 'ckpt.pt and ckpt_000005.pt')
+    assert [name for name in sorted(contents(whole)) if '0' in name] == [f'ckpt_{i:06d}.pt' for i in (5, 10, 15, 20)]
+    flags = '--init_from=resume', f'--ckpt={whole / "ckpt_000005.pt"}'
+    done = train(text_set, out_dir, *flags)
+    succeeded(done, f"resuming from '{whole}/ckpt_000005.pt'; new checkpoints go to '{out_dir}'")
+    assert losses(out_dir) == losses_from(whole, 5) == losses_from(finished[0], 5)
+    assert_equal_states(checkpoint(whole), checkpoint(out_dir))
+    assert checkpoint(whole, 'ckpt_000010.pt')['iter_num'] == 10
+    before = contents(out_dir)
+    refused(train(text_set, out_dir, *flags), 'holds a run', '--overwrite=True')
+    succeeded(train(text_set, out_dir, *flags, '--init_from=auto'), 'nothing to do')  # its own checkpoint comes first
+    assert contents(out_dir) == before
+    back = '--init_from=resume', f'--ckpt={whole / "ckpt_000010.pt"}', '--overwrite=True'
+    succeeded(train(text_set, whole, *back))  # the run goes back in its own folder
+    assert sorted(contents(whole)) == ['ckpt.pt', 'ckpt_000010.pt', 'ckpt_best.pt']
+    assert_equal_states(checkpoint(whole), checkpoint(out_dir))
+
+
+def test_weights_alone_cannot_be_resumed(text_set, finished, tmp_path):
+    """Training starts again with fresh moments, and the loss jumps."""
+    ckpt = checkpoint(finished[0])
+    del ckpt['optimizer'], ckpt['checksums']
+    torch.save(ckpt, tmp_path / 'weights.pt')
+    done = train(text_set, tmp_path / 'out', '--init_from=resume', f'--ckpt={tmp_path}/weights.pt')
+    refused(done, f"'{tmp_path}/weights.pt' has weights only", f'--init_from={tmp_path}/weights.pt')
 
 
 # fine-tuning
@@ -188,6 +221,9 @@ def test_a_checkpoint_that_lacks_what_a_resume_reads_is_one_line(text_set, finis
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']),
     (['--vocab_size=100'], ['vocab_size', '256']),
     (['--block_size=99999'], ['train.bin', 'block_size']),
+    (['--epochs=2'], ['epochs', 'max_iters']),
+    (['--ckpt=a.pt'], ['a.pt', '--init_from=resume']),
+    (['--ckpt=a.pt', '--init_from=resume'], ["no checkpoint at 'a.pt'"]),
     (['--use_fsdp=True'], ['use_fsdp', 'torchrun']),
     (['--sharded_checkpoint=True'], ['sharded_checkpoint', 'torchrun']),
     (['--use_zero1=True', '--use_fsdp=True'], ['use_zero1', 'use_fsdp']),

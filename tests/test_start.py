@@ -5,13 +5,17 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import ROOT, command, ids_of, losses, refused, succeeded, train
+import compare
+from conftest import ROOT, command, ids_of, losses, refused, run_logs, succeeded, train
 from data.loader import find_datasets, read_meta
 from engine import machine
+from engine.common import UserError
+from engine.schedule import epochs_notes, fit_schedule
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -32,20 +36,91 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
 @pytest.mark.parametrize('flags, named', [
     ([], 'fsdp_min_num_params backend attention_chunk_size muon_momentum cooldown_frac restart_iters min_lr'),
     (['--optimizer=muon', '--lr_schedule=sgdr', '--learning_rate=1', '--attention_backend=chunked'],
+     'fsdp_min_num_params backend cooldown_frac learning_rate'),
+    (['--optimizer=muon', '--lr_schedule=sgdr', '--learning_rate=1', '--attention_backend=chunked',
+      '--muon_learning_rate=1'],
      'fsdp_min_num_params backend cooldown_frac'),
 ])
 def test_flags_that_do_nothing_are_named(tmp_path, flags, named):
-    """A flag of another mode, optimizer or schedule has no effect, and nobody says so."""
+    """A flag of another mode, optimizer or schedule has no effect, or not on Muon, and nobody says so."""
     idle = ('--fsdp_min_num_params=5 --backend=gloo --muon_momentum=0.9 --cooldown_frac=0.5 --restart_iters=5 '
             '--min_lr=1 --attention_chunk_size=8').split()
     done = train(tmp_path, tmp_path / 'out', *idle, *flags)
     assert re.findall(r'NOTE: (?:--)?(\w+) ', done.stdout) == named.split()
 
 
+LONG = dict(max_iters=600, lr_decay_iters=None, warmup_iters=50)
+
+
+@pytest.mark.parametrize('config, flags, decay, warmup', [
+    (LONG, [], 600, 50),
+    (LONG | dict(max_iters=100), ['max_iters'], 100, 10),
+    (LONG | dict(max_iters=5), ['max_iters'], 5, 0),
+    (LONG | dict(max_iters=100, warmup_iters=3), ['max_iters'], 100, 3),
+    (LONG | dict(max_iters=700), ['max_iters'], 700, 50),
+    (LONG | dict(max_iters=700, warmup_iters=100), ['max_iters'], 700, 100),  # longer, so it keeps its warmup
+    (LONG | dict(max_iters=100), ['max_iters', 'warmup_iters'], 100, 50),
+    (LONG | dict(max_iters=100, lr_decay_iters=600), ['max_iters', 'warmup_iters'], 100, 50),
+    (LONG | dict(max_iters=100, lr_decay_iters=600), ['max_iters', 'lr_decay_iters'], 600, 10),
+    (LONG | dict(lr_decay_iters=6000), [], 6000, 50),  # nanoGPT's way to decay beyond the end
+    (LONG | dict(lr_decay_iters=300), ['lr_decay_iters'], 300, 50),
+])
+def test_the_schedule_follows_max_iters_unless_it_is_a_flag_too(config, flags, decay, warmup):
+    """--max_iters=100 on a config with warmup 2000 and decay 600000 ended at a twentieth of its learning rate."""
+    assert fit_schedule(config, set(flags), 600) == dict(lr_decay_iters=decay, warmup_iters=warmup)
+
+
+SMALL = '''
+dataset = {dataset!r}
+n_layer, n_head, n_embd, block_size, batch_size, gradient_accumulation_steps = 1, 1, 16, 16, 4, 2
+max_iters, lr_decay_iters, warmup_iters, learning_rate, min_lr = 600, 600, 200, 1e-3, 1e-4
+eval_interval, eval_iters, sample_interval, log_interval = 100, 1, 0, 1
+device, dtype, compile, peak_tflops = 'cpu', 'float32', False, 1.0
+'''
+
+
+@pytest.mark.parametrize('flag, iters, warmup', [
+    ('--max_iters=40', 40, 4),
+    ('--epochs=0.3', 29, 2),  # 3,600 tokens in iterations of 128
+])
+def test_a_run_that_is_shortened_by_a_flag_anneals_and_says_so(text_set, tmp_path, flag, iters, warmup):
+    """A short run of a long config never left its warmup, and `--epochs` did not exist."""
+    (tmp_path / 'small.py').write_text(SMALL.format(dataset=str(text_set)))
+    done = command('train.py', tmp_path / 'small.py', f'--out_dir={tmp_path / "out"}', flag)
+    succeeded(done, f'NOTE: the learning rate schedule follows max_iters={iters}: lr_decay_iters={iters} instead of '
+              f'600, warmup_iters={warmup} instead of 200', '--lr_decay_iters=600 --warmup_iters=200')
+    rates = [entry['lr'] for entry in run_logs(tmp_path / 'out')[0]['training_iterations']]
+    assert len(rates) == iters and rates[warmup] == 1e-3 and rates[-1] < 1.1e-4
+
+
+def test_a_study_gives_its_runs_the_schedule_that_train_py_would(tmp_path):
+    """compare.py passes the keys of a file as flags, which would beat the rule; halving starts shorter runs."""
+    (tmp_path / 'small.py').write_text(SMALL.format(dataset='pystdlib'))
+
+    def schedules(*flags):
+        argv = [str(tmp_path / 'small.py'), '--seed=1,2', *flags]
+        runs = compare.plan(*compare.settings(argv), argv)
+        return {tuple(run.settings[key] for key in ('lr_decay_iters', 'warmup_iters')) for run in runs}
+    assert schedules() == schedules('--search=4', '--learning_rate=1e-4..1e-2') == {(600, 200)}
+    assert schedules('--max_iters=40,80') == {(40, 4), (80, 8)}
+    assert schedules('--max_iters=40', '--lr_decay_iters=600') == {(600, 4)}
+    with pytest.raises(UserError, match='--max_iters, not after --epochs'):
+        schedules('--epochs=2')
+
+
+def test_many_epochs_are_a_note():
+    """A config for billions of tokens trained 25,468 epochs of a small text without a word."""
+    few, many = SimpleNamespace(n_tokens=1000), SimpleNamespace(n_tokens=10)
+    mixture = SimpleNamespace(loaders=[few, many])
+    assert epochs_notes([('few', 1.0, '')], few, 20000) == []
+    note, = epochs_notes([('few', 0.9, ''), ('many', 0.1, '')], mixture, 5000)
+    assert "10 tokens of 'many' 50 times" in note
+
+
 def test_a_large_download_is_never_started_unasked(tmp_path):
     """A first run fills somebody's disk."""
     (tmp_path / 'prepare.py').write_text('"""Big."""\ndownload_mb = 54000\nopen("started", "w")\n')
-    refused(train(tmp_path, tmp_path / 'out'), '54,000 MB', 'prepare.py')
+    refused(train(tmp_path, tmp_path / 'out'), '54 GB', 'prepare.py', '--dataset=pystdlib')
     assert not (tmp_path / 'started').exists() and not (ROOT / 'started').exists()
 
 

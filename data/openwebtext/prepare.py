@@ -16,6 +16,7 @@ from data.prepare import prepare_from_hub, recipe_parser
 
 download_mb = 24400
 vocab_size = 50257
+takes_tokenizer = True
 
 if __name__ == '__main__':
     parser = recipe_parser(__file__, __doc__)
