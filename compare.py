@@ -156,8 +156,8 @@ def read_finished_run(folder):
 
 
 NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project wandb_run_name
-    wandb_artifacts tensorboard_log sample_interval log_interval eval_interval save_interval
-    always_save_checkpoint gradient_log_interval device peak_tflops'''.split())
+    wandb_artifacts tensorboard_log sample_interval sample_start log_interval eval_interval
+    save_interval always_save_checkpoint gradient_log_interval device peak_tflops'''.split())
 
 
 def group_by_config(results):

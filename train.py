@@ -45,7 +45,7 @@ from engine import machine, optim, report, start
 from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors
 from engine.common import StopSignal, UserError, duration
 from engine.compile import compile_model
-from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
+from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
 from engine.startup_report import measure_costs, startup_report
@@ -64,6 +64,7 @@ save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
+sample_start: str = None  # the text that these begin with; None: a line end
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
 # logging besides the console and the run log
@@ -252,6 +253,8 @@ splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows), i
 # --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
 if eval_only and given.get('eval_iters') not in (ON_COMMAND_LINE, given.get('eval_only')):
     splits['val'].n = eval_loaders['val'].n_windows
+if sample_interval and tokenizer:
+    prompt = sample_prompt(sample_start, tokenizer, splits['val'], model_config.vocab_size)
 
 # set-up: what it will cost
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
@@ -368,10 +371,13 @@ def report_evaluation(evaluated, best, lr):
         console.say(report.evaluation_lines(evaluated['val'], splits['val']))
     takes_part = parallel.master or parallel.mode == 'fsdp'  # FSDP gathers weights on all ranks
     due = sample_interval and run_log.n_evaluations % sample_interval == 0
+    is_trained = state.iter_num > 0 or has_loaded_weights  # otherwise the text is noise
     sample = None
-    if due and tokenizer and takes_part:
-        sample = sample_text(raw_model, tokenizer, 200, seed, parallel, autocast)
-        console.say(f"--- sample {'-' * 60}\n{sample}\n{'-' * 71}")
+    if due and is_trained and tokenizer and takes_part:
+        sample_seed = (seed * 1_000_003 + state.iter_num) % 2 ** 63
+        sample = sample_text(raw_model, tokenizer, prompt, 200, sample_seed, parallel, autocast)
+        shown = sample.strip('\n')
+        console.say(f"--- sample {'-' * 60}\n{shown}\n{'-' * 71}")
     run_log.add_evaluation(evaluated, splits['val'], lr, iteration_report.eval_seconds, sample)
 
 
