@@ -170,4 +170,4 @@ def samples(result, most=2):
     """Yield the last samples. Indented, a text is shown as it is, whatever Markdown it contains."""
     for e in [e for e in result.evals if e.sample][-most:]:
         yield f'Sample at iteration {e.iter}:'
-        yield textwrap.indent(e.sample, '    ')
+        yield textwrap.indent(e.sample.strip('\n'), '    ')
