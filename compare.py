@@ -11,6 +11,9 @@ report them in a table with error bars and a picture.
     # finished runs
     python compare.py out-a out-b out-c
 
+    # one run: a table, its cost, its last samples, and report.md with loss.png in its folder
+    python compare.py out-a
+
     # random search, by successive halving
     python compare.py config/preset_quick_test.py --search=32 --learning_rate=1e-4..1e-2
 
@@ -66,6 +69,7 @@ from engine.common import (
 )
 from engine.compare_report import picture, scaling_report, table
 from engine.grid import ladder, make_cells, make_runs, seeds_of, several
+from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
 from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
 
@@ -147,23 +151,21 @@ def read_finished(folders, given):
     useless = [key for key in given if key not in usable]
     if useless:
         raise UserError(f'finished runs are compared as they are: {useless[0]} has no effect here')
-    folders = list({os.path.realpath(folder): folder for folder in folders}.values())
-    if len(folders) < 2:
-        raise UserError(f"nothing to compare '{folders[0]}' with: name the folder of another run")
-    results = []
-    for folder in folders:
-        result = read_run(folder)
-        if result is None or not result.evals or not result.iterations:
-            raise UserError(f"'{folder}' holds no run log with window losses (run_*.json): it is "
-                            'not the out_dir of a run, or the run ended before its first '
-                            'evaluation')
-        results.append(result)
-    return group_by_config(results)
+    return group_by_config([read_finished_run(folder) for folder in folders])
+
+
+def read_finished_run(folder):
+    result = read_run(folder)
+    if result is None or not result.evals or not result.iterations:
+        raise UserError(f"'{folder}' holds no run log with window losses (run_*.json): it is not "
+                        'the out_dir of a run, or the run ended before its first evaluation')
+    return result
 
 
 NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project wandb_run_name
-    wandb_artifacts tensorboard_log sample_interval log_interval eval_interval save_interval
-    keep_interval ckpt always_save_checkpoint gradient_log_interval device peak_tflops'''.split())
+    wandb_artifacts tensorboard_log sample_interval sample_start verbose log_interval eval_interval
+    save_interval keep_interval ckpt always_save_checkpoint gradient_log_interval device
+    peak_tflops'''.split())
 
 
 def group_by_config(results):
@@ -388,15 +390,39 @@ def report(groups, failed, config):
     print(f'{path}, compare.md and compare.json{also}')
 
 
+def report_single_run(folder, given):
+    """Print the report on one run, and write it with a picture of the losses into its folder."""
+    if given:
+        raise UserError('a single run is reported as it is, in its own folder: '
+                        f'{next(iter(given))} has no effect here')
+    result = read_finished_run(folder)
+    costs = costs_of('', [result], result.startup_info['hardware_peak_tflops'])
+    text = printable(run_report(result, costs))  # logs may hold anything
+    print(text)
+    picture_path = draw_loss(result)
+    if picture_path:
+        text = f'![Loss](loss.png)\n\n{text}'
+    else:
+        print('no loss.png, because it needs matplotlib: pip install matplotlib')
+    path = os.path.join(folder, 'report.md')
+    with replacing(path, 'w', encoding='utf-8') as f:
+        f.write(text)
+    print(path + (' and loss.png' if picture_path else ''))
+
+
 # ------------------------------------------------------------------------------------------------
 # the whole
 
 def main(argv):
     sys.excepthook = show_error  # before configure(), which gets the arguments from arguments()
+    sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
     config, given = settings(argv)
+    folders = {os.path.realpath(arg): arg for arg in argv if os.path.isdir(arg)}.values()
+    if len(folders) == 1:
+        report_single_run(*folders, given)
+        return 0
     for library in ('scipy', 'matplotlib'):  # before hours of runs, not after them
         optional(library, 'a comparison')
-    folders = [arg for arg in argv if os.path.isdir(arg)]
     runs, failed = [], []
     if folders:
         groups = read_finished(folders, given)

@@ -51,10 +51,10 @@ CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
 
 # The settings of train.py that people use most, which --help shows; --help=all shows the rest too.
 COMMON = """
-    out_dir eval_interval init_from
+    out_dir eval_interval init_from verbose
     dataset gradient_accumulation_steps batch_size block_size
     arch_preset n_layer n_head n_embd dropout
-    optimizer learning_rate max_iters
+    optimizer learning_rate max_iters epochs
     device compile
 """.split()
 
@@ -87,7 +87,9 @@ OTHER_NAMES = {
     'save_interval': 'save_every save_steps',
     'wandb_log': 'wandb use_wandb',
     'init_from=resume, with the out_dir of the run': 'resume resume_from resume_from_checkpoint',
-    'start': 'prompt',
+    'epochs': 'num_epochs num_train_epochs',
+    'sample_start': 'prompt',  # of train.py
+    'start': 'prompt',  # of sample.py
 }
 
 # {annotation: (words, whether a number is inside)}. Every number has a range. The limits keep

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from configurator import LogitScale, NonNegativeInt, PositiveInt, Seed, Share, configure
-from data.tokenizer import Ids, find_tokenizer, tokenizer_by_name
+from data.tokenizer import Ids, find_tokenizer, prompt_ids, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional, printable, reader_may_exit, user_errors
@@ -101,27 +101,12 @@ say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize 
     f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
 
 
-def prompt_ids(prompt):
-    """Return the ids of a prompt, at least one."""
-    if prompt:
-        ids = tokenizer.encode(prompt)
-    elif tokenizer.eot is not None:
-        ids = [tokenizer.eot]
-    else:
-        raise UserError('an empty --start needs a tokenizer with an end-of-text token; '
-                        'give it some text')
-    if max(ids) >= model.config.vocab_size:
-        raise UserError(f'the prompt has token {max(ids)}, but the model has only '
-                        f'{model.config.vocab_size} ids')
-    return ids
-
-
 def generate(prompt):
     """
     Print num_samples continuations, the first one token by token, and the metrics. A character that
     is cut off at the end is left out.
     """
-    ids = prompt_ids(prompt)
+    ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
     eot = tokenizer.eot if stop else None
     check_sampling_fits(model.config, num_samples, len(ids), max_new_tokens, device,
                         getattr(torch, dtype).itemsize)
@@ -165,7 +150,7 @@ def compare_with_real_text(prompt, rows):
 
 def draw(prompt):
     """Draw each head's attention over the prompt into the file `attention`."""
-    ids = prompt_ids(prompt)
+    ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
     with user_errors():
         layers = attention_weights(model, torch.tensor([ids], device=device))  # (1, H, T, T) each
     maps = torch.cat(layers).cpu().numpy()

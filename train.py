@@ -46,7 +46,7 @@ from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors
 from engine.common import StopSignal, UserError
 from engine.compile import compile_model
 from engine.console import Console
-from engine.evaluate import Split, bytes_per_id, evaluate, sample_text
+from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
 from engine.schedule import schedule
@@ -68,6 +68,7 @@ init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights:
 ckpt = ''  # with init_from=resume: the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
+sample_start: str = None  # the text that these begin with; None: a line end
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
 verbose = False  # print the whole start-up report, and FLOP/s, memory and gradients per log line
@@ -262,6 +263,8 @@ splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows), i
 # --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
 if eval_only and given.get('eval_iters') not in (ON_COMMAND_LINE, given.get('eval_only')):
     splits['val'].n = eval_loaders['val'].n_windows
+if sample_interval and tokenizer:
+    prompt = sample_prompt(sample_start, tokenizer, splits['val'], model_config.vocab_size)
 
 # set-up: what it will cost
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
@@ -372,10 +375,13 @@ def report_evaluation(evaluated, best, lr):
         console.say(report.evaluation_lines(evaluated['val'], splits['val']))
     takes_part = parallel.master or parallel.mode == 'fsdp'  # FSDP gathers weights on all ranks
     due = sample_interval and run_log.n_evaluations % sample_interval == 0
+    is_trained = state.iter_num > 0 or has_loaded_weights  # otherwise the text is noise
     sample = None
-    if due and tokenizer and takes_part:
-        sample = sample_text(raw_model, tokenizer, 200, seed, parallel, autocast)
-        console.say(f"--- sample {'-' * 60}\n{sample}\n{'-' * 71}")
+    if due and is_trained and tokenizer and takes_part:
+        sample_seed = (seed * 1_000_003 + state.iter_num) % 2 ** 63
+        sample = sample_text(raw_model, tokenizer, prompt, 200, sample_seed, parallel, autocast)
+        shown = sample.strip('\n')
+        console.say(f"--- sample {'-' * 60}\n{shown}\n{'-' * 71}")
     run_log.add_evaluation(evaluated, splits['val'], lr, iteration_report.eval_seconds, sample)
 
 

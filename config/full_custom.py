@@ -74,6 +74,7 @@ eval_only = False  # True: evaluate once and exit; on all of val, unless eval_it
 log_interval = 10  # iterations between log lines
 gradient_log_interval = 10  # iterations between gradient statistics in the log; 0: only the norm
 sample_interval = 1  # evaluations between short text samples; 0: none
+sample_start = None  # the text that these begin with; None: a line end
 always_save_checkpoint = True  # False: save only when val loss is the lowest so far
 save_interval = 0  # iterations between additional checkpoints; 0: none
 keep_interval = 0  # iterations between those that stay, as ckpt_000500.pt and so on; 0: none

@@ -294,6 +294,25 @@ def get_tokenizer(spec):
     return Tiktoken(spec)
 
 
+def prompt_ids(prompt, tokenizer, vocab_size):
+    """
+    Return the ids of a prompt, at least one. An empty prompt is the end-of-text token. Raise
+    UserError if the prompt has no ids, or ids that a model of vocab_size does not have.
+    """
+    if prompt:
+        ids = tokenizer.encode(prompt)
+    elif tokenizer.eot is not None:
+        ids = [tokenizer.eot]
+    else:
+        raise UserError('an empty prompt needs a tokenizer with an end-of-text token; '
+                        'give it some text')
+    if not ids:
+        raise UserError(f'the prompt {prompt!r:.60} has no tokens; give it some text')
+    if max(ids) >= vocab_size:
+        raise UserError(f'the prompt has token {max(ids)}, but the model has only {vocab_size} ids')
+    return ids
+
+
 def tokenizer_by_name(name):
     """
     Return the tokenizer of a name such as gpt2, of a tokenizer.json, or of a folder that has one or

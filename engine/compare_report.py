@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from engine.run_report import save_picture
+from engine.run_report import markdown_table, save_picture
 from engine.statistics import fit_power_law
 from engine.study import AXES
 
@@ -70,11 +70,7 @@ def table(rows, facts):
     """Format the rows in Markdown, followed by notes for the reader."""
     baseline = next(row for row in rows if row['cell'] == facts['baseline'])
     lines = [table_line(row, baseline, facts['confidence']) for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *lines)]
-    text = []
-    for line in [COLUMNS, ['-' * width for width in widths], *lines]:
-        text.append('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |')
-    return '\n'.join([*text, '', *notes(rows, facts)]) + '\n'
+    return '\n'.join([markdown_table([COLUMNS, *lines]), '', *notes(rows, facts)]) + '\n'
 
 
 def notes(rows, facts):

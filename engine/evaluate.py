@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from data.loader import Mixture, fingerprint
+from data.tokenizer import prompt_ids
+from engine.common import UserError
 from engine.statistics import mean_and_error
 
 
@@ -136,17 +138,30 @@ def loss_and_error(losses, sets):
     return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
 
 
-def sample_text(model, tokenizer, n_tokens, seed, parallel, autocast):
+def sample_prompt(start, tokenizer, split, vocab_size):
     """
-    Generate at most n_tokens after an end-of-text token, or id 0 if there is none. The text uses
-    its own random generator, so it depends only on the weights and the seed.
+    Return the ids of the text `start`, with which samples begin. None: a line end, or a token of
+    the split's text if the tokenizer has no line end. A model continues these sensibly, because
+    they occur in its data.
     """
-    start = torch.full((1, 1), tokenizer.eot or 0, device=parallel.device)
+    if start is not None:
+        return prompt_ids(start, tokenizer, vocab_size)
+    try:
+        return prompt_ids('\n', tokenizer, vocab_size)
+    except UserError:  # the data set has no lines, and its tokenizer only its own characters
+        X, _ = split.loader.batch(np.arange(1))
+        return X[0, :1].tolist()
+
+
+def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast):
+    """
+    Return the text of a prompt's ids and of at most n_tokens after them. It uses a random generator
+    of its own, so it depends only on the weights, the prompt and the seed.
+    """
     slide = max(1, model.config.block_size // 2)
     with autocast():
-        ids = model.generate(start, n_tokens, temperature=0.8, top_k=200, seed=seed,
-                             stop=tokenizer.eot, slide=slide)[0, 1:].tolist()
+        ids = model.generate(torch.tensor([prompt], device=parallel.device), n_tokens,
+                             temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot,
+                             slide=slide)[0].tolist()
     parallel.release_gathered(model)
-    if ids and ids[-1] == tokenizer.eot:
-        ids = ids[:-1]
-    return tokenizer.decode(ids)
+    return tokenizer.decode([i for i in ids if i != tokenizer.eot])

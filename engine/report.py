@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from engine.common import UserError, duration, first_line, replacing
-from engine.machine import memory
+from engine.machine import GIB, memory
 from engine.parallel import Parallel
 from engine.run_report import draw_loss, sparkline
-from engine.startup_report import GIB, QUICK_LOOK
+from engine.startup_report import QUICK_LOOK
 from engine.study import read_run
 
 # -------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
-"""Report on one run from its logs: a sparkline and the picture loss.png."""
+"""
+Report on one run from its logs: a sparkline, the picture loss.png, what `compare.py out` prints.
+Every function that takes a `result` takes a study.Result.
+"""
 import io
 import os
+import textwrap
 
 import numpy as np
 
-from engine.common import replacing
+from engine.common import duration, replacing
 
 BLOCKS = '▁▂▃▄▅▆▇█'
 
@@ -28,8 +32,8 @@ def thinned(values, n):
 
 def draw_loss(result):
     """
-    Draw the losses of a run, a study.Result, into loss.png in its folder, and return the path.
-    Return None if matplotlib is not installed, or if the run has no evaluation to draw.
+    Draw the losses of a run into loss.png in its folder, and return the path. Return None if
+    matplotlib is not installed, or if the run has no evaluation to draw.
     """
     try:
         from matplotlib.figure import Figure
@@ -104,3 +108,66 @@ def title(result):
 def best_of(result):
     """Return the Evaluation with the lowest val loss."""
     return min(result.evals, key=lambda e: e.loss)
+
+
+# -------------------------------------------------------------------------------------------------
+# what `compare.py out` prints
+
+def markdown_table(lines):
+    """Format lists of texts, the first of which is the heading, as a table in Markdown."""
+    heading, *rows = lines
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rules = ['-' * width for width in widths]
+    return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |'
+                     for line in [heading, rules, *rows])
+
+
+def run_report(result, costs):
+    """Return the report on a run in Markdown. `costs` is what compare.costs_of() returns for it."""
+    outcome = result.outcome
+    if outcome == 'failed':  # the log says so until the run has ended
+        outcome = 'failed, killed or still running'
+    losses = [loss for _, loss in logged_losses(result)]
+    parts = [
+        f"{title(result)} at iteration {result.iter_num} of {result.config['max_iters']} "
+        f'({outcome})',
+        f'train loss {sparkline(losses)}',
+        evaluation_table(result),
+        'Losses are in nats per token; * is the lowest val loss. Seconds are those of training.',
+        cost_table(result, costs),
+        *samples(result)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def evaluation_table(result, most=20):
+    """Return a table of the evaluations: all, or about as many as `most` and the best one."""
+    evals, best = result.evals, best_of(result)
+    chosen = {round(i) for i in np.linspace(0, len(evals) - 1, most)}
+    lines = [['iteration', 'tokens', 'train loss', 'val loss', 'bits per byte', 'seconds']]
+    for i, e in enumerate(evals):
+        if i in chosen or e is best:
+            mark = ' *' if e is best else ''
+            bits = '-' if e.bits_per_byte is None else f'{e.bits_per_byte:.4f}'
+            lines.append([str(e.iter), f'{e.tokens:,}', f'{e.train_loss:.4f}',
+                          f'{e.loss:.4f}{mark}', bits, f'{e.train_seconds:,.1f}'])
+    return markdown_table(lines)
+
+
+def cost_table(result, costs):
+    last, million = result.evals[-1], costs['flops_per_token'] / 1e6
+    return markdown_table([
+        ['cost', 'until the last evaluation'],
+        ['parameters', f"{costs['params']:,}"],
+        ['tokens', f'{last.tokens:,}'],
+        ['FLOPs', f'{million:,.4g} million per token, {last.flops:.3g} in all'],
+        ['speed', f"{costs['tokens_per_sec']:,.0f} tokens/s"],
+        ['peak memory', f"{costs['peak_bytes'] / 2**30:.2f} GiB"],
+        ['time', f"{duration(costs['seconds'])}, without evaluations"],
+        ['device', result.startup_info['device'].replace('|', '\\|')]])
+
+
+def samples(result, most=2):
+    """Yield the last samples. Indented, a text is shown as it is, whatever Markdown it contains."""
+    for e in [e for e in result.evals if e.sample][-most:]:
+        yield f'Sample at iteration {e.iter}:'
+        yield textwrap.indent(e.sample.strip('\n'), '    ')

@@ -6,12 +6,11 @@ import torch
 from engine.common import UserError, duration, first_line
 from engine.compile import choose_compile
 from engine.cost import add_process, memory_estimate
-from engine.machine import device_name, memory, peak_flops, total_memory
+from engine.machine import GIB, device_name, memory, peak_flops, total_memory
 from engine.optim import describe
 from engine.parallel import MODES
 from model import REGISTRY
 
-GIB = 2 ** 30
 QUICK_LOOK = ('for a quick look: --max_iters=20 --eval_iters=2 --batch_size=2 '
               '--gradient_accumulation_steps=1 --block_size=128, or config/preset_quick_test.py')
 

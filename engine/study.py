@@ -33,7 +33,7 @@ LOSS = Between(-MAX_LOSS, MAX_LOSS)
 
 # the fields of a run log that are read here; `windows` are those of val
 RUN_LOG = {
-    'config': {'seed': int, 'eval_only': bool},
+    'config': {'seed': int, 'max_iters': int, 'eval_only': bool},
     'startup_info': {'total_params': int, 'flops_per_token': float, 'hardware_peak_tflops': float,
                      'tokens_per_iter': int, 'device': str},
     'training_iterations': [{'iter': int, 'loss': (LOSS, None), 'memory': dict,

@@ -23,7 +23,8 @@ from data.loader import write_dataset
 from engine.common import UserError
 from engine.cost import meta_model
 from engine.grid import Range, make_cells
-from engine.study import Evaluation
+from engine.run_report import draw_loss, evaluation_table, sparkline
+from engine.study import Evaluation, read_run
 from model import GPT, GPTConfig
 from tests.warm import HANGS
 
@@ -284,11 +285,78 @@ def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys)
         ([folders[0], tmp_path / 'other'], ['same windows', folders[0], tmp_path / 'other', 'eval_iters']),
         ([folders[0], tmp_path / 'copy'], ['copy', 'leave it out']),
         ([folders[0], tmp_path / 'empty'], ['empty', 'run_*.json']),
-        ([folders[0]], ['nothing to compare']),
+        ([folders[0]], ['own folder', 'out_dir']),
         ([*folders, '--search=4'], ['search']),
     ):
         one_line(refusal(capsys, *args, out), *parts)
 
+
+# a single run
+
+@pytest.fixture(scope='module')
+def resumed(text_set, tmp_path_factory):
+    """The out_dir of a run that was stopped at iteration 6 and resumed: two logs."""
+    out_dir = tmp_path_factory.mktemp('single') / 'out'
+    study(text_set, out_dir, '--max_iters=6', '--sample_interval=1', script='train.py')
+    study(text_set, out_dir, '--init_from=resume', '--sample_interval=1', script='train.py')
+    return out_dir
+
+
+def test_a_single_run_is_reported_in_its_own_folder(resumed, tmp_path, capsys):
+    """compare.py refused a single run: nothing to compare it with."""
+    folder = shutil.copytree(resumed, tmp_path / 'run')
+    assert len(logs(folder)) == 2 and compare.main([str(folder)]) == 0
+    console, report = capsys.readouterr().out, (folder / 'report.md').read_text()
+    evals = {e['iter']: e for log in logs(folder) for e in log['eval_steps']}
+    table = re.findall(r'^\| (\d+) +\| (\S+) +\| (\S+) +\| (\S+) [ *]+\| (\S+) ', console, re.M)
+    assert [int(row[0]) for row in table] == [0, 3, 6, 9, 12]
+    for row, (it, e) in zip(table, evals.items()):
+        figures = e['train']['loss'], e['val']['loss'], e['val']['bits_per_byte']
+        assert row[1:] == (f'{it * 64:,}', *(f'{x:.4f}' for x in figures))
+    assert '| parameters ' in console and 'at iteration 12 of 12 (finished)' in console
+    assert console.count('Sample at iteration') == 2 and 'Sample at iteration 12' in console
+    assert report.startswith('![Loss](loss.png)\n') and report.split('\n\n', 1)[1] in console
+    picture = (folder / 'loss.png').read_bytes()
+    assert picture[:4] == b'\x89PNG' and len(picture) < 40_000
+    new = {path.name for path in folder.iterdir()} - {path.name for path in resumed.iterdir()}
+    assert new == {'report.md', 'loss.png'}
+
+
+def test_a_single_run_is_reported_without_matplotlib(resumed, tmp_path, capsys, monkeypatch):
+    """No report, or a link to a picture that is not there."""
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    folder = shutil.copytree(resumed, tmp_path / 'run')
+    assert compare.main([str(folder)]) == 0
+    assert 'pip install matplotlib' in capsys.readouterr().out
+    assert 'loss.png' not in (folder / 'report.md').read_text() and not (folder / 'loss.png').exists()
+
+
+@pytest.mark.parametrize('change', [
+    dict(iter_num=10 ** 6, outcome='failed'),  # killed long after its last log line
+    dict(iterations=[]),
+    dict(evals=[Evaluation(0, 0, 0.0, 0.0, 1.0, np.ones(1), 1.0)]),
+    dict(evals=[Evaluation(i, 64 * i, 0.0, 0.0, 1.0, np.ones(1), 1.0) for i in range(5000)]),
+], ids=['killed', 'no lines', 'one evaluation', 'many evaluations'])
+def test_the_loss_of_any_run_is_drawn(resumed, tmp_path, change):
+    """A run with little in its log ended in a traceback; one with much in its log filled the terminal."""
+    result = read_run(resumed)._replace(folder=tmp_path, **change)
+    assert draw_loss(result) == str(tmp_path / 'loss.png')
+    assert len((tmp_path / 'loss.png').read_bytes()) < 40_000 and len(evaluation_table(result).splitlines()) <= 24
+
+
+@pytest.mark.parametrize('values, text', [
+    ([], ''),
+    ([math.nan, None], ''),
+    ([2.0, 2.0], '▁▁'),
+    ([8, 7, 6, 5, 4, 3, 2, 1], '█▇▆▅▄▃▂▁'),
+    ([3.0, None, math.inf, 1.0], '█▁'),
+    ([1] * 40 + [2] * 40, '▁' * 20 + '█' * 20),
+])
+def test_a_sparkline_has_the_heights_of_its_values(values, text):
+    assert sparkline(values) == text
+
+
+# what a log may hold
 
 def put(log, path, value):
     """Set a nested field of a log, or remove it if value is MISSING."""
@@ -322,7 +390,11 @@ EVAL = 'eval_steps', 1
     (('config', 'seed'), MISSING, ["no 'seed'"]),
     (('startup_info', 'total_params'), MISSING, ["no 'total_params'"]),
     (('startup_info', 'hardware_peak_tflops'), 0, ['hardware_peak_tflops', 'positive']),
+    (('startup_info', 'tokens_per_iter'), 0, ['tokens_per_iter', 'positive']),
     (('startup_info', 'device'), 3, ['device', 'text']),
+    (('training_iterations', 0, 'loss'), 1e300, ['loss', '1e+300']),
+    ((*EVAL, 'train'), MISSING, ["no 'train'"]),
+    ((*EVAL, 'sample'), 3, ['sample', 'text']),
     (('training_iterations', 0, 'memory'), {}, ['no memory']),
     (('training_iterations', 0, 'memory'), {'peak': 'much'}, ["'much'"]),
     (('training_iterations', 0, 'mfu'), None, ['mfu', 'dict']),

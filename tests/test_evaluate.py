@@ -1,6 +1,7 @@
 """Evaluation: its losses and errors on fixed windows, and --eval_only."""
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import (
     command,
     copy_run,
     losses,
+    one_line,
     refused,
     rewrite,
     run_logs,
@@ -20,6 +22,9 @@ from conftest import (
     train,
 )
 from data.loader import fingerprint
+from data.tokenizer import get_tokenizer
+from engine.common import UserError
+from engine.evaluate import sample_prompt
 from engine.statistics import mean_and_error
 from model import GPT
 
@@ -157,6 +162,66 @@ def test_a_damaged_checkpoint_is_evaluated_from_the_one_before(finished, tmp_pat
     rewrite(out_dir / 'ckpt.pt', lambda data: data[:20000])
     succeeded(evaluate(out_dir), 'WARNING', 'previous checkpoint', 'step 10')
 
+
+# samples while training
+
+def val_of(ids):
+    """A Split of val whose first window begins with these ids."""
+    windows = torch.tensor([ids])
+    return SimpleNamespace(loader=SimpleNamespace(batch=lambda indices: (windows[indices], windows[indices])))
+
+
+@pytest.mark.parametrize('tokenizer, start, ids', [
+    ('byte', None, [10]),
+    ('byte', 'de', [100, 101]),
+    ('byte', '', [0]),
+    ({'name': 'char', 'chars': '\nab'}, None, [0]),
+    ({'name': 'char', 'chars': 'abc'}, None, [2]),  # without a line end: from val
+    ({'name': 'char', 'chars': 'abc'}, 'ba', [1, 0]),
+])
+def test_samples_begin_with_a_prompt_of_the_data(tokenizer, start, ids):
+    """They began with NUL, which no text has, and the quick start showed one line of 200 '#'."""
+    assert sample_prompt(start, get_tokenizer(tokenizer), val_of([2, 1]), 256) == ids
+
+
+@pytest.mark.parametrize('start, words', [
+    ('', ['empty prompt', 'end-of-text']),
+    ('abd', ["'d'", 'vocabulary']),
+    ('abc', ['token 2', '2 ids']),
+])
+def test_a_prompt_that_cannot_be_encoded_is_one_line(start, words):
+    with pytest.raises(UserError) as error:
+        sample_prompt(start, get_tokenizer({'name': 'char', 'chars': 'abc'}), val_of([2, 1]), 2)
+    one_line(error.value, *words)
+
+
+def samples_of(out_dir):
+    return {e['iter']: e.get('sample') for run in run_logs(out_dir) for e in run['eval_steps']}
+
+
+def test_samples_differ_and_are_repeatable(text_set, tmp_path):
+    """Every evaluation drew with the same seed, and a new model was sampled before its first step."""
+    flags = '--max_iters=4', '--eval_interval=2', '--sample_interval=1', '--weight_decay=0'
+    flags = *flags, '--learning_rate=1e-30', '--min_lr=0'  # the weights stay as they are
+    for out_dir in ('a', 'b'):
+        done = train(text_set, tmp_path / out_dir, *flags, '--sample_start=line 7')
+        succeeded(done)
+        assert not set(map(chr, [*range(32), 127])) - set('\n\t') & set(done.stdout)
+        assert done.stdout.count('\n--- sample') == 2 and '\nline 7' in done.stdout
+    samples = samples_of(tmp_path / 'a')
+    assert samples == samples_of(tmp_path / 'b') and samples[0] is None
+    assert samples[2] != samples[4] and all(samples[i].startswith('line 7') for i in (2, 4))
+
+
+def test_loaded_weights_are_sampled_at_once(text_set, finished, tmp_path):
+    """A pretrained model, unlike a new one, has something to say before the first step."""
+    flags = f'--init_from={finished[0]}', '--max_iters=2', '--sample_interval=1'
+    succeeded(train(text_set, tmp_path, *flags))
+    samples = samples_of(tmp_path)
+    assert samples.keys() == {0, 2} and all(sample.startswith('\n') for sample in samples.values())
+
+
+# errors
 
 def test_the_error_of_a_mixture_is_not_what_its_sets_differ_by():
     """Blocks that reach across the sets of a mixture take the fixed difference between the sets for chance."""

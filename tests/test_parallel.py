@@ -170,8 +170,8 @@ def test_modes_compose(text_set, tmp_path, name):
     assert 'WARNING' not in done.stdout and ('compiled in' in done.stdout) == ('compile' in name)
     tolerance = 1e-4 if name == 'fsdp, muon' else 1e-5  # see docs/parts.md
     assert losses(two) == pytest.approx(losses(one), rel=tolerance)
-    samples = [run_logs(out_dir)[0]['eval_steps'][0]['sample'] for out_dir in (one, two)]
-    assert samples[0] == samples[1]  # of the untrained model
+    samples = [run_logs(out_dir)[0]['eval_steps'][1]['sample'] for out_dir in (one, two)]
+    assert samples[0][:20] == samples[1][:20]  # the weights differ a little by now
 
 
 @pytest.mark.parametrize('mode, dtype, flags', [

@@ -129,6 +129,24 @@ def test_a_terminals_escapes_are_shown_and_not_sent(finished, raw, shown):
     assert bool(control & set(done.stdout)) == raw
 
 
+@pytest.mark.parametrize('flags, library', [
+    (['--num_samples=2'], 'torch'),
+    (['--metrics=True'], 'scipy'),
+    (['--attention={out_dir}/map.png'], 'matplotlib'),
+    (['--start={esc}' + 'a' * 17, '--attention={out_dir}/map.png'], 'matplotlib'),
+    (['--tokenizer={out_dir}/nothing.json'], 'torch'),
+], ids=str)
+def test_no_output_sends_a_terminals_escapes(finished, tmp_path, flags, library):
+    """A folder, a data set or a prompt with ESC in it, in what is printed beside the samples."""
+    pytest.importorskip(library)
+    out_dir, esc = copy_run(finished[0], tmp_path / 'a\x1b[2Jb'), '\x1b]0;title\x07'
+    torch.save(checkpoint(out_dir) | {'config': {'dataset': f'no{esc}where'}}, out_dir / 'ckpt.pt')
+    flags = [flag.format(out_dir=out_dir, esc=esc) for flag in flags]
+    done = command('sample.py', f'--out_dir={out_dir}', *SAMPLE, f'--start={esc}', *flags)
+    control = set(map(chr, [*range(32), *range(127, 160)])) - set('\n\t')
+    assert r'\x1b' in done.stdout + done.stderr and not control & set(done.stdout + done.stderr)
+
+
 # metrics
 
 def test_metrics_of_words_are_those_counted_by_hand():

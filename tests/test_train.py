@@ -113,7 +113,7 @@ def test_the_run_log_has_every_evaluation(finished):
     assert (first['iter'], last['iter']) == (0, 20)
     for e in first, last:
         val = e['val']
-        assert 'sample' in e and e['tokens'] == e['iter'] * TOKENS_PER_ITER
+        assert ('sample' in e) == (e is last) and e['tokens'] == e['iter'] * TOKENS_PER_ITER
         assert val['perplexity'] == pytest.approx(np.exp(val['loss']))
         assert val['bits_per_byte'] == pytest.approx(val['loss'] / np.log(2))  # a byte is a token here
         assert len(val['window_losses']) == 8
