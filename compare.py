@@ -339,6 +339,7 @@ def costs_of(cell, group, peak):
         flops_per_token=first['flops_per_token'],
         tokens_per_sec=float(np.median([e['mfu']['tokens_per_sec'] for e in steps])),
         mfu_percent=float(np.median([e['mfu']['achieved_tflops'] / peak * 100 for e in steps])),
+        peak_source=first.get('peak_source', ''),
         peak_bytes=max(max(e['memory'].values()) for e in steps),
         seconds=float(np.mean([result.evals[-1].train_seconds for result in group])))
 

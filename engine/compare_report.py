@@ -36,7 +36,7 @@ def table_line(row, baseline, confidence):
         f"{row['params']:,}",
         f"{row['flops_per_token'] / 1e6:,.4g}",
         f"{row['tokens_per_sec']:,.0f}",
-        f"{row['mfu_percent']:.1f}%",
+        '-' if row['peak_source'].startswith('measured') else f"{row['mfu_percent']:.1f}%",
         f"{row['peak_bytes'] / 2**30:.2f} GiB",
         plus_minus(row['val_loss'], row['interval']),
         differences['end'],

@@ -451,7 +451,7 @@ class IterationReport:
         return f', mfu {percent:.1f}% (over 100 %: --peak_tflops is too low)'
 
     def compute_text(self, mfu):
-        return (f"{mfu['achieved_tflops']:.4g} TFLOP/s per device, {mfu['mfu_percent']:.1f}% of "
+        return (f"{mfu['achieved_tflops']:.4g} TFLOP/s per device of "
                 f"{mfu['hardware_peak_tflops']:.4g} ({self.costs.peak_source})")
 
 

@@ -35,7 +35,7 @@ LOSS = Between(-MAX_LOSS, MAX_LOSS)
 RUN_LOG = {
     'config': {'seed': int, 'max_iters': int, 'eval_only': bool},
     'startup_info': {'total_params': int, 'flops_per_token': float, 'hardware_peak_tflops': float,
-                     'tokens_per_iter': int, 'device': str},
+                     'peak_source?': str, 'tokens_per_iter': int, 'device': str},
     'training_iterations': [{'iter': int, 'loss': (LOSS, None), 'memory': dict,
                              'mfu': {'tokens_per_sec': float, 'achieved_tflops': float}}],
     'eval_steps': [{'iter': int, 'tokens': int, 'train_seconds': float, 'sample?': str,

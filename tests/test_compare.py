@@ -392,6 +392,7 @@ EVAL = 'eval_steps', 1
     (('startup_info', 'hardware_peak_tflops'), 0, ['hardware_peak_tflops', 'positive']),
     (('startup_info', 'tokens_per_iter'), 0, ['tokens_per_iter', 'positive']),
     (('startup_info', 'device'), 3, ['device', 'text']),
+    (('startup_info', 'peak_source'), 3, ['peak_source', 'text']),
     (('training_iterations', 0, 'loss'), 1e300, ['loss', '1e+300']),
     ((*EVAL, 'train'), MISSING, ["no 'train'"]),
     ((*EVAL, 'sample'), 3, ['sample', 'text']),
