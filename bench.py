@@ -35,7 +35,7 @@ import torch
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
 from data.loader import find_datasets, write_dataset
 from engine import optim
-from engine.common import UserError, printable
+from engine.common import UserError, optional, printable
 from engine.cost import (
     add_process,
     cache_bytes,
@@ -44,7 +44,8 @@ from engine.cost import (
     meta_model,
 )
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
-from engine.plan import plan_ranks
+from engine.plan import memory_figure, plan_ranks
+from engine.run_report import save_picture
 from engine.side import Side, SideError
 from model import PRESETS
 
@@ -75,6 +76,7 @@ def settings():
     plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time on paper
     interconnect_gbps: PositiveFloat = 400.0  # for plan: gigabits per second that a rank can send
     plan_tflops: NonNegativeFloat = 0.0  # for plan: TFLOP/s of a device in training; 0: measure it
+    plan_picture = ''  # for plan: draw the memory per rank into this file, such as memory.png
     profile = False  # print the ten most expensive operations; trace.json for ui.perfetto.dev
     json = ''  # write every figure to this file
     config, given = configure(__file__, TRAIN)
@@ -99,6 +101,10 @@ def check(config):
         raise UserError('--what=data times our loader and takes no --versus')
     if config['plan'] and not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', config['plan']):
         raise UserError(f"--plan takes numbers of ranks, such as 8,64,512, not '{config['plan']}'")
+    if config['plan_picture'] and not (config['plan'] and config['plan_picture'].endswith('.png')):
+        raise UserError('--plan_picture is the name of a .png file, and needs --plan')
+    if config['plan_picture']:
+        optional('matplotlib', '--plan_picture')
     if config['versus']:
         check_versus(config['versus'])
     folder = os.path.dirname(os.path.abspath(config['json']))
@@ -552,6 +558,11 @@ def main():
             results = find_batch_size(config, s)
         elif config['plan']:
             results = plan_ranks(config, s, model, device)
+            if config['plan_picture']:
+                title = (f'{model.get_num_params(False):,} parameters, {s["batch_size"]} sequences '
+                         f'of {model.config.block_size:,} tokens per micro-batch')
+                save_picture(memory_figure(results['plan'], title), config['plan_picture'])
+                print(printable(config['plan_picture']))
         else:
             results = time_sides(config, sides, device)
     write_json(config, machine, results)

@@ -5,8 +5,10 @@ config/PARAMETER_FORMULAS.md and the speed of one device.
 import math
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 
+from engine.common import optional
 from engine.cost import memory_estimate
 from engine.machine import GIB, free_memory
 from engine.side import Side
@@ -38,8 +40,8 @@ def plan_ranks(config, s, model, device):
             sending = sent / bytes_per_sec
             seconds = max(computing, sending), computing + sending
             rows.append(dict(ranks=ranks, mode=mode, micro_batches=micro_batches,
-                             tokens=tokens_per_rank * ranks, memory=sizes['peak'], sent=sent,
-                             seconds=seconds))
+                             tokens=tokens_per_rank * ranks, memory=sizes['peak'], sizes=sizes,
+                             sent=sent, seconds=seconds))
             print_plan_row(rows[-1])
     return dict(plan=rows, device_flops=rate, source=source)
 
@@ -50,6 +52,23 @@ def print_plan_row(row):
     rates = f"{row['tokens'] / high:,.0f}-{row['tokens'] / low:,.0f}"
     print(f"{row['ranks']:>6} {row['mode']:>7} {row['micro_batches']:>14} {row['tokens']:>14,} "
           f"{row['memory'] / GIB:>10.2f} {row['sent'] / 1e9:>9.2f} {seconds:>17} {rates:>23}")
+
+
+def memory_figure(rows, title):
+    """Return a figure with the memory per rank of each row of a plan as a bar of its parts."""
+    Figure = optional('matplotlib.figure', '--plan_picture').Figure
+    figure = Figure(figsize=(7.5, 4.5), layout='constrained')
+    ax = figure.subplots()
+    labels = [f"{row['mode']}\n{row['ranks']}" for row in rows]
+    top = np.zeros(len(rows))
+    for part in ('weights', 'gradients', 'moments', 'gathered', 'activations'):
+        gigabytes = np.array([row['sizes'][part] / 1e9 for row in rows])
+        ax.bar(range(len(rows)), gigabytes, bottom=top, label=part)
+        top += gigabytes
+    ax.set_xticks(range(len(rows)), labels)
+    ax.set(xlabel='mode and number of ranks', ylabel='memory per rank, GB', title=title)
+    ax.legend(frameon=False)
+    return figure
 
 
 def bytes_sent(model, dtype, micro_batches, ranks):

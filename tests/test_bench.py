@@ -8,6 +8,7 @@ from bench import largest_that_fits
 from bench import main as bench_main
 from conftest import ROOT, TINY, checkpoint, command, losses, one_line, train
 from engine.common import UserError
+from engine.plan import memory_figure
 from model import GPT, GPTConfig
 
 NANOGPT_LIKE = '''
@@ -178,6 +179,8 @@ def test_a_checkout_that_fails_is_one_line(tmp_path):
     (['--plan=8', '--archs=gpt2'], ['plan', 'archs']),
     (['--plan=0'], ['plan', '8,64,512']),
     (['--plan=8', '--plan_tflops=-3'], ['plan_tflops']),
+    (['--plan_picture=memory.png'], ['plan_picture', '--plan']),
+    (['--plan=8', '--plan_picture=memory.txt'], ['plan_picture', '.png']),
     (['--quantize=int8'], ['quantize', 'generate']),
     (['--json=nowhere/at/all.json'], ['nowhere']),
     (['--n_head=5'], ['n_head']),
@@ -246,6 +249,18 @@ def test_planned_traffic_is_what_torch_sends(tmp_path):
     low, high = ddp['seconds']
     assert high - low == pytest.approx(ddp['sent'] / 1e9)
     assert ddp['tokens'] == 12 * 4 * 32 and '64' in out
+
+
+def test_a_plan_is_drawn():
+    """Bars whose height is not the memory of the plan."""
+    pytest.importorskip('matplotlib')
+    rows = [dict(mode=mode, ranks=8, sizes=dict(weights=w, gradients=w, moments=2 * w, gathered=g, activations=10 ** 9))
+            for mode, w, g in (('ddp', 8 * 10 ** 9, 0), ('fsdp', 10 ** 9, 3 * 10 ** 9))]
+    tops = {}
+    for bar in memory_figure(rows, 'a plan').axes[0].patches:
+        middle = round(bar.get_x() + bar.get_width() / 2)
+        tops[middle] = max(tops.get(middle, 0), bar.get_y() + bar.get_height())
+    assert tops == pytest.approx({0: 33, 1: 8})
 
 
 FSDP_MEMORY = """
