@@ -75,6 +75,7 @@ log_interval = 10  # iterations between log lines
 gradient_log_interval = 10  # iterations between gradient statistics in the log; 0: only the norm
 sample_interval = 1  # evaluations between short text samples; 0: none
 sample_start = None  # the text that these begin with; None: a line end
+verbose = False  # True: the whole start-up report; FLOP/s, memory and gradients per log line
 always_save_checkpoint = True  # False: save only when val loss is the lowest so far
 save_interval = 0  # iterations between additional checkpoints; 0: none
 keep_interval = 0  # iterations between those that stay, as ckpt_000500.pt and so on; 0: none

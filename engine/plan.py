@@ -62,11 +62,11 @@ def memory_figure(rows, title):
     labels = [f"{row['mode']}\n{row['ranks']}" for row in rows]
     top = np.zeros(len(rows))
     for part in ('weights', 'gradients', 'moments', 'gathered', 'activations'):
-        gigabytes = np.array([row['sizes'][part] / 1e9 for row in rows])
-        ax.bar(range(len(rows)), gigabytes, bottom=top, label=part)
-        top += gigabytes
+        gibibytes = np.array([row['sizes'][part] / GIB for row in rows])
+        ax.bar(range(len(rows)), gibibytes, bottom=top, label=part)
+        top += gibibytes
     ax.set_xticks(range(len(rows)), labels)
-    ax.set(xlabel='mode and number of ranks', ylabel='memory per rank, GB', title=title)
+    ax.set(xlabel='mode and number of ranks', ylabel='memory per rank, GiB', title=title)
     ax.legend(frameon=False)
     return figure
 

@@ -51,7 +51,7 @@ def test_a_small_run_does_not_import_the_compiler(text_set, tmp_path):
 def test_a_run_with_muon_resumes_bit_for_bit(text_set, tmp_path):
     """Muon's momentum is lost or given to another matrix, or its learning rate leaves the schedule."""
     whole, half = tmp_path / 'whole', tmp_path / 'half'
-    done = train(text_set, whole, *MUON, '--save_interval=10')
+    done = train(text_set, whole, *MUON, '--save_interval=10', '--verbose=True')
     succeeded(done, 'qk_norm', 'zero_init_residual', 'logit_softcap 15')
     succeeded(done, 'muon at 0.03 for 8 matrices', 'adamw at 0.001')
     state = checkpoint(copy_run(whole, half, 'ckpt_prev.pt'))['optimizer']
