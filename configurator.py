@@ -55,7 +55,7 @@ COMMON = """
     dataset gradient_accumulation_steps batch_size block_size
     arch_preset n_layer n_head n_embd dropout
     optimizer learning_rate max_iters epochs
-    device compile
+    device compile use_fsdp
 """.split()
 
 # {a setting here: its names in other trainers}, for hints. Near misses need no line of their own.

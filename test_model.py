@@ -1073,7 +1073,7 @@ def test_muon_is_torchs_on_the_matrices_of_blocks_beside_adamw(parts):
     hidden = [p for name, p in named.items() if p.dim() == 2 and name.startswith('transformer.h.')]
     rest = [p for name, p in named.items() if not (p.dim() == 2 and name.startswith('transformer.h.'))]
     assert len(hidden) == 2 * 4
-    matrices, vectors = [p for p in rest if p.dim() == 2], [p for p in rest if p.dim() == 1]
+    matrices, vectors = [p for p in rest if p.dim() == 2], [p for p in rest if p.dim() < 2]
     by_hand = [
         torch.optim.Muon(hidden, lr=0.02, momentum=0.7, weight_decay=0.3),
         torch.optim.AdamW(matrices, lr=1e-3, betas=(0.8, 0.9), weight_decay=0.3, fused=True),

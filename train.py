@@ -6,7 +6,7 @@ Train a GPT: on a laptop, on one GPU, or on many.
     torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_124m.py  # one node
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --use_fsdp=True
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train.py config/full_gpt2_124m.py
+        train.py config/full_gpt2_124m.py --gradient_accumulation_steps=48
 
 Writes out_dir/ckpt.pt (for resuming and sample.py), ckpt_best.pt (the lowest val loss),
 ckpt_prev.pt (the one before, used if ckpt.pt is damaged), ckpt_000500.pt and so on (with
@@ -167,9 +167,8 @@ if eval_only:  # the data set and batch size come from the checkpoint unless giv
 for note in start.check_settings(config, given, parallel):
     console.say(note)
 device, dtype = machine.pick_device(parallel.own_device(device), dtype)
-if gradient_accumulation_steps % parallel.world_size and not eval_only:
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple '
-                    f'of the {parallel.world_size} processes that share it')
+if not eval_only:
+    start.check_accumulation(config, parallel.world_size)
 if device.type == 'cpu':
     machine.keep_freed_memory()
 if device.type == 'cuda':
@@ -220,6 +219,8 @@ eval_loaders = {split: start.load_split(split, data_sets, model_config, device, 
 config.update(schedule(__file__, config, given, data_sets, train_loader, console))
 max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
 warmup_iters = config['warmup_iters']
+if resuming and (changed := start.changed_schedule(loaded, config)):
+    console.say(f'NOTE: resumed with {changed}: the learning rate may jump here')
 if resuming and state.last_eval_iter == state.iter_num >= max_iters:
     console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do')

@@ -1,7 +1,7 @@
 # LLaMA 1.36B: 1,357,860,096 parameters (untied, as LLaMA is)
 out_dir = 'out-llama-1.36b'
-# prepared with LLaMA's tokenizer: a data set has at most 32000 ids. GPT-2's 50257 need
-# --vocab_size=50304, which makes it 1,442,204,928 parameters.
+# prepared with LLaMA's tokenizer, whose ids fit 32000. Data sets with GPT-2's 50257 ids, such as
+# fineweb10B, need --vocab_size=50304, which makes it 1,442,204,928 parameters.
 dataset = 'slimpajama_627b'  # --dataset=pystdlib: for a first try, without a download
 
 arch_preset = 'llama'

@@ -162,7 +162,13 @@ def checkpoints_in(folder):
 
 
 def no_checkpoint(path):
-    """Return the message for a path without a checkpoint. It lists the run folders here."""
+    """
+    Return the message for a path without a checkpoint. It lists those beside it or, if there are
+    none, the run folders here.
+    """
+    folder = os.path.dirname(path)
+    if folder and checkpoints_in(folder):
+        return f"no checkpoint at '{path}'; '{folder}' has {', '.join(checkpoints_in(folder))}"
     runs = [name for name in sorted(os.listdir()) if checkpoints_in(name)]
     if not runs:
         return f"no checkpoint at '{path}', and none in the folders here"

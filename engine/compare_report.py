@@ -62,8 +62,11 @@ def verdict(row, baseline, confidence):
     if d['p'] is None:
         return 'one seed'
     if d['p'] >= 1 - confidence:
-        return 'no difference'
-    return 'better' if d['difference'] < 0 else 'worse'
+        word = 'no difference'
+    else:
+        word = 'better' if d['difference'] < 0 else 'worse'
+    ratio = row['flops_per_token'] / baseline['flops_per_token']
+    return word if 0.98 < ratio < 1.02 else f'{word}, {ratio:.2f}x FLOPs'
 
 
 def table(rows, facts):
@@ -92,8 +95,9 @@ def notes(rows, facts):
         yield f'No difference: these runs differ only in their seed. Their losses: {losses}.'
     yield ('At equal FLOPs and time, every run is compared after the cost of the cheapest run. The '
            'others are interpolated between two evaluations, when their learning rate had not yet '
-           'decayed as far; - means that these are further apart than a quarter of that cost '
-           '(--eval_interval). These intervals do not include the noise of clocks.')
+           'decayed as far; - means that these are further apart than a quarter of that cost: '
+           'evaluate ten times in a run, by --eval_interval. These intervals do not include the '
+           'noise of clocks; neither do tokens/s of runs that shared the machine.')
     if facts['residual_df'] == 1:
         yield ('NOTE: two cells and two seeds leave one degree of freedom, with which a 95 % '
                'interval holds the truth about 92 times in 100: a third seed is worth its time.')

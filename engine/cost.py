@@ -10,6 +10,7 @@ Describe a model: parameters, FLOPs, memory. Inspect, merge and export checkpoin
     python model.py --list=True                                 # every config with its counts
 """
 import contextlib
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configurator import Share, configure
+from configurator import PositiveInt, Share, configure
 from data.loader import prepare_facts, read_meta
 from engine.common import UserError, duration, first_line, printable, replacing, user_errors
 from engine.machine import (
@@ -36,6 +37,7 @@ from engine.machine import (
     pick_device,
 )
 from engine.optim import moment_numel
+from engine.parallel import MODES
 from engine.schema import shown
 from model import GPT, GPTConfig
 
@@ -179,12 +181,12 @@ def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='non
 def add_process(sizes, process):
     """
     Add to a memory_estimate() for a CPU, where the memory of the whole process is measured, what it
-    takes beyond tensors: `process` bytes, and the holes that malloc leaves between tensors, about a
-    fifth of their size (PARAMETER_FORMULAS.md).
+    takes beyond tensors: `process` bytes, and the fragmentation of malloc, about a fifth of their
+    size (PARAMETER_FORMULAS.md).
     """
     tensors = sizes.pop('peak')
-    sizes |= dict(holes=round(0.2 * tensors), process=process)
-    sizes['peak'] = tensors + sizes['holes'] + process
+    sizes |= dict(fragmentation=round(0.2 * tensors), process=process)
+    sizes['peak'] = tensors + sizes['fragmentation'] + process
 
 
 def gathered_bytes(model, dtype):
@@ -231,7 +233,7 @@ def describe(model, settings, device, dtype, gpu=''):
     title, sizes = training_memory(model, settings, device, dtype, gpu)
     lines += size_lines(title, sizes)
     if gpu:
-        lines += gpu_lines(model, settings, dtype, sizes, gpu)
+        lines += gpu_lines(model, settings, dtype, device, gpu)
     lines += sampling_memory_lines(model)
     return printable('\n'.join(lines))
 
@@ -258,21 +260,24 @@ def flops_lines(model):
     return lines + [f'  {name:<40} {a:>16,.0f} {b:>16,.0f}' for name, a, b in rows]
 
 
-def training_memory(model, settings, device, dtype, gpu=''):
-    """Return (title, {part: bytes}) of a training step, as train.py estimates it."""
+def training_memory(model, settings, device, dtype, gpu='', mode='none', n=1):
+    """
+    Return (title, {part: bytes}) of a training step, as train.py estimates it, on each of n
+    processes.
+    """
     batch_size = whole_batch_size(settings)
     optimizer = settings.get('optimizer', 'adamw')
-    accumulation = settings.get('gradient_accumulation_steps', 1)
+    accumulation = math.ceil(settings.get('gradient_accumulation_steps', 1) / n)
     present = memory(device)
     # A GPU is estimated with the kernels of a CPU. In bfloat16 some of them keep more than a GPU's.
     traced_dtype = 'float16' if gpu and dtype == 'bfloat16' else dtype
-    sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation,
-                            optimizer=optimizer)
+    sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation, mode, n,
+                            optimizer)
     if device.type == 'cpu' and not gpu:
         weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
         add_process(sizes, present.get('resident', present['peak']) - weights)
     title = f'memory to train, {optimizer}, {dtype} on {gpu or device}, batch_size {batch_size}'
-    parts = {part: size for part, size in sizes.items() if part not in ('gathered', 'peak')}
+    parts = {part: size for part, size in sizes.items() if size and part != 'peak'}
     return f'{title}, one process, estimated', parts
 
 
@@ -285,20 +290,26 @@ def whole_batch_size(settings):
     return batch_size
 
 
-def gpu_lines(model, settings, dtype, sizes, gpu):
-    """Tell whether a training step fits a GPU, and how long it takes at the MFU in settings."""
-    gib, peak = DATASHEETS[gpu][1], datasheet_peak(gpu, dtype)
-    lines = [f'on one {gpu}, by its datasheet']
-    lines += [f"  {'memory':<24} {fit(sizes, gib)}"]
+def gpu_lines(model, settings, dtype, device, gpu):
+    """
+    Tell whether a training step fits GPUs of a kind, `gpus` of them in settings, and how long it
+    takes at the MFU in settings.
+    """
+    n, gib, peak = settings['gpus'], DATASHEETS[gpu][1], datasheet_peak(gpu, dtype)
+    lines = [f'on {n} x {gpu}, by the datasheet']
+    for mode, name in MODES.items():
+        if (mode == 'none') == (n == 1):
+            sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
+            lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
     mfu, max_iters = settings['mfu'], settings['max_iters']
     sequences = whole_batch_size(settings) * settings['gradient_accumulation_steps']
     tokens_per_iter = sequences * model.config.block_size
-    speed = mfu * peak / model.flops_per_token()
+    speed = n * mfu * peak / model.flops_per_token()
     seconds = tokens_per_iter / speed
     return lines + [
-        f"  {'speed':<24} {speed:,.0f} tokens/s at {100 * mfu:g} % MFU (--mfu={mfu:g}) of "
+        f"  {'speed':<24} {speed:,.0f} tokens/s if MFU is {100 * mfu:g} % (--mfu={mfu:g}) of "
         f'{peak / 1e12:g} TFLOP/s, dense {dtype}',
         f"  {'time':<24} {1000 * seconds:,.0f} ms per iteration of {tokens_per_iter:,} tokens; "
         f'{duration(seconds * max_iters)} for {max_iters:,} iterations, without evaluations',
@@ -418,7 +429,8 @@ def main():
     export = ''  # write the checkpoint to a folder for transformers, or to a .onnx file
     list = False  # print a table of every file in config/ with its counts
     device = 'auto'  # cuda, mps or cpu; or a GPU that is elsewhere: --device=H100 tells its costs
-    mfu: Share = 0.4  # with --device=H100: the share of its peak that training reaches
+    gpus: PositiveInt = 1  # with --device=H100: how many of them
+    mfu: Share = 0.4  # with --device=H100: the share of its peak that training reaches, a guess
     config, given = configure(__file__, TRAIN)
     for key in ('consolidate', 'export'):
         if config[key] and not config['ckpt']:
@@ -433,6 +445,8 @@ def main():
         inspect_checkpoint(config['ckpt'])
     else:
         gpu, dtype = find_gpu(config['device']), config['dtype']
+        if gpu and config['batch_size'] == 'auto':
+            raise UserError(f"batch_size='auto' can only be found on a {gpu} itself; give a number")
         if gpu and dtype == 'auto':
             dtype = 'float16' if gpu in FLOAT16_ONLY else 'bfloat16'
         device, dtype = pick_device('cpu' if gpu else config['device'], dtype)

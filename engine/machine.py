@@ -86,9 +86,11 @@ def find_gpu(name):
     """
     if re.fullmatch(r'auto|(cpu|cuda|mps)(:\d+)?', name):
         return ''
-    for gpu in DATASHEETS:
-        if re.sub(r'\W', '', gpu).lower() == re.sub(r'[\W_]', '', name).lower():
-            return gpu
+    short = {re.sub(r'\W', '', gpu).lower(): gpu for gpu in DATASHEETS}
+    asked = re.sub(r'[\W_]', '', name).lower()
+    ends = [known for known in short if asked and known.endswith(asked)]  # 4090
+    if asked in short or len(ends) == 1:
+        return short.get(asked) or short[ends[0]]
     raise UserError(f"unknown device '{name}'; choose auto, cpu, cuda or mps for this computer, or "
                     f"a GPU that is known by its datasheet: {', '.join(DATASHEETS)}")
 

@@ -4,6 +4,7 @@ or resumed.
 """
 import glob
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -76,6 +77,22 @@ def check_settings(config, given, parallel):
     if config['tensorboard_log']:
         optional('tensorboard', 'tensorboard_log=True')
     return notes(config, given, parallel)
+
+
+def check_accumulation(config, n):
+    """Raise UserError if n processes cannot share the micro-batches of an iteration evenly."""
+    steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
+    if steps % n == 0:
+        return
+    remedy = f'--gradient_accumulation_steps={math.ceil(steps / n) * n}'
+    if batch_size != 'auto':
+        sequences = steps * batch_size
+        same = [k for k in range(n, sequences + 1, n) if sequences % k == 0 and k >= steps]
+        if same:
+            remedy = (f'--batch_size={sequences // same[0]} --gradient_accumulation_steps='
+                      f'{same[0]}, which keep the tokens per iteration')
+    raise UserError(f'gradient_accumulation_steps={steps} must be a multiple of the {n} processes '
+                    f'that share it; try {remedy}')
 
 
 def notes(config, given, parallel):
@@ -412,8 +429,9 @@ def fit_model(ckpt, config, given, resuming):
     for key, value in asked.items():
         free = key in FREE or key == 'block_size' and not resuming
         if value != stored[key] and not free:
-            raise ValueError(f"{key}={value} does not fit the checkpoint '{ckpt['path']}', "
-                             f'which has {key}={stored[key]}')
+            where = given.get(key, given.get('arch_preset'))
+            raise ValueError(f"{key}={value} {where} does not fit the checkpoint "
+                             f"'{ckpt['path']}', which has {key}={stored[key]}")
     crop(model, config['block_size'], asked, pretrained='iter_num' not in ckpt)
     return model
 
@@ -427,6 +445,17 @@ def crop(model, block_size, asked, pretrained):
     wanted = asked.get('block_size', model.config.block_size)
     if shorter or wanted != model.config.block_size:
         model.crop_block_size(block_size)
+
+
+SCHEDULE_SETTINGS = ('learning_rate', 'muon_learning_rate', 'min_lr', 'lr_schedule',
+                     'lr_decay_iters', 'warmup_iters')
+
+
+def changed_schedule(ckpt, config):
+    """Return, as text, the settings that change the learning rate of a resumed run; '' if none."""
+    saved = ckpt['config'] if is_ours(ckpt) else {}
+    return ', '.join(f'{key}={config[key]} instead of {saved[key]}' for key in SCHEDULE_SETTINGS
+                     if key in saved and saved[key] != config[key])
 
 
 def changed_data(ckpt, config):

@@ -97,9 +97,10 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
                 f"{tokenizer.name if tokenizer else 'unknown'}, {epochs:.3g} epochs",
         'training': f'{start}{resumed}, {tokens:,} tokens each, {describe(opt)}, {schedule}',
         'machine': f"{device_name(device)}{processes}, {settings['dtype']}, "
-                   f"{'compiled' if costs.compiled else 'not compiled'}",
-        'cost': f"about {costs.estimate['peak'] / GIB:.2f} of {memory_here:.0f} GiB, and "
-                f'{duration(costs.expected_seconds)} at half of the peak speed',
+                   f"{'compiled' if costs.compiled else 'not compiled'}, micro-batches of "
+                   f'{batches.batch_size} sequences x {batches.per_rank}',
+        'cost': f"about {costs.estimate['peak'] / GIB:.2f} of {memory_here:.0f} GiB, "
+                f'{duration(costs.expected_seconds)} or more',
         'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
         'data sets': data_line(data_sets, train_loader, splits['val'].loader, max_iters * tokens),
         'architecture': architecture_line(c, costs.flex),

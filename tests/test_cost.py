@@ -219,10 +219,10 @@ def test_a_gpu_elsewhere_is_described_by_its_datasheet(gpu):
     flops = meta_model(SETTINGS).flops_per_token()
     for dtype in ('bfloat16', 'float16', 'float32'):
         text, peak = described(gpu, dtype, **GPU_SETTINGS)[1], datasheet_peak(gpu, dtype)
-        assert f'{dtype} on {gpu}, batch_size 4' in text and 'holes' not in text
+        assert f'{dtype} on {gpu}, batch_size 4' in text and 'fragmentation' not in text
         assert f'of its {DATASHEETS[gpu][1]} GiB' in text and ' fits: ' in text
         assert peak is not None or f'no peak for {dtype}' in text
-        assert peak is None or f'{0.5 * peak / flops:,.0f} tokens/s at 50 % MFU' in text
+        assert peak is None or f'{0.5 * peak / flops:,.0f} tokens/s if MFU is 50 %' in text
     assert 'per iteration of 1,024 tokens' in described(gpu, 'float16', **GPU_SETTINGS)[1]
 
 
@@ -292,7 +292,7 @@ def test_gradient_statistics_are_those_of_the_gradients(parts):
         assert stats[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
     squares = Counter()
     for name, g in grads.items():  # transformer.h.0.attn.c_attn.weight, transformer.wte.weight, lm_head.weight
-        layer = re.search(r'\.h\.(\d+)\.|(\w+)\.weight$|(\w+)\.bias$', name)
+        layer = re.search(r'\.h\.(\d+)\.|(\w+)\.\w+$', name)
         squares[next(filter(None, layer.groups()))] += g.double().square().sum().item()
     assert stats['layers'] == {layer: pytest.approx(math.sqrt(s), rel=1e-5) for layer, s in squares.items()}
     assert math.hypot(*stats['layers'].values()) == pytest.approx(stats['norm'], rel=1e-5)
