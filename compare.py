@@ -171,7 +171,8 @@ NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project w
 def group_by_config(results):
     """
     Return {cell: Results}. Runs that differ only in their seed are one cell. Its name consists of
-    the keys in which cells differ.
+    the keys in which cells differ. If runs have the same config and seed, perhaps because the code
+    was edited between them, every folder is a cell.
     """
     keys = dict.fromkeys(key for result in results for key in result.config)
     shown = []
@@ -183,11 +184,10 @@ def group_by_config(results):
     for result in results:
         words = [f'{key}={result.config.get(key)}' for key in shown]
         cell = printable(' '.join(', '.join(words).split())) or 'as configured'  # one line
-        group = groups.setdefault(cell, [])
-        if result.config['seed'] in [other.config['seed'] for other in group]:
-            raise UserError(f"'{result.folder}' repeats the config and seed of another of these "
-                            'runs: leave it out')
-        group.append(result)
+        groups.setdefault(cell, []).append(result)
+    if any(len({result.config['seed'] for result in group}) < len(group)
+           for group in groups.values()):
+        return {printable(result.folder): [result] for result in results}
     return groups
 
 

@@ -79,16 +79,18 @@ OTHER_NAMES = {
     'grad_clip': 'clip_grad max_grad_norm max_l2_norm',
     'gradient_accumulation_steps': 'grad_accum grad_accum_steps',
     'batch_size': 'per_device_train_batch_size',
-    'dtype': 'precision mixed_precision torch_dtype',
+    'dtype': 'precision mixed_precision torch_dtype use_amp amp_dtype',
     'use_fsdp': 'fsdp',
-    'dataset': 'data data_dir data_path',
-    'out_dir': 'output_dir save_dir checkpoint_dir',
+    'dataset': 'data data_dir data_path input_file dataset_dir',
+    'dataset, prepared by data/prepare.py --tokenizer=NAME': 'tokenization',
+    'init_from': 'init_from_model',
+    'out_dir': 'output_dir save_dir checkpoint_dir model_name',
     'eval_interval': 'eval_every eval_steps',
     'save_interval': 'save_every save_steps',
     'wandb_log': 'wandb use_wandb',
     'init_from=resume, with the out_dir of the run': 'resume resume_from resume_from_checkpoint',
     'epochs': 'num_epochs num_train_epochs',
-    'sample_start': 'prompt',  # of train.py
+    'sample_start': 'prompt eval_prompts_file',  # of train.py
     'start': 'prompt',  # of sample.py
 }
 

@@ -320,6 +320,14 @@ def some_text():
     return Path(__file__).read_text(encoding='utf-8')[:20000]
 
 
+def paste_example_of_a_part(folder):
+    """Do in a copy of this repository what docs/parts.md says about the example of a part."""
+    part = (ROOT / 'docs/parts.md').read_text().split('```python\n')[1].split('```')[0]
+    source = (folder / 'model.py').read_text()
+    end_of_class = source.index('\n\n\n', source.index('class SwiGLU'))
+    (folder / 'model.py').write_text(source[:end_of_class] + '\n\n\n' + part + source[end_of_class:])
+
+
 def llama_json(metaspace=False):
     """
     A tokenizer.json as LLaMA 2 has it: not byte-level, spaces as U+2581 and one before the text,

@@ -275,15 +275,21 @@ def test_runs_that_differ_in_their_seed_are_one_cell(grid, tmp_path, capsys):
     assert len(results(tmp_path)['rows']) == 1 and 'better' not in console and 'worse' not in console
 
 
+def test_runs_before_and_after_an_edit_of_the_code_are_cells(grid, tmp_path):
+    """The README's recipe for an edited model.py ended in 'repeats the config and seed of another'."""
+    before, after = folders_of(grid[0])[0], str(tmp_path / 'after')
+    shutil.copytree(before, after)
+    assert compare.main([before, after, f'--out_dir={tmp_path / "both"}']) == 0
+    assert [(row['cell'], row['seeds']) for row in results(tmp_path / 'both')['rows']] == [(before, [1]), (after, [1])]
+
+
 def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys):
-    """Runs that were evaluated on other windows, copies, or folders without a log compared all the same."""
+    """Runs that were evaluated on other windows, or folders without a log, compared all the same."""
     folders, out = folders_of(grid[0]), f'--out_dir={tmp_path / "no"}'
     study(text_set, tmp_path / 'other', '--eval_iters=8', '--max_iters=2', script='train.py')
-    shutil.copytree(folders[0], tmp_path / 'copy')
     (tmp_path / 'empty').mkdir()
     for args, parts in (
         ([folders[0], tmp_path / 'other'], ['same windows', folders[0], tmp_path / 'other', 'eval_iters']),
-        ([folders[0], tmp_path / 'copy'], ['copy', 'leave it out']),
         ([folders[0], tmp_path / 'empty'], ['empty', 'run_*.json']),
         ([folders[0]], ['own folder', 'out_dir']),
         ([*folders, '--search=4'], ['search']),

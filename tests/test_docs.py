@@ -1,55 +1,151 @@
-"""README and docs: their commands are ones that the scripts accept, and their links lead somewhere."""
+"""README and docs: each command runs in a short form, and each link leads to a file."""
+import gzip
+import json
 import os
 import re
 import shlex
+import shutil
+from importlib.util import find_spec
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
-import compare
-from configurator import configure
-from conftest import ROOT
+from conftest import BYTE, ROOT, command, llama_json, paste_example_of_a_part, succeeded
+from data.loader import write_dataset
 
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
-SETTINGS = {  # {script: the scripts whose settings it takes}
-    'train.py': ['train.py'],
-    'sample.py': ['sample.py'],
-    'bench.py': ['bench.py', 'train.py'],
-    'model.py': ['engine/cost.py', 'train.py'],
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
+         *sorted((ROOT / 'config').glob('*.md'))]
+SCRIPTS = '*.py', 'engine/*.py', 'config/*.py', 'data/*.py', 'data/*/*.py'
+
+TRAINS = r'(train|bench)\.py|compare\.py (config|--scaling)'
+# {pattern: flags}: what makes the commands that the pattern is found in short; later ones win
+SHORT = {
+    TRAINS:
+        '--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 '
+        '--max_iters=2 --eval_interval=2 --eval_iters=1 --overwrite=True '
+        '--device=cpu --compile=False --dtype=float32 --peak_tflops=1',
+    r'compare\.py (config|--scaling)': '--seed=1',
+    r'--position_encoding=\w+,': '--position_encoding=rope',
+    r'--search=': '--search=2',
+    r'--scaling=': '--n_embd=32,64,96 --n_head=1 --tokens_per_param=0.01',
+    r'bench\.py': '--warmup=0 --repeats=1',
+    r'--find_batch_size=': '--batch_size=1',
+    r'--what=generate': '--prompt_tokens=8 --new_tokens=2',
+    r'sample\.py': '--num_samples=2 --max_new_tokens=4',
+    r'data/prepare\.py': '--overwrite',
+    r'data/prepare\.py(?!.*--tokenizer)': '--tokenizer=byte',
 }
+# {script: code that it runs first}: bench.py forks its processes, which saves each two seconds of imports
+BEFORE = {'bench.py': '''
+import multiprocessing
+fork = multiprocessing.get_context('fork')
+multiprocessing.get_context = lambda method: fork
+'''}
+# appended to the studies among the config files: two of their cells, as long as a flag says
+SHORT_STUDY = '''
+cells = {name: {key: cells[name][key] for key in cells[name] if key != 'max_iters'} for name in [*cells][:2]}
+'''
+# {pattern: libraries}: without them these commands are skipped
+NEEDS = {
+    r'compare\.py|--metrics': ['scipy', 'matplotlib'],
+    r'--attention=': ['matplotlib'],
+    r'--wandb_log': ['wandb'],
+    r'--tensorboard_log': ['tensorboard'],
+    r'--export=hf_dir': ['safetensors', 'tokenizers'],
+    r'model\.onnx': ['onnx', 'onnxscript'],
+    r'parquet': ['pyarrow', 'tokenizers'],
+    r'--tokenizer=bpe': ['tokenizers'],
+}
+# copies of the quick start's run, which the commands read
+RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
+        '../nanoGPT']
+DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 
 
-def shell_lines(page):
-    """Yield the lines of a page's shell blocks. A line that ends with a backslash continues."""
-    kind = None
-    for line in page.read_text().replace('\\\n', ' ').splitlines():
-        if line.startswith('```'):
-            kind = line if kind is None else None
-        elif kind in ('```', '```sh'):
-            yield line
+def code(page):
+    """Yield the lines of a page's shell blocks, then its code spans. A backslash continues a line."""
+    text = page.read_text()
+    for block in re.findall(r'^```(?:sh)?\n(.*?)^```', text, re.M | re.S):
+        yield from block.replace('\\\n', ' ').splitlines()
+    yield from re.findall(r'`([^`\n]+)`', text)
 
 
-def commands():
-    """Return {(script, arguments)} of every python or torchrun line in the docs."""
-    found = set()
+def documented():
+    """Return every python or torchrun command of the docs once, without its comment."""
+    found = {}
     for page in PAGES:
-        for line in shell_lines(page):
+        names = dict(re.findall(r'`(\$\w+)` is\s+`([^`]+)`', page.read_text()))  # as in `$S` is `a.py --b=c`
+        for line in code(page):
+            line = line.split(' && ')[-1]
+            for name, meaning in names.items():
+                line = line.replace(name, meaning)
             words = shlex.split(line, comments=True) if '.py' in line else []
-            scripts = [i for i, word in enumerate(words) if word in {*SETTINGS, 'compare.py'}]
-            if scripts:
-                found.add((words[scripts[0]], *words[scripts[0] + 1:]))
-    assert len(found) > 50
-    return sorted(found)
+            words = words[1:] if words and re.match(r'[A-Z_]+=', words[0]) else words
+            is_python = words[:1] == ['python'] and words[1].endswith('.py') or words[:1] == ['torchrun']
+            if is_python and 'config/...' not in words:
+                found[shlex.join(words)] = None
+    assert len(found) > 80
+    return list(found)
 
 
-@pytest.mark.parametrize('command', commands(), ids=' '.join)
-def test_a_documented_command_is_accepted(command, monkeypatch):
-    """A key that was renamed, or a config file that was moved, and docs that still name it."""
-    monkeypatch.chdir(ROOT)
-    script, *argv = command
-    if script == 'compare.py':
-        compare.settings([arg for arg in argv if not arg.startswith('out-')])
-    else:
-        configure(*SETTINGS[script], argv=argv)
+def add_texts(here, text):
+    """Write the text files that the commands of the docs read."""
+    for name in 'path/to/book.txt', 'book.txt', 'corpus.txt', '1GB.txt', 'FILE', 'notes/note.txt':
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+    paragraphs = text.split('\n\n')
+    lines = '\n'.join(json.dumps({'text': paragraph}) for paragraph in paragraphs)
+    (here / 'more.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+    if find_spec('pyarrow') and find_spec('tokenizers'):
+        from pyarrow import parquet, table
+        (here / 'corpus').mkdir()
+        (here / 'llama').mkdir()
+        parquet.write_table(table({'text': paragraphs}), here / 'corpus/part.parquet')
+        (here / 'llama/tokenizer.json').write_text(llama_json())
+
+
+@pytest.fixture(scope='module')
+def workspace(tmp_path_factory):
+    """A folder with the scripts, and small stand-ins for everything that the commands of the docs read."""
+    here = tmp_path_factory.mktemp('docs') / 'plainGPT'
+    for path in (path for pattern in SCRIPTS for path in ROOT.glob(pattern)):
+        copy = here / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    paste_example_of_a_part(here)
+    for study in here.glob('config/ablate_*.py'):
+        study.write_text(study.read_text() + SHORT_STUDY)
+    text = (ROOT / 'test_model.py').read_text()
+    add_texts(here, text)
+    for folder in [*here.glob('data/*/'), here / 'data/book']:
+        write_dataset(folder, {'train': text.encode(), 'val': text.encode()[:9000]}, BYTE)
+    first_run, sharded = ['config/preset_quick_test.py', *SHORT[TRAINS].split()], '--sharded_checkpoint=True'
+    succeeded(command('train.py', *first_run, cwd=here))
+    succeeded(command('train.py', *first_run, sharded, '--out_dir=out', cwd=here, processes=2))
+    for name in RUNS:
+        shutil.copytree(here / 'out-quick-test', here / name)
+    shutil.copy(here / 'model.py', here / '../nanoGPT')
+    shutil.copy(here / 'out-first/ckpt.pt', here / 'out-first/ckpt_000500.pt')
+    return here
+
+
+@pytest.mark.parametrize('line', documented(), ids=str)
+def test_a_documented_command_runs(line, workspace, tmp_path):
+    """A key that was renamed, a file that was moved, a comparison that is refused, and docs that still name it."""
+    for pattern, libraries in NEEDS.items():
+        for library in libraries if re.search(pattern, line) else []:
+            pytest.importorskip(library)
+    if re.search(DOWNLOADS, line):
+        pytest.skip('a large download')
+    program, *words = shlex.split(line)
+    processes = 1
+    if program == 'torchrun':
+        asked = torchrun_parser().parse_args(words)
+        words, processes = [asked.training_script, *asked.training_script_args], 2
+    short = [flag for pattern, flags in SHORT.items() if re.search(pattern, line) for flag in flags.split()]
+    here, env = shutil.copytree(workspace.parent, tmp_path / 'copy') / 'plainGPT', {'WANDB_MODE': 'offline'}
+    before = BEFORE.get(words[0], '')
+    succeeded(command(*words, *short, cwd=here, env=env, processes=processes, before=before))
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 import compare
-from conftest import ROOT, command, ids_of, losses, refused, run_logs, succeeded, train
+from conftest import (
+    ROOT,
+    command,
+    ids_of,
+    losses,
+    paste_example_of_a_part,
+    refused,
+    run_logs,
+    succeeded,
+    train,
+)
 from data.loader import find_datasets, read_meta
 from engine import machine
 from engine.common import UserError
@@ -196,13 +206,10 @@ def test_an_empty_file_of_text_is_refused(tmp_path):
 def test_the_example_of_a_part_runs_as_printed(tmp_path):
     """The example of a new part in docs/parts.md has stopped working, since nobody has run it."""
     page = (ROOT / 'docs/parts.md').read_text()
-    part = page.split('```python\n')[1].split('```')[0]
     lines = [line for line in page.splitlines() if line.startswith('python train.py') and '--ffn_type=maxout' in line]
     copy = tmp_path / 'copy'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'out*', '__pycache__', 'wandb'))
-    source = (copy / 'model.py').read_text()
-    end_of_class = source.index('\n\n\n', source.index('class SwiGLU'))
-    (copy / 'model.py').write_text(source[:end_of_class] + '\n\n\n' + part + source[end_of_class:])
+    paste_example_of_a_part(copy)
     # float32, because a CPU without bfloat16 takes minutes to emulate it
     done = command(*lines[0].split()[1:], '--out_dir=out', '--dtype=float32', cwd=copy)
     succeeded(done, 'maxout')
