@@ -32,7 +32,7 @@ from model import GPT
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
 init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
-num_samples: PositiveInt = 10  # samples, drawn together in one batch
+num_samples: PositiveInt = 10  # samples, drawn together in one batch; interactive: 1
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
@@ -63,9 +63,15 @@ if attention:
     optional('matplotlib', '--attention')
 if metrics:
     optional('scipy', '--metrics')
+if interactive and 'num_samples' not in given:
+    num_samples = 1
 if start.startswith('FILE:'):
-    with open(start.removeprefix('FILE:'), encoding='utf-8') as f:
-        start = f.read()
+    path = start.removeprefix('FILE:')
+    try:
+        with open(path, encoding='utf-8') as f:
+            start = f.read()
+    except OSError as e:
+        raise UserError(f"the prompt file '{path}' cannot be read: {e.strerror}") from e
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
 

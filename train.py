@@ -24,6 +24,8 @@ from typing import Literal
 # OpenMP reads this when torch is imported. Its threads then sleep soon while they wait for each
 # other. Otherwise they spin, and a step takes 20 times as long while other programs use the cores.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while torch is imported
 import torch
 
 from configurator import (
@@ -335,7 +337,8 @@ def forward_backward():
             loss = training_loss(model, X, Y) / batches.per_rank
         scaler.scale(loss).backward()
         total += loss.detach()
-        console.progress(f'micro-batch {m + 1}/{batches.per_rank}')
+        if batches.per_rank > 1:
+            console.progress(f'micro-batch {m + 1}/{batches.per_rank}')
     return total
 
 

@@ -28,7 +28,7 @@ class Console:
         """Show the status of the run, and what it is doing right now."""
         if time.time() - self.last_time < (0.1 if self.terminal else 10):
             return
-        line = ', '.join(part for part in (self.status, text) if part)
+        line = ', '.join(part for part in (text, self.status) if part)
         if not self.terminal:
             self.say(f'  ... {line}')
             return

@@ -22,9 +22,9 @@ def pick_device(device='auto', dtype='auto'):
     if device == 'auto':
         device = fastest_device()
     try:
-        device = torch.device(device)
-        if device.type not in ('cuda', 'mps', 'cpu'):
+        if not re.fullmatch(r'(cuda|mps|cpu)(:\d+)?', str(device)):
             raise RuntimeError('it is none of cuda, mps and cpu')
+        device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device '{device}' is not available here: {first_line(e)[:120]}; "

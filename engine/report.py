@@ -256,14 +256,15 @@ class RunLog:
 
     def draw(self):
         """
-        Draw the losses so far into out_dir/loss.png, and return its path. Return None without
-        matplotlib, and for a run that has no curve yet or was told to end soon.
+        Draw the losses so far into out_dir/loss.png. Return its path, or why there is none. Return
+        None for a run that has no curve yet or was told to end soon.
         """
         wanted = self.n_evaluations > 2 and not self.outcome.startswith('SIG')
         if not (self.console.speaks and wanted):
             return None
         try:
-            return draw_loss(read_run(self.out_dir))
+            picture = draw_loss(read_run(self.out_dir))
+            return picture or 'none: pip install matplotlib draws loss.png'
         except (OSError, UserError) as e:  # an earlier log in this folder may be damaged
             self.console.say(f'WARNING: no picture of the losses: {first_line(e)}')
             return None
@@ -306,7 +307,8 @@ def end_of_run(run_log, best_path, picture):
     """Return the last lines of a run: how it ended, what it learned, where that is, what next."""
     data, out_dir = run_log.data, run_log.out_dir
     first, last = run_log.first_iter, run_log.state.iter_num
-    line = (f'{run_log.outcome} after {last - first} iterations in '
+    where = f' at iteration {last}' if first else ''
+    line = (f'{run_log.outcome}{where} after {last - first} iterations in '
             f'{duration(time.time() - run_log.start)}')
     if data['training_iterations']:
         highest = max(data['training_iterations'][-1]['memory'].values())
@@ -315,7 +317,8 @@ def end_of_run(run_log, best_path, picture):
     evals = data['eval_steps']
     if len(evals) > 1:
         losses = [e['val']['loss'] for e in evals]
-        lines.append(f"val loss  {losses[0]:.4f} to {losses[-1]:.4f} {sparkline(losses)}"
+        since = f" (iteration {evals[0]['iter']})" if first else ''
+        lines.append(f"val loss  {losses[0]:.4f}{since} to {losses[-1]:.4f} {sparkline(losses)}"
                      f"{bits_per_byte(evals[-1]['val'])}")
     if last > first and os.path.exists(best_path):
         lines.append(f'best      {run_log.state.best_val_loss:.4f}, {best_path}')

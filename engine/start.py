@@ -12,7 +12,7 @@ import sys
 import tempfile
 from dataclasses import asdict, fields
 
-from configurator import check_value, configure
+from configurator import check_value, configure, suggestion
 from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from engine import optim
@@ -202,7 +202,9 @@ def run_recipe(name, folder, vocab_size, console):
         recipes = glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py'))
         names = sorted(os.path.basename(os.path.dirname(path)) for path in recipes)
         shares = ' (several need shares, as in a:0.7,b:0.3)' if ',' in name else ''
-        raise UserError(f"there is no data set or file '{name}'{shares}. The data sets are "
+        files = [file for file in os.listdir() if os.path.isfile(file)]
+        raise UserError(f"there is no data set or file '{name}'{shares}"
+                        f"{suggestion(name, names + files)}. The data sets are "
                         f"{', '.join(names)} (--dataset=pystdlib needs no download). A folder "
                         f"data/{name} with nanoGPT's or llm.c's train*.bin and val*.bin also works")
     if not os.path.exists(script):
@@ -228,7 +230,8 @@ def run_recipe(name, folder, vocab_size, console):
                         f'{command}')
 
 
-TRY_AT_ONCE = 'to try this config at once, without a download: --dataset=pystdlib'
+TRY_AT_ONCE = ('to try this config at once, without a download: --dataset=pystdlib; a small model '
+               'instead: config/preset_quick_test.py')
 
 
 def download_of(megabytes):
@@ -330,7 +333,7 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         path = ''  # this run has come further than the file that it started from
     resuming = init_from == 'resume' or init_from == 'auto' and bool(used or path)
     if used and (path or not resuming) and not config['eval_only']:
-        check_overwrite(config, used, console)
+        check_overwrite(config, given, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
             model_config = GPTConfig.from_settings(config, data_vocab)
@@ -359,8 +362,13 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     return model.config, model, ckpt if resuming else None
 
 
-def check_overwrite(config, used, console):
-    if not config['overwrite']:
+def check_overwrite(config, given, used, console):
+    """
+    Raise UserError if a new run would replace a run in out_dir, unless overwrite is set. A config
+    file sets it for the file's own out_dir only.
+    """
+    for_own_folder = given.get('overwrite') == given.get('out_dir')
+    if not config['overwrite'] or 'overwrite' not in flags_in(given) and not for_own_folder:
         shown = ', '.join(used[:4] + ['...'] * (len(used) > 4))
         raise UserError(f"out_dir '{config['out_dir']}' holds a run ({shown}): "
                         '--init_from=resume or --init_from=auto continues it, another --out_dir '
@@ -431,7 +439,8 @@ def fit_model(ckpt, config, given, resuming):
         if value != stored[key] and not free:
             where = given.get(key, given.get('arch_preset'))
             raise ValueError(f"{key}={value} {where} does not fit the checkpoint "
-                             f"'{ckpt['path']}', which has {key}={stored[key]}")
+                             f"'{ckpt['path']}', which has {key}={stored[key]}; give the settings "
+                             'that the run began with, or train a new model in another --out_dir')
     crop(model, config['block_size'], asked, pretrained='iter_num' not in ckpt)
     return model
 

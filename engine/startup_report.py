@@ -86,16 +86,20 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
     at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
     device = parallel.device
-    start = f'{max_iters - iter_num} iterations' if not settings['eval_only'] else 'evaluation only'
     resumed = f' from {iter_num} on' if iter_num else ''
+    training = (f'{max_iters - iter_num} iterations{resumed}, {tokens:,} tokens each, '
+                f'{describe(opt)}, {schedule}')
+    read = f', {epochs:.3g} epochs'
+    if settings['eval_only']:
+        training, read = f'none, only an evaluation of iteration {iter_num}', ''
     processes = f' x {parallel.world_size}, {MODES[parallel.mode]}' if parallel.distributed else ''
     memory_here = total_memory(device) / GIB
     return {
         'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
         'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
-                f"{tokenizer.name if tokenizer else 'unknown'}, {epochs:.3g} epochs",
-        'training': f'{start}{resumed}, {tokens:,} tokens each, {describe(opt)}, {schedule}',
+                f"{tokenizer.name if tokenizer else 'unknown'}{read}",
+        'training': training,
         'machine': f"{device_name(device)}{processes}, {settings['dtype']}, "
                    f"{'compiled' if costs.compiled else 'not compiled'}, micro-batches of "
                    f'{batches.batch_size} sequences x {batches.per_rank}',

@@ -59,7 +59,7 @@ def test_progress_is_one_line_that_the_next_line_replaces(terminal):
     console.share_done, console.status = 0.25, 'iter 5/20'
     long_ago(console).progress('micro-batch 1/2')
     console.progress('too soon')
-    assert screen.read_new() == CLEAR_LINE + '[=====               ]  25% iter 5/20, micro-batch 1/2'
+    assert screen.read_new() == CLEAR_LINE + '[=====               ]  25% micro-batch 1/2, iter 5/20'
     console.say('iter 5: loss 1.0')
     assert screen.read_new() == CLEAR_LINE + 'iter 5: loss 1.0\n'
 
