@@ -21,6 +21,7 @@ from configurator import configure, read_block
 from conftest import ROOT, command, one_line, refused
 from data.loader import write_dataset
 from engine.common import UserError
+from engine.compare_report import verdict
 from engine.cost import meta_model
 from engine.grid import Range, make_cells
 from engine.run_report import draw_loss, evaluation_table, sparkline
@@ -194,6 +195,19 @@ def test_a_grid_is_runs_of_train_py(grid, text_set, tmp_path):
     for text in (console, (out_dir / 'compare.md').read_text()):
         assert all(f'| {cell}' in text for cell in rows) and 'baseline' in text
     assert (out_dir / 'compare.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('flops, p, expected', [
+    (100, 0.01, 'better'),
+    (125, 0.01, 'better, 1.25x FLOPs'),
+    (80, 0.5, 'no difference, 0.80x FLOPs'),
+    (101, 0.5, 'no difference'),
+])
+def test_a_verdict_says_what_it_cost(flops, p, expected):
+    """A gated FFN with a quarter more compute is called better, and nothing beside it says why."""
+    end = {'difference at end': dict(difference=-0.1, p=p)}
+    row = dict(iterations=10, flops_per_token=flops) | end
+    assert verdict(row, dict(iterations=10, flops_per_token=100), 0.95) == expected
 
 
 def test_differences_are_paired_and_from_the_baseline(grid):

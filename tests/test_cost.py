@@ -211,7 +211,7 @@ def test_model_and_train_say_the_same_memory(text_set, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # a GPU that is elsewhere
 
-GPU_SETTINGS = dict(mfu=0.5, max_iters=1000, batch_size=4, gradient_accumulation_steps=8)
+GPU_SETTINGS = dict(gpus=1, mfu=0.5, max_iters=1000, batch_size=4, gradient_accumulation_steps=8)
 
 
 @pytest.mark.parametrize('gpu', DATASHEETS)
@@ -224,6 +224,16 @@ def test_a_gpu_elsewhere_is_described_by_its_datasheet(gpu):
         assert peak is not None or f'no peak for {dtype}' in text
         assert peak is None or f'{0.5 * peak / flops:,.0f} tokens/s if MFU is 50 %' in text
     assert 'per iteration of 1,024 tokens' in described(gpu, 'float16', **GPU_SETTINGS)[1]
+
+
+def test_several_gpus_are_described_in_each_mode():
+    """Somebody with eight GPUs divides days by hand, and cannot see what FSDP would need."""
+    one, eight = (described('H100', 'bfloat16', **GPU_SETTINGS | dict(gpus=n))[1] for n in (1, 8))
+    speeds = [float(re.search(r'([\d,]+) tokens/s', text)[1].replace(',', '')) for text in (one, eight)]
+    assert speeds[1] == pytest.approx(8 * speeds[0], rel=1e-5)
+    assert 'memory, one process' in one and 'DDP' not in one
+    needed = [float(re.search(rf'memory, {mode} +fits: ([\d.]+) GiB', eight)[1]) for mode in ('DDP', 'ZeRO-1', 'FSDP')]
+    assert needed == sorted(needed, reverse=True)
 
 
 @pytest.mark.parametrize('states, activations, words', [

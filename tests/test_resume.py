@@ -112,6 +112,16 @@ def test_a_run_resumes_from_a_checkpoint_that_was_kept(text_set, finished, tmp_p
     assert_equal_states(checkpoint(whole), checkpoint(out_dir))
 
 
+def test_a_schedule_that_changes_on_resume_is_said(text_set, finished, tmp_path):
+    """The learning rate jumps because a finished run was given more iterations, and nobody says so."""
+    flags = '--init_from=resume', '--max_iters=30'
+    done = train(text_set, copy_run(finished[0], tmp_path / 'same'), *flags)
+    succeeded(done)
+    assert 'resumed with' not in done.stdout
+    done = train(text_set, copy_run(finished[0], tmp_path / 'longer'), *flags, '--lr_decay_iters=30')
+    succeeded(done, 'NOTE: resumed with lr_decay_iters=30 instead of 20: the learning rate may jump')
+
+
 def test_weights_alone_cannot_be_resumed(text_set, finished, tmp_path):
     """Training starts again with fresh moments, and the loss jumps."""
     ckpt = checkpoint(finished[0])

@@ -101,12 +101,12 @@ def test_mistakes_with_an_unknown_tokenizer_are_one_line(nameless, flag, words):
 
 @pytest.mark.parametrize('slide, says', [(1, 'parameters'), (17, 'slide=17')])
 def test_interactive_answers_prompt_after_prompt(finished, slide, says):
-    """One prompt, then the end; or the end at the first mistake."""
-    flags = [f'--out_dir={finished[0]}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu', f'--slide={slide}']
+    """One prompt, then the end; or the end at the first mistake; or ten answers to one prompt."""
+    flags = [f'--out_dir={finished[0]}', '--max_new_tokens=5', '--device=cpu', f'--slide={slide}']
     done = subprocess.run([sys.executable, 'sample.py', '--interactive=True', *flags], cwd=ROOT,
                           input='first\nsecond\n', capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0 and done.stdout.count('> ') == 3, done.stderr
-    assert done.stderr.count(says) == (1 if slide == 1 else 2)
+    assert done.stderr.count(says) == (1 if slide == 1 else 2) and '-----' not in done.stdout
     assert ('first' in done.stdout and 'second' in done.stdout) == (slide == 1)
 
 

@@ -26,6 +26,7 @@ from data.loader import find_datasets, read_meta
 from engine import machine
 from engine.common import UserError
 from engine.schedule import epochs_notes, fit_schedule
+from engine.start import check_accumulation
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -41,6 +42,20 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
     done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
     refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
     assert 'NOTE: --wandb_artifacts' in done.stdout
+
+
+@pytest.mark.parametrize('steps, batch_size, n, remedy', [
+    (1, 16, 2, '--batch_size=8 --gradient_accumulation_steps=2, which keep'),
+    (40, 12, 16, '--batch_size=10 --gradient_accumulation_steps=48, which keep'),
+    (3, 5, 2, '--gradient_accumulation_steps=4'),
+    (1, 'auto', 2, '--gradient_accumulation_steps=2'),
+])
+def test_accumulation_that_processes_cannot_share(steps, batch_size, n, remedy):
+    """The rule is named, but not the flags that keep the tokens per iteration."""
+    config = dict(gradient_accumulation_steps=steps, batch_size=batch_size)
+    with pytest.raises(UserError, match=f'multiple of the {n} processes.* try {remedy}'):
+        check_accumulation(config, n)
+    check_accumulation(config | dict(gradient_accumulation_steps=2 * n), n)
 
 
 @pytest.mark.parametrize('flags, named', [

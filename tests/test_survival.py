@@ -18,6 +18,7 @@ from conftest import (
     PYTHON,
     ROOT,
     SMALL_DISK,
+    TINY,
     TORCHRUN,
     Bomb,
     assert_equal_states,
@@ -292,6 +293,16 @@ def test_a_used_out_dir_is_replaced_only_when_asked(text_set, finished, tmp_path
     done = train(text_set, out_dir, '--overwrite=True', '--max_iters=2')
     succeeded(done, 'WARNING: overwrite')
     assert checkpoint(out_dir)['iter_num'] == 2 and set(contents(out_dir)) == {'ckpt.pt', 'ckpt_best.pt'}
+
+
+def test_a_config_replaces_only_its_own_folder(text_set, finished, tmp_path):
+    """A config with overwrite=True deletes the model in a folder that only a flag has named."""
+    out_dir = copy_run(finished[0], tmp_path / 'out')
+    config = tmp_path / 'config.py'
+    config.write_text(f'overwrite = True\nout_dir = {str(out_dir)!r}\n')
+    argv = str(config), *TINY, f'--dataset={text_set}', '--max_iters=2'
+    refused(command('train.py', *argv, f'--out_dir={out_dir}'), 'holds a run', '--init_from=auto')
+    succeeded(command('train.py', *argv), 'WARNING: overwrite')
 
 
 def test_auto_resumes_from_the_checkpoint_before_and_starts_in_an_empty_folder(text_set, finished, tmp_path):
