@@ -2,14 +2,14 @@
 Check that training is right on a GPU, against a CPU and against itself (bench.py --report).
 
 Every check is a run of train.py by its command line, and its losses are compared with those of a
-reference run. With --sections=correctness --device=cpu all but the last ones can be tried on a CPU.
+reference run. --sections=correctness --device=cpu tries the runs that do not need a GPU.
 """
 import os
 import shutil
 from typing import NamedTuple
 
 from engine.common import UserError
-from engine.machine_commands import run_log, train_flags
+from engine.machine_commands import START, run_log, train_flags
 from engine.machine_rows import ROOT, Row, command_line, run
 
 ITERS = 10
@@ -19,6 +19,9 @@ SIZE = (
     '--eval_interval=1000', '--eval_iters=1', '--log_interval=1', '--sample_interval=0',
     f'--max_iters={ITERS}', f'--lr_decay_iters={ITERS}')
 FLOAT32, BFLOAT16 = '--dtype=float32', '--dtype=bfloat16'
+LARGER = ('--n_embd=1024', '--n_head=8', '--block_size=1024', '--gradient_accumulation_steps=1',
+          '--dtype=bfloat16', '--compile=False', '--max_iters=3')
+YES = {True: 'yes', False: '**no**'}
 MUON = '--arch_preset=modern', '--optimizer=muon'
 
 
@@ -33,8 +36,7 @@ class Check(NamedTuple):
 
 def checks():
     """Return the checks, without the device, which is in the flags only where it is the CPU."""
-    plain = '--compile=False'
-    cpu = '--device=cpu'
+    plain, cpu = '--compile=False', '--device=cpu'
     one, other = 'CPU, float32', 'float32'
     masked = '--doc_mask=True', FLOAT32
     return [
@@ -59,43 +61,47 @@ def gpu_checks(report):
     losses = {}  # {check: {iteration: loss}}
     for check in checks():
         yield check_row(report, check, losses)
-    yield memory_row(report)
     if report.device.type == 'cuda':
-        yield out_of_memory_row(report)
+        yield log_row(report, 'peak memory', ['--batch_size=8'], memory_verdict)
+        yield log_row(report, 'out of memory', ['--batch_size=2048'], out_of_memory_verdict)
         yield tests_row()
 
 
-def train_words(report, folder, *flags, torchrun=False):
+def train_words(report, *flags, torchrun=False):
     launcher = ['python']
     if torchrun:
         launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']
-    out_dir = os.path.relpath(os.path.join(report.folder, folder), ROOT)
+    out_dir = os.path.relpath(os.path.join(report.folder, 'check'), ROOT)
     return [*launcher, 'train.py', *SIZE, f'--device={report.device}', *train_flags(report),
             f'--out_dir={out_dir}', *flags]
 
 
+def take_log(report):
+    """Return the log of the run in the folder of checks, and remove the folder."""
+    folder = os.path.join(report.folder, 'check')
+    log = run_log(folder)
+    shutil.rmtree(folder)
+    return log
+
+
 def check_row(report, check, losses):
     """Return the row of a check, which adds its losses to `losses`."""
-    folder = 'check'
-    words = [train_words(report, folder, *check.flags, '--overwrite=True', torchrun=check.torchrun)]
+    words = [train_words(report, *check.flags, '--overwrite=True', torchrun=check.torchrun)]
     if check.first:
-        words = [[*words[0], check.first],
-                 train_words(report, folder, *check.flags, '--init_from=resume')]
+        resume = train_words(report, *check.flags, '--init_from=resume')
+        words = [[*words[0], check.first], resume]
 
     def measure(left):
         for each in words:
             run(each, left)
-        log = run_log(os.path.join(report.folder, folder))
-        entries = log['training_iterations']
-        losses[check.name] = {entry['iter']: entry['loss'] for entry in entries}
-        last = f"{entries[-1]['loss']:.4f}"
-        shutil.rmtree(os.path.join(report.folder, folder))
-        if not check.reference:
-            return {'last loss': last}, dict(passed=True, losses=losses[check.name])
-        worst = worst_difference(losses[check.name], losses.get(check.reference, {}))
-        cells, numbers = verdict(f'with {check.reference}', worst, check.tolerance)
-        return {'last loss': last} | cells, numbers | dict(losses=losses[check.name])
-    return Row('correctness', check.name, ' && '.join(map(command_line, words)), 10, measure)
+        entries = take_log(report)['training_iterations']
+        own = losses[check.name] = {entry['iter']: entry['loss'] for entry in entries}
+        cells, numbers = {'compared': 'the reference'}, dict(passed=True)
+        if check.reference:
+            worst = worst_difference(own, losses.get(check.reference, {}))
+            cells, numbers = verdict(f'with {check.reference}', worst, check.tolerance)
+        return cells, numbers | dict(losses=own)
+    return Row('correctness', check.name, ' && '.join(map(command_line, words)), START, measure)
 
 
 def worst_difference(losses, reference):
@@ -109,40 +115,32 @@ def worst_difference(losses, reference):
 def verdict(compared, difference, tolerance):
     passed = difference <= tolerance
     cells = {'compared': compared, 'worst relative difference': f'{difference:.1e}',
-             'tolerance': f'{tolerance:g}', 'passed': 'yes' if passed else '**no**'}
+             'tolerance': f'{tolerance:g}', 'passed': YES[passed]}
     return cells, dict(difference=difference, tolerance=tolerance, passed=passed)
 
 
-def memory_row(report):
-    """Return the row that compares the peak memory of a run with its estimate."""
-    words = train_words(report, 'check', BFLOAT16, '--compile=False', '--overwrite=True')
+def log_row(report, name, flags, read):
+    """Return the row of a run of a larger model; read(log) makes (cells, numbers) of its log."""
+    words = train_words(report, *LARGER, *flags, '--overwrite=True')
 
     def measure(left):
         run(words, left)
-        log = run_log(os.path.join(report.folder, 'check'))
-        shutil.rmtree(os.path.join(report.folder, 'check'))
-        estimated = log['startup_info']['memory_estimate']['peak']
-        used = max(entry['memory']['peak'] for entry in log['training_iterations'])
-        return verdict('with the estimate', abs(used - estimated) / estimated, 0.3)
-    return Row('correctness', 'peak memory', command_line(words), 10, measure)
+        return read(take_log(report))
+    return Row('correctness', name, command_line(words), 2 * START, measure)
 
 
-def out_of_memory_row(report):
-    """Return the row of a run whose first micro-batch takes more memory than any GPU has."""
-    large = ('--n_embd=1024', '--n_head=8', '--block_size=1024', '--batch_size=2048',
-             '--gradient_accumulation_steps=1', '--max_iters=2', '--compile=False')
-    words = train_words(report, 'check', *large, '--overwrite=True')
+def memory_verdict(log):
+    """Compare the peak memory of a run with its estimate."""
+    estimated = log['startup_info']['memory_estimate']['peak']
+    used = max(entry['memory']['peak'] for entry in log['training_iterations'])
+    return verdict('with the estimate', abs(used - estimated) / estimated, 0.3)
 
-    def measure(left):
-        run(words, left)
-        log = run_log(os.path.join(report.folder, 'check'))
-        shutil.rmtree(os.path.join(report.folder, 'check'))
-        found = log.get('out_of_memory', [])
-        passed = bool(found) and len(log['training_iterations']) == 2
-        batch = found[-1]['batch_size'] if found else 'never out of memory'
-        return {'compared': f'batch_size 2048, then {batch}',
-                'passed': 'yes' if passed else '**no**'}, dict(passed=passed)
-    return Row('correctness', 'out of memory', command_line(words), 40, measure)
+
+def out_of_memory_verdict(log):
+    """Check that a run went on with less, after a micro-batch that no GPU has memory for."""
+    smaller = [found['batch_size'] for found in log.get('out_of_memory', [])]
+    passed = bool(smaller) and log['summary']['iterations'] == 3
+    return dict(compared=f'then batch_size {smaller}', passed=YES[passed]), dict(passed=passed)
 
 
 def tests_row():
@@ -151,8 +149,8 @@ def tests_row():
 
     def measure(left):
         last = run(words, left).strip().splitlines()[-1]
-        return {'compared': last.strip('= '), 'passed': 'yes'}, dict(passed=True)
-    return Row('correctness', 'tests', command_line(words), 30, measure)
+        return {'compared': last.strip('= '), 'passed': YES[True]}, dict(passed=True)
+    return Row('correctness', 'tests', command_line(words), 3 * START, measure)
 
 
 def failed_checks(rows):

@@ -170,7 +170,7 @@ def fits(rows):
             x = [point['x'] for point in those]
             found = [exponent(x, [point[name] for point in those])
                      for name in ('seconds', 'flops', 'bytes', 'estimate')]
-            lines.append([key, str(len(x)), *(f'{value:.2f}' for value in found)])
+            lines.append([key, str(len(x)), *(f'{round(value, 2) + 0:.2f}' for value in found)])
     if len(lines) == 1:
         return ''
     return ('Exponents, by a fit of logarithms over the points above; beside them those of the '
