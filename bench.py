@@ -30,6 +30,7 @@ import time
 from dataclasses import asdict
 from typing import Literal
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch is imported, as in train.py
 import numpy as np
 import torch
 
