@@ -1,9 +1,10 @@
 """
 Check that training is right on a GPU, against a CPU and against itself (bench.py --report).
 
-Every check is a run of train.py by its command line, and its losses are compared with those of a
-reference run. --sections=correctness --device=cpu tries the runs that do not need a GPU.
+Every check is a run of train.py, whose losses are compared with those of a reference run.
+--sections=correctness --device=cpu tries the runs that do not need a GPU.
 """
+import functools
 import os
 import shutil
 from typing import NamedTuple
@@ -36,9 +37,8 @@ class Check(NamedTuple):
 
 def checks():
     """Return the checks, without the device, which is in the flags only where it is the CPU."""
-    plain, cpu = '--compile=False', '--device=cpu'
+    plain, cpu, masked = '--compile=False', '--device=cpu', ('--doc_mask=True', FLOAT32)
     one, other = 'CPU, float32', 'float32'
-    masked = '--doc_mask=True', FLOAT32
     return [
         Check(one, [cpu, FLOAT32, plain]),
         Check(other, [FLOAT32, plain], one, 5e-3),  # TF32 has 10 bits
@@ -62,8 +62,9 @@ def gpu_checks(report):
     for check in checks():
         yield check_row(report, check, losses)
     if report.device.type == 'cuda':
-        yield log_row(report, 'peak memory', ['--batch_size=8'], memory_verdict)
-        yield log_row(report, 'out of memory', ['--batch_size=2048'], out_of_memory_verdict)
+        larger = functools.partial(train_words, report, *LARGER, '--overwrite=True')
+        yield log_row(report, 'peak memory', [larger('--batch_size=8')], memory_verdict)
+        yield log_row(report, 'out of memory', [larger('--batch_size=2048')], memory_ran_out)
         yield tests_row()
 
 
@@ -76,32 +77,34 @@ def train_words(report, *flags, torchrun=False):
             f'--out_dir={out_dir}', *flags]
 
 
-def take_log(report):
-    """Return the log of the run in the folder of checks, and remove the folder."""
-    folder = os.path.join(report.folder, 'check')
-    log = run_log(folder)
-    shutil.rmtree(folder)
-    return log
+def log_row(report, name, runs, read):
+    """Return the row of commands; read(log) makes (cells, numbers) of the log of the last one."""
+    def measure(left):
+        for words in runs:
+            run(words, left)
+        folder = os.path.join(report.folder, 'check')
+        log = run_log(folder)
+        shutil.rmtree(folder)
+        return read(log)
+    return Row('correctness', name, ' && '.join(map(command_line, runs)), START, measure)
 
 
 def check_row(report, check, losses):
     """Return the row of a check, which adds its losses to `losses`."""
-    words = [train_words(report, *check.flags, '--overwrite=True', torchrun=check.torchrun)]
+    runs = [train_words(report, *check.flags, '--overwrite=True', torchrun=check.torchrun)]
     if check.first:
         resume = train_words(report, *check.flags, '--init_from=resume')
-        words = [[*words[0], check.first], resume]
+        runs = [[*runs[0], check.first], resume]
 
-    def measure(left):
-        for each in words:
-            run(each, left)
-        entries = take_log(report)['training_iterations']
-        own = losses[check.name] = {entry['iter']: entry['loss'] for entry in entries}
+    def read(log):
+        own = {entry['iter']: entry['loss'] for entry in log['training_iterations']}
+        losses[check.name] = own
         cells, numbers = {'compared': 'the reference'}, dict(passed=True)
         if check.reference:
             worst = worst_difference(own, losses.get(check.reference, {}))
             cells, numbers = verdict(f'with {check.reference}', worst, check.tolerance)
         return cells, numbers | dict(losses=own)
-    return Row('correctness', check.name, ' && '.join(map(command_line, words)), START, measure)
+    return log_row(report, check.name, runs, read)
 
 
 def worst_difference(losses, reference):
@@ -119,16 +122,6 @@ def verdict(compared, difference, tolerance):
     return cells, dict(difference=difference, tolerance=tolerance, passed=passed)
 
 
-def log_row(report, name, flags, read):
-    """Return the row of a run of a larger model; read(log) makes (cells, numbers) of its log."""
-    words = train_words(report, *LARGER, *flags, '--overwrite=True')
-
-    def measure(left):
-        run(words, left)
-        return read(take_log(report))
-    return Row('correctness', name, command_line(words), 2 * START, measure)
-
-
 def memory_verdict(log):
     """Compare the peak memory of a run with its estimate."""
     estimated = log['startup_info']['memory_estimate']['peak']
@@ -136,7 +129,7 @@ def memory_verdict(log):
     return verdict('with the estimate', abs(used - estimated) / estimated, 0.3)
 
 
-def out_of_memory_verdict(log):
+def memory_ran_out(log):
     """Check that a run went on with less, after a micro-batch that no GPU has memory for."""
     smaller = [found['batch_size'] for found in log.get('out_of_memory', [])]
     passed = bool(smaller) and log['summary']['iterations'] == 3

@@ -94,6 +94,7 @@ def machine_facts(device, dtype, peak, source):
     facts['peak'] = f'{peak / 1e12:.4g} TFLOP/s ({source})'
     facts['kernels'] = ', '.join(kernels(device)) or 'none beyond the standard ones'
     facts['measured'] = time.strftime('%Y-%m-%d %H:%M')
+    facts['other work'] = f'a load average of {os.getloadavg()[0]:.1f} before'
     return facts
 
 

@@ -54,7 +54,8 @@ def machine_report(config, argv, device, dtype):
     try:
         for name in names:
             measure_rows(report, SECTIONS[name](report))
-        report.ended = 'complete'
+        missing = sum(bool(row['note']) for row in report.rows)
+        report.ended = f'complete but for {missing} rows' if missing else 'complete'
     except KeyboardInterrupt:
         report.ended = 'cut short by Ctrl-C'
         raise

@@ -128,7 +128,7 @@ def markdown(report):
     machine = [['machine', ''], *([key, str(value)] for key, value in report.machine.items())]
     parts = ['# What this machine does', markdown_table(machine),
              f'The report is {report.ended}. Times are medians, with the middle half in '
-             'parentheses.']
+             'parentheses. Memory is what a process takes beyond its start.']
     for section, text in report.sections.items():
         rows = report.rows_of(section)
         if rows:
