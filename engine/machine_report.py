@@ -45,7 +45,9 @@ def machine_report(config, argv, device, dtype):
     names = sections_asked(config, device)
     flags = user_flags(argv)
     os.makedirs(config['report'], exist_ok=True)
-    peak, source = peak_flops(device, dtype)
+    peak, source = config['peak_tflops'] * 1e12, 'as given'
+    if not peak:
+        peak, source = peak_flops(device, dtype)
     report = Report(
         folder=config['report'], device=device, dtype=dtype, flags=flags, versus=config['versus'],
         peak=peak, peak_is_measured=source.startswith('measured'), seconds=60 * config['minutes'],
@@ -99,17 +101,12 @@ def user_flags(argv):
 # sections: each yields its rows, and its docstring stands above its table
 
 def correctness(report):
-    """
-    Losses of ten steps against those of a reference; the worst relative difference may be as large
-    as the tolerance.
-    """
+    """Losses of ten steps beside those of a reference, from which they differ by a tolerance."""
     return gpu_checks(report)
 
 
 def ceilings(report):
-    """
-    Square matmuls in each dtype, over their size, and a copy of memory, which is read and written.
-    """
+    """Square matmuls of each size and dtype, and a copy of memory, which is read and written."""
     on_gpu = report.device.type == 'cuda'
     for dtype in dict.fromkeys([report.dtype, 'float32', 'bfloat16', 'float16']):
         for n in (1024, 2048, 4096, 8192) if on_gpu else (256, 512, 1024, 2048):
