@@ -7,6 +7,7 @@ Measure what a config costs on this machine: step time, tokens/s, TFLOP/s, MFU a
     python bench.py config/full_gpt2_124m.py --what=generate              # see --what below
     python bench.py config/full_gpt2_124m.py --find_batch_size=True       # largest that fits
     python bench.py config/full_gpt2_124m.py --profile=True               # slowest operations
+    python bench.py --report=out-report --minutes=10                      # the whole machine
 
 --what=train times a training step, forward the loss without gradients, generate the continuation of
 a prompt, and data a training step with batches from the loader; memory compares the estimated with
@@ -29,6 +30,7 @@ import time
 from dataclasses import asdict
 from typing import Literal
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch is imported, as in train.py
 import numpy as np
 import torch
 
@@ -44,6 +46,8 @@ from engine.cost import (
     meta_model,
 )
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
+from engine.machine_report import machine_report
+from engine.machine_rows import spread
 from engine.plan import memory_figure, plan_ranks
 from engine.run_report import save_picture
 from engine.side import Side, SideError
@@ -61,7 +65,7 @@ def settings():
     """
     what: Literal['train', 'forward', 'generate', 'data', 'memory'] = 'train'  # what to measure
     archs = ''  # comma-separated presets or config files, side by side
-    versus = ''  # model.py of another checkout with nanoGPT's GPT and GPTConfig, on the same shapes
+    versus = ''  # another checkout, or its model.py with nanoGPT's GPT and GPTConfig; same shapes
     versus_dtype: Literal['same', 'float32', 'bfloat16', 'float16'] = 'same'  # its dtype
     versus_compile: Literal['same', True, False] = 'same'  # torch.compile for it
     versus_fused = True  # its AdamW fused, as ours is
@@ -71,6 +75,7 @@ def settings():
     max_seconds: NonNegativeFloat = 300.0  # stop before `repeats` rounds, but after 3, beyond this
     prompt_tokens: PositiveInt = 256  # for what=generate
     new_tokens: PositiveInt = 64  # for what=generate; at least 2
+    num_samples: PositiveInt = 1  # for what=generate: prompts that are continued together
     quantize: Literal['', 'int8'] = ''  # for what=generate: add an int8 side, as sample.py's
     find_batch_size = False  # find the largest micro-batch that fits, and the accumulation to match
     plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time on paper
@@ -79,6 +84,9 @@ def settings():
     plan_picture = ''  # for plan: draw the memory per rank into this file, such as memory.png
     profile = False  # print the ten most expensive operations; trace.json for ui.perfetto.dev
     json = ''  # write every figure to this file
+    report = ''  # measure the machine, and write report.md and pictures into this folder
+    minutes: PositiveFloat = 10.0  # for report: leave out what would take longer than this in all
+    sections = ''  # for report: comma-separated ones, such as ceilings,training; '': all
     config, given = configure(__file__, TRAIN)
     return config
 
@@ -269,7 +277,9 @@ def time_sides(config, sides, device):
         columns.append((side.name, rows, numbers))
     print_table(columns)
     if config['profile']:
-        print(running[0].ask('profile')['table'] + '\ntrace: trace.json')
+        profiled = running[0].ask('profile')
+        print(profiled['table'] + '\ntrace: trace.json')
+        columns[0][2]['profile'] = profiled['parts']
     for side in running:
         side.close()
     results = {side.name: numbers | dict(settings=side.s, times=side.times)
@@ -290,21 +300,13 @@ def find_peak(config, dtype, device):
 # ------------------------------------------------------------------------------------------------
 # report: {row of the table: text} and {name in --json: number} of a side
 
-def spread(values, unit='ms', scale=1000.0):
-    """Format the median and the middle half of values, by default of seconds in ms."""
-    low, middle, high = (np.quantile(values, q) * scale for q in (0.25, 0.5, 0.75))
-    digits = 0 if middle >= 1000 else 1 if middle >= 10 else 3
-    unit = f' {unit}' if unit else ''
-    return f'{middle:,.{digits}f}{unit} ({low:,.{digits}f}-{high:,.{digits}f})'
-
-
 def trains(s):
     return s['what'] in ('train', 'data', 'memory')
 
 
 def tokens_per_step(s):
     if s['what'] == 'generate':
-        return s['new_tokens']
+        return s['new_tokens'] * s['num_samples']
     accumulation = s['accumulation'] if trains(s) else 1
     return s['batch_size'] * s['model']['block_size'] * accumulation
 
@@ -339,7 +341,7 @@ def figures(side, model, peak, bandwidth):
 def size_figures(side):
     s, parameters = side.s, side.info['parameters']
     if s['what'] == 'generate':
-        batch = f"{s['prompt_tokens']} tokens of prompt"
+        batch = f"{s['num_samples']} x {s['prompt_tokens']} tokens of prompt"
     else:
         batch = f"{s['batch_size']} x {s['model']['block_size']} tokens"
     if trains(s) and s['accumulation'] > 1:
@@ -378,20 +380,20 @@ def flops_figures(side, model, peak, source):
 
 def decoding_figures(side, model, bandwidth):
     """
-    Compare decoding with the bandwidth limit: each new token reads all matrices and the KV cache,
-    which is taken at its average length.
+    Compare decoding with the bandwidth limit: each new token of all samples reads all matrices and
+    the KV caches, which are taken at their average length.
     """
-    s, c = side.s, model.config
+    s, c, n = side.s, model.config, side.s['num_samples']
     size = getattr(torch, s['dtype']).itemsize
     length = s['prompt_tokens'] + s['new_tokens'] / 2
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
-    read = (1 if s['quantize'] else size) * weights + cache_bytes(c, length, size)
-    limit = bandwidth / read
-    decode = (s['new_tokens'] - 1) / (side.median('whole') - side.median('prefill'))
+    read = (1 if s['quantize'] else size) * weights + n * cache_bytes(c, length, size)
+    limit = n * bandwidth / read
+    decode = n * (s['new_tokens'] - 1) / (side.median('whole') - side.median('prefill'))
     rows = {
         'tokens/s after the first': f'{decode:,.1f}',
-        'bandwidth limit': f'{limit:,.1f} tokens/s ({read / 1e6:,.0f} MB per token '
+        'bandwidth limit': f'{limit:,.1f} tokens/s ({read / 1e6:,.0f} MB per step '
                            f'at {bandwidth / 1e9:.1f} GB/s)',
         'share of the limit': f'{100 * decode / limit:.0f}%',
     }
@@ -439,14 +441,15 @@ def estimate_figures(side, model_config):
 
 
 def start_figures(side):
-    peak = max(side.memory.values())
+    peak, base = max(side.memory.values()), max(side.info['base'].values())
     start = f"{side.info['setup'] + side.first:.1f} s"
     compiling = 0.0
     if side.s['compile']:
         compiling = max(0.0, side.first - side.median('whole'))
         start += f', {compiling:.1f} of it compiling'
     return {'peak memory': f'{peak / GIB:.2f} GiB', 'to the first step': start}, dict(
-        peak_bytes=peak, first_step=side.first, setup=side.info['setup'], compile=compiling)
+        peak_bytes=peak, base_bytes=base, first_step=side.first, setup=side.info['setup'],
+        compile=compiling)
 
 
 def add_ratios(rows, numbers, side, first):
@@ -541,10 +544,14 @@ def find_batch_size(config, s):
 
 def main():
     config = settings()
+    if os.path.isdir(config['versus']):
+        config['versus'] = os.path.join(config['versus'], 'model.py')
     check(config)
     device, dtype = pick_device(config['device'], config['dtype'])
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+    if config['report']:
+        return machine_report(config, sys.argv[1:], device, dtype)
     with tempfile.TemporaryDirectory() as scratch:
         sides = plan_sides(config, device, dtype, scratch)
         machine = dict(device=str(device), name=device_name(device),

@@ -3,8 +3,8 @@ import contextlib
 import ctypes
 import gc
 import inspect
-import math
 import os
+import platform
 import re
 import resource
 import sys
@@ -26,6 +26,8 @@ def pick_device(device='auto', dtype='auto'):
             raise RuntimeError('it is none of cuda, mps and cpu')
         device = torch.device(device)
         torch.empty(0, device=device)
+        if device.type == 'cuda':
+            device = torch.device('cuda', device.index or 0)  # torch.cuda.set_device needs it
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device '{device}' is not available here: {first_line(e)[:120]}; "
                         '--device=auto chooses the fastest available') from e
@@ -58,6 +60,42 @@ def device_name(device):
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     return f'{torch.get_num_threads()} threads' if device.type == 'cpu' else device.type
+
+
+def processor():
+    """Return the name of the CPU and its number of cores."""
+    name = platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            found = re.search(r'model name\s*: (.+)', f.read())
+        name = found[1] if found else name
+    return f'{name}, {os.cpu_count()} cores'
+
+
+def kernels(device):
+    """Return the names of units and kernels that training can use."""
+    if device.type == 'cuda':
+        backends = torch.backends.cuda
+        has = dict(flash=backends.flash_sdp_enabled(), cudnn=backends.cudnn_sdp_enabled(),
+                   bfloat16=torch.cuda.is_bf16_supported(including_emulation=False))
+    else:
+        has = dict(AMX=torch.cpu._is_amx_tile_supported(),
+                   avx512_bf16=torch.cpu._is_avx512_bf16_supported(),
+                   oneDNN=torch.backends.mkldnn.is_available())
+    return [name for name, present in has.items() if present]
+
+
+def machine_facts(device, dtype, peak, source):
+    """Return what is known about the machine, {name: text}."""
+    facts = dict(device=f'{device} ({device_name(device)})', processor=processor())
+    facts['memory'] = f'{total_memory(device) / GIB:.0f} GiB, {free_memory(device) / GIB:.0f} free'
+    facts['torch'] = f'{torch.__version__}, Python {platform.python_version()}'
+    facts['training in'] = dtype
+    facts['peak'] = f'{peak / 1e12:.4g} TFLOP/s ({source})'
+    facts['kernels'] = ', '.join(kernels(device)) or 'none beyond the standard ones'
+    facts['measured'] = time.strftime('%Y-%m-%d %H:%M')
+    facts['other work'] = f'a load average of {os.getloadavg()[0]:.1f} before'
+    return facts
 
 
 def synchronize(device):
@@ -123,9 +161,14 @@ def peak_flops(device, dtype):
 
 def matmul_time(n, device, dtype, seconds):
     """Return the shortest time of an n x n matmul, repeated for at least `seconds`."""
+    return min(matmul_times(n, device, dtype, seconds))
+
+
+def matmul_times(n, device, dtype, seconds):
+    """Return the times of n x n matmuls, repeated for at least `seconds`."""
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
     a @ b  # the first one loads libraries
-    return shortest_time(lambda: a @ b, seconds)
+    return times_of(lambda: a @ b, seconds)
 
 
 def peak_bandwidth(device):
@@ -134,21 +177,26 @@ def peak_bandwidth(device):
     second of sums over 1 GiB of float32.
     """
     x = torch.ones(2 ** 28, device=device)
-    return x.nbytes / shortest_time(x.sum, 1.0)
+    return x.nbytes / min(times_of(x.sum, 1.0))
 
 
-def shortest_time(work, seconds):
+def copy_times(nbytes, device, seconds):
+    """Return the times of copies of so many bytes, which are read once and written once."""
+    x = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return times_of(lambda: y.copy_(x), seconds)
+
+
+def times_of(work, seconds):
     """
-    Return the shortest time of work(), called once and for at least `seconds`. work() returns a
-    tensor.
+    Return the times of work(), called once and for at least `seconds`. work() returns a tensor.
     """
-    best, spent = math.inf, 0.0
-    while best == math.inf or spent < seconds:
+    times = []
+    while not times or sum(times) < seconds:
         t0 = time.perf_counter()
         work().flatten()[0].item()  # reading a value waits for the device
-        dt = time.perf_counter() - t0
-        best, spent = min(best, dt), spent + dt
-    return best
+        times.append(time.perf_counter() - t0)
+    return times
 
 
 def memory(device):

@@ -11,6 +11,7 @@ import inspect
 import io
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -155,11 +156,12 @@ def training_step(model, s):
             scaler.scale(loss).backward()
             if parts:
                 watch.lap('backward')
-        scaler.unscale_(optimizer)
-        # train.py reads the norm before it takes the step
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0).item()
-        scaler.step(optimizer)
-        scaler.update()
+        with torch.profiler.record_function('optimizer'):
+            scaler.unscale_(optimizer)
+            # train.py reads the norm before it takes the step
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0).item()
+            scaler.step(optimizer)
+            scaler.update()
         if parts:
             watch.lap('optimizer')
         if parts and not s['versus']:
@@ -189,12 +191,12 @@ def forward_step(model, s):
 
 def generate_step(model, s):
     """
-    Return a function that continues one prompt as sample.py does, with weights in dtype. Its part
+    Return a function that continues prompts as sample.py does, with weights in dtype. Its part
     'prefill' is the time to the first token.
     """
     model = model.quantize_int8() if s['quantize'] else model
     model = model.to(getattr(torch, s['dtype'])).eval()
-    shape = (1, s['prompt_tokens'])
+    shape = (s['num_samples'], s['prompt_tokens'])
     idx = torch.randint(s['model']['vocab_size'], shape, device=s['device'])
 
     @torch.no_grad()
@@ -268,7 +270,7 @@ def serve(pipe, s, t_spawn):
         pipe.send(dict(parameters=parameters, note=note, setup=time.time() - t_spawn, base=base))
         while (request := pipe.recv()) is not None:
             if request == 'profile':
-                pipe.send(dict(table=profile(step, s)))
+                pipe.send(profile(step, s))
             else:
                 times = step(parts=request == 'parts')
                 pipe.send(dict(times=times, memory=memory(device)))
@@ -282,16 +284,42 @@ def serve(pipe, s, t_spawn):
         pipe.send(dict(error=whose + first_line(e), out_of_memory=out_of_memory(e)))
 
 
+# {part of a step: its operations, and those that call them, match this}; the first match wins
+PARTS = {
+    'optimizer': r'^optimizer$',
+    'head and loss': r'LinearCrossEntropy',
+    'attention': r'scaled_dot_product|attention|bmm|_softmax',
+    'matmuls': r'^aten::(mm|addmm)$',
+}
+
+
 def profile(step, s):
     """
-    Return a table of the most expensive operations of a step, and write its trace to trace.json.
+    Return a table of the most expensive operations of a step, and {part: seconds}, in which
+    every operation counts without those that it calls. Write the step's trace to trace.json.
     """
     with torch.profiler.profile(record_shapes=True) as profiler:
         step()
     profiler.export_chrome_trace('trace.json')
     key = 'self_cpu_time_total' if s['device'] == 'cpu' else 'self_device_time_total'
+    parts = dict.fromkeys([*PARTS, 'the rest'], 0.0)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is its caller's
+            parts[part_of(event)] += getattr(event, key) / 1e6
     averages = profiler.key_averages()
-    return averages.table(sort_by=key, row_limit=10, max_name_column_width=60)
+    table = averages.table(sort_by=key, row_limit=10, max_name_column_width=60)
+    return dict(table=table, parts=parts)
+
+
+def part_of(event):
+    """Return the part of a step to which an operation of the profiler belongs."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    matching = (part for part, pattern in PARTS.items()
+                if any(re.search(pattern, name) for name in names))
+    return next(matching, 'the rest')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from bench import main as bench_main
 from conftest import ROOT, TINY, checkpoint, command, losses, one_line, train
 from engine.common import UserError
 from engine.plan import memory_figure
+from engine.side import PARTS
 from model import GPT, GPTConfig
 
 NANOGPT_LIKE = '''
@@ -110,10 +111,20 @@ def test_bench_compares_int8_with_the_weights_as_they_are(tmp_path):
     assert int8['bytes_per_token'] < ours['bytes_per_token']
 
 
+def test_bench_generates_several_samples_together(tmp_path):
+    """Only one prompt could be timed."""
+    flags = '--what=generate', '--prompt_tokens=8', '--new_tokens=4'
+    (one,), (three,) = (bench(tmp_path, *flags, f'--num_samples={n}')[1]['sides'].values() for n in (1, 3))
+    assert three['tokens_per_sec'] == pytest.approx(3 * 4 / median(three, 'whole'))
+    cache = 2 * 2 * 32 * (8 + 4 / 2) * 4  # keys and values, layers, width, average length, float32
+    assert three['bytes_per_token'] - one['bytes_per_token'] == pytest.approx(2 * cache)
+
+
 def test_bench_times_another_checkout(tmp_path):
     """nanoGPT prints while it is built, has none of our parts and no Muon, and alternates with us."""
-    other = tmp_path / 'other.py'
-    other.write_text(NANOGPT_LIKE)
+    other = tmp_path / 'nanoGPT'
+    other.mkdir()
+    (other / 'model.py').write_text(NANOGPT_LIKE)  # a folder stands for its model.py
     flags = '--versus_dtype=bfloat16', '--normalization=rmsnorm', '--optimizer=muon'
     out, result = bench(tmp_path, f'--versus={other}', *flags)
     ours, theirs = result['sides'].values()
@@ -198,8 +209,10 @@ def test_a_wrong_use_of_bench_is_one_line(flags, words, monkeypatch, capsys):
 def test_bench_profiles(tmp_path):
     """A trace that no viewer opens."""
     flags = *TINY, '--dataset=pystdlib', '--vocab_size=256', '--warmup=0', '--repeats=1', '--profile=True'
-    done = command(ROOT / 'bench.py', *flags, cwd=tmp_path)
+    done = command(ROOT / 'bench.py', *flags, '--json=bench.json', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (side,) = json.loads((tmp_path / 'bench.json').read_text())['sides'].values()
+    assert min(side['profile'][part] for part in (*PARTS, 'the rest')) > 0
     assert 'aten::mm' in done.stdout and json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
 
 

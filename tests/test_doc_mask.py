@@ -92,6 +92,7 @@ def test_flex_attention_by_torchs_own_compiler_is_the_dense_mask(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_flex_attention_on_a_gpu_is_the_dense_mask():
     """Flex attention's own kernel masks other keys."""

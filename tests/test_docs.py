@@ -29,6 +29,7 @@ SHORT = {
     r'--search=': '--search=2',
     r'--scaling=': '--n_embd=32,64,96 --n_head=1 --tokens_per_param=0.01',
     r'bench\.py': '--warmup=0 --repeats=1',
+    r'--report=': '--sections=loader',
     r'--find_batch_size=': '--batch_size=1',
     r'--what=generate': '--prompt_tokens=8 --new_tokens=2',
     r'sample\.py': '--num_samples=2 --max_new_tokens=4',
@@ -58,7 +59,7 @@ NEEDS = {
 }
 # copies of the quick start's run, which the commands read
 RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
-        '../nanoGPT']
+        '../nanoGPT', '.peers/nanoGPT']
 DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 
 
@@ -90,7 +91,8 @@ def documented():
 
 def add_texts(here, text):
     """Write the text files that the commands of the docs read."""
-    for name in 'path/to/book.txt', 'book.txt', 'corpus.txt', '1GB.txt', 'FILE', 'notes/note.txt':
+    for name in ('path/to/book.txt', 'book.txt', 'corpus.txt', '1GB.txt', 'FILE', 'notes/note.txt',
+                 '.peers/tinyshakespeare.txt'):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
     paragraphs = text.split('\n\n')
@@ -124,7 +126,8 @@ def workspace(tmp_path_factory):
     succeeded(command('train.py', *first_run, sharded, '--out_dir=out', cwd=here, processes=2))
     for name in RUNS:
         shutil.copytree(here / 'out-quick-test', here / name)
-    shutil.copy(here / 'model.py', here / '../nanoGPT')
+    for folder in '../nanoGPT', '.peers/nanoGPT':
+        shutil.copy(here / 'model.py', here / folder)
     shutil.copy(here / 'out-first/ckpt.pt', here / 'out-first/ckpt_000500.pt')
     return here
 

@@ -29,6 +29,7 @@ from engine.schedule import epochs_notes, fit_schedule
 from engine.start import check_accumulation
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_process_without_a_gpu_says_so(text_set, tmp_path):
     """CUDA's 'invalid device ordinal' comes from deep inside."""
