@@ -267,8 +267,8 @@ def test_planned_traffic_is_what_torch_sends(tmp_path):
 def test_a_plan_is_drawn():
     """Bars whose height is not the memory of the plan."""
     pytest.importorskip('matplotlib')
-    rows = [dict(mode=mode, ranks=8, sizes=dict(weights=w, gradients=w, moments=2 * w, gathered=g, activations=10 ** 9))
-            for mode, w, g in (('ddp', 8 * 10 ** 9, 0), ('fsdp', 10 ** 9, 3 * 10 ** 9))]
+    rows = [dict(mode=mode, ranks=8, sizes=dict(weights=w, gradients=w, moments=2 * w, gathered=g, activations=2 ** 30))
+            for mode, w, g in (('ddp', 8 * 2 ** 30, 0), ('fsdp', 2 ** 30, 3 * 2 ** 30))]
     tops = {}
     for bar in memory_figure(rows, 'a plan').axes[0].patches:
         middle = round(bar.get_x() + bar.get_width() / 2)

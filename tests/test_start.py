@@ -243,5 +243,5 @@ def test_a_slow_machine_measures_its_peak_with_a_smaller_matmul(monkeypatch, flo
 
 def test_a_low_peak_is_not_shown_as_zero(text_set, tmp_path):
     """The peak of a slow machine is shown as 0.00 TFLOP/s."""
-    done = train(text_set, tmp_path, '--max_iters=1', '--peak_tflops=0.0003')
+    done = train(text_set, tmp_path, '--max_iters=1', '--peak_tflops=0.0003', '--verbose=True')
     succeeded(done, ' 0.0003 TFLOP/s per device')
