@@ -395,11 +395,11 @@ def show_help(script, own, settings, asked):
     """
     groups = list(dict.fromkeys(group_name(s) for s in settings.values() if s.group))
     if asked in groups:
-        shown = [name for name, s in settings.items() if group_name(s) == asked]
+        names = [name for name, s in settings.items() if group_name(s) == asked]
     elif asked == 'all':
-        shown = list(settings)
+        names = list(settings)
     elif asked == '':
-        shown = [name for name, s in settings.items() if name in COMMON or not s.group]
+        names = [name for name, s in settings.items() if name in COMMON or not s.group]
     else:
         raise UserError(f"--help={asked}: there is no such group; choose from "
                         f"{', '.join(['all', *groups])}")
@@ -407,12 +407,12 @@ def show_help(script, own, settings, asked):
     texts = []
     if asked not in groups:
         texts += introduction(script, asked == 'all', width)
-    texts += sections({name: own[name] for name in shown if name in own}, width)
-    others = {name: settings[name] for name in shown if name not in own}
+    texts += sections({name: own[name] for name in names if name in own}, width)
+    others = {name: settings[name] for name in names if name not in own}
     if others:
         texts += ['Settings of train.py, which override files may set:']
         texts += sections(others, width)
-    if len(shown) < len(settings):
+    if len(names) < len(settings):
         more = (f'--help=all shows all {len(settings)} settings, --help=GROUP those of a group: '
                 f"{', '.join(groups)}")
         texts += [textwrap.fill(more, width)]

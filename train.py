@@ -225,7 +225,7 @@ if resuming and (changed := start.changed_schedule(loaded, config)):
     console.say(f'NOTE: resumed with {changed}: the learning rate may jump here')
 if resuming and state.last_eval_iter == state.iter_num >= max_iters:
     console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
-                'nothing to do')
+                'nothing to do; a higher --max_iters trains on')
     parallel.leave(0)
 os.makedirs(out_dir, exist_ok=True)
 run_folder.lock()  # again, because the folder may have been missing at the first call

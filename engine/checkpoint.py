@@ -169,7 +169,9 @@ def no_checkpoint(path):
     folder = os.path.dirname(path)
     if folder and checkpoints_in(folder):
         return f"no checkpoint at '{path}'; '{folder}' has {', '.join(checkpoints_in(folder))}"
-    runs = [name for name in sorted(os.listdir()) if checkpoints_in(name)]
+    here = os.path.dirname(path.rstrip('/'))
+    names = sorted(os.listdir(here or '.')) if os.path.isdir(here or '.') else []
+    runs = [run for run in (os.path.join(here, name) for name in names) if checkpoints_in(run)]
     if not runs:
         return f"no checkpoint at '{path}', and none in the folders here"
     return f"no checkpoint at '{path}'; the folders here that have one: {', '.join(runs)}"

@@ -14,7 +14,7 @@ class Console:
     seconds without a line. A terminal that closes does not end the run.
     """
     def __init__(self, speaks=True):
-        self.speaks, self.last_time = speaks, time.time()
+        self.speaks, self.last_time, self.last_progress = speaks, time.time(), 0.0
         self.terminal = speaks and sys.stdout.isatty()
         self.share_done, self.status = 0.0, ''  # of the run; set where iterations are reported
         sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
@@ -26,12 +26,14 @@ class Console:
 
     def progress(self, text=''):
         """Show the status of the run, and what it is doing right now."""
-        if time.time() - self.last_time < (0.1 if self.terminal else 10):
-            return
-        line = ', '.join(part for part in (text, self.status) if part)
+        now, line = time.time(), ', '.join(part for part in (text, self.status) if part)
         if not self.terminal:
-            self.say(f'  ... {line}')
+            if now - self.last_time > 10:
+                self.say(f'  ... {line}')
             return
+        if now - self.last_progress < 0.1:
+            return
+        self.last_progress = now
         width = shutil.get_terminal_size().columns - 1  # the last column would start a new line
         self._write(CLEAR_LINE + f'{bar(self.share_done)} {printable(line)}'[:width])
 

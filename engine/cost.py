@@ -300,7 +300,7 @@ def gpu_lines(model, settings, dtype, device, gpu):
     for mode, name in MODES.items():
         if (mode == 'none') == (n == 1):
             sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
-            lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib)}")
+            lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
     mfu, max_iters = settings['mfu'], settings['max_iters']
@@ -316,14 +316,15 @@ def gpu_lines(model, settings, dtype, device, gpu):
     ]
 
 
-def fit(sizes, gib):
+def fit(sizes, gib, mode='none'):
     """Say whether {part: bytes} fits a GPU of so many GiB and, if not, what would help."""
     needed, usable = sum(sizes.values()) / GIB, USABLE_MEMORY * gib
     numbers = f'{needed:,.2f} GiB, and of its {gib} GiB about {usable:.0f} are free for tensors'
     if needed <= usable:
         return f'fits: {numbers}'
     if needed - sizes['activations'] / GIB > usable:
-        return f'does not fit: {numbers}; divide the states with --use_fsdp=True on several'
+        remedy = 'use more of them' if mode == 'fsdp' else 'divide the states with --use_fsdp=True'
+        return f'does not fit: {numbers}; {remedy}'
     return f'does not fit: {numbers}; try a smaller --batch_size or --activation_checkpointing=True'
 
 
@@ -445,6 +446,11 @@ def main():
         inspect_checkpoint(config['ckpt'])
     else:
         gpu, dtype = find_gpu(config['device']), config['dtype']
+        if not gpu and config['gpus'] > 1:
+            raise UserError(f"--gpus={config['gpus']} needs a GPU's name: --device=H100")
+        if config['gradient_accumulation_steps'] % config['gpus']:
+            raise UserError(f"--gpus={config['gpus']} cannot share gradient_accumulation_steps="
+                            f"{config['gradient_accumulation_steps']}: give a multiple of it")
         if gpu and config['batch_size'] == 'auto':
             raise UserError(f"batch_size='auto' can only be found on a {gpu} itself; give a number")
         if gpu and dtype == 'auto':

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from engine.common import UserError, duration, first_line, replacing
+from engine.common import duration, first_line, replacing
 from engine.machine import GIB, memory
 from engine.parallel import Parallel
 from engine.run_report import draw_loss, sparkline
@@ -150,6 +150,9 @@ def numbers_in(entry, prefix=''):
 # -------------------------------------------------------------------------------------------------
 # the run log
 
+WORTH_A_PICTURE = 10  # seconds of a run; drawing takes about one
+
+
 class RunLog:
     """
     The run log out_dir/run_*.json, rewritten as a whole, and the sinks, which get the same numbers.
@@ -257,15 +260,16 @@ class RunLog:
     def draw(self):
         """
         Draw the losses so far into out_dir/loss.png. Return its path, or why there is none. Return
-        None for a run that has no curve yet or was told to end soon.
+        None for a run that has no curve yet, was short, or was told to end soon.
         """
-        wanted = self.n_evaluations > 2 and not self.outcome.startswith('SIG')
+        has_curve = self.n_evaluations > 2 and time.time() - self.start > WORTH_A_PICTURE
+        wanted = has_curve and not self.outcome.startswith('SIG')
         if not (self.console.speaks and wanted):
             return None
         try:
             picture = draw_loss(read_run(self.out_dir))
             return picture or 'none: pip install matplotlib draws loss.png'
-        except (OSError, UserError) as e:  # an earlier log in this folder may be damaged
+        except Exception as e:  # a damaged earlier log, a broken matplotlib: no reason to fail
             self.console.say(f'WARNING: no picture of the losses: {first_line(e)}')
             return None
 
@@ -320,7 +324,8 @@ def end_of_run(run_log, best_path, picture):
         since = f" (iteration {evals[0]['iter']})" if first else ''
         lines.append(f"val loss  {losses[0]:.4f}{since} to {losses[-1]:.4f} {sparkline(losses)}"
                      f"{bits_per_byte(evals[-1]['val'])}")
-    if last > first and os.path.exists(best_path):
+    saved_best = first or any(checkpoint['best'] for checkpoint in data['checkpoints'])
+    if last > first and saved_best and os.path.exists(best_path):
         lines.append(f'best      {run_log.state.best_val_loss:.4f}, {best_path}')
     lines.append(f'log       {run_log.path}')
     if picture:

@@ -4,11 +4,10 @@ Every function that takes a `result` takes a study.Result.
 """
 import io
 import os
-import textwrap
 
 import numpy as np
 
-from engine.common import duration, replacing
+from engine.common import duration, printable, replacing
 
 BLOCKS = '▁▂▃▄▅▆▇█'
 
@@ -170,4 +169,5 @@ def samples(result, most=2):
     """Yield the last samples. Indented, a text is shown as it is, whatever Markdown it contains."""
     for e in [e for e in result.evals if e.sample][-most:]:
         yield f'Sample at iteration {e.iter}:'
-        yield textwrap.indent(e.sample.strip('\n'), '    ')
+        lines = printable(e.sample).strip('\n').split('\n')
+        yield '\n'.join(f'    {line}' for line in lines)

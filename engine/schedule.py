@@ -54,6 +54,8 @@ def fit_schedule(config, flags, usual_iters):
 def schedule_note(config, fitted):
     """Return a NOTE that says what fit_schedule() has changed; '' if that has no effect."""
     changed = [key for key in fitted if config[key] not in (None, fitted[key])]
+    if config['lr_schedule'] in ('constant', 'sgdr'):  # neither ends at lr_decay_iters
+        changed = [key for key in changed if key != 'lr_decay_iters']
     if not changed or not config['decay_lr']:
         return ''
     new = ', '.join(f'{key}={fitted[key]} instead of {config[key]}' for key in changed)

@@ -57,6 +57,8 @@ def check_settings(config, given, parallel):
     own = config['init_from'] == 'resume' and not config['ckpt']
     if own and not checkpoints_in(config['out_dir']):
         raise UserError(no_checkpoint(config['out_dir']))
+    if config['ckpt'] and not os.path.exists(config['ckpt']):
+        raise UserError(no_checkpoint(config['ckpt']))
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
@@ -82,7 +84,8 @@ def check_settings(config, given, parallel):
 def check_accumulation(config, n):
     """Raise UserError if n processes cannot share the micro-batches of an iteration evenly."""
     steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
-    if steps % n == 0:
+    from_checkpoint = batch_size == 'auto' and config['init_from'] in ('resume', 'auto')
+    if steps % n == 0 or from_checkpoint:  # which auto_batch_size() checks
         return
     remedy = f'--gradient_accumulation_steps={math.ceil(steps / n) * n}'
     if batch_size != 'auto':
@@ -372,7 +375,8 @@ def check_overwrite(config, given, used, console):
         shown = ', '.join(used[:4] + ['...'] * (len(used) > 4))
         raise UserError(f"out_dir '{config['out_dir']}' holds a run ({shown}): "
                         '--init_from=resume or --init_from=auto continues it, another --out_dir '
-                        'keeps it, --overwrite=True replaces it')
+                        'keeps it, --overwrite=True replaces it (in a config file it is for the '
+                        "file's own out_dir)")
     console.say('WARNING: overwrite=True: this run will replace the checkpoints in '
                 f"'{config['out_dir']}'")
 

@@ -87,9 +87,9 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
     device = parallel.device
     resumed = f' from {iter_num} on' if iter_num else ''
-    training = (f'{max_iters - iter_num} iterations{resumed}, {tokens:,} tokens each, '
+    training = (f'{max(0, max_iters - iter_num):,} iterations{resumed}, {tokens:,} tokens each, '
                 f'{describe(opt)}, {schedule}')
-    read = f', {epochs:.3g} epochs'
+    read = f', {epochs:,.0f} epochs' if epochs >= 100 else f', {epochs:.3g} epochs'
     if settings['eval_only']:
         training, read = f'none, only an evaluation of iteration {iter_num}', ''
     processes = f' x {parallel.world_size}, {MODES[parallel.mode]}' if parallel.distributed else ''
@@ -104,7 +104,7 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
                    f"{'compiled' if costs.compiled else 'not compiled'}, micro-batches of "
                    f'{batches.batch_size} sequences x {batches.per_rank}',
         'cost': f"about {costs.estimate['peak'] / GIB:.2f} of {memory_here:.0f} GiB, "
-                f'{duration(costs.expected_seconds)} or more',
+                f'roughly {duration(costs.expected_seconds)}',
         'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
         'data sets': data_line(data_sets, train_loader, splits['val'].loader, max_iters * tokens),
         'architecture': architecture_line(c, costs.flex),

@@ -43,7 +43,7 @@ def terminal(monkeypatch):
 
 def long_ago(console):
     """Let a console believe that it has printed nothing for a long time."""
-    console.last_time = 0.0
+    console.last_time = console.last_progress = 0.0
     return console
 
 
@@ -62,6 +62,14 @@ def test_progress_is_one_line_that_the_next_line_replaces(terminal):
     assert screen.read_new() == CLEAR_LINE + '[=====               ]  25% micro-batch 1/2, iter 5/20'
     console.say('iter 5: loss 1.0')
     assert screen.read_new() == CLEAR_LINE + 'iter 5: loss 1.0\n'
+
+
+def test_progress_is_shown_again_after_a_line(terminal):
+    """With log_interval=1 every iteration prints a line, and the progress was never seen."""
+    screen, console = terminal(), Console()
+    console.say('iter 5: loss 1.0')
+    console.progress('iter 6')
+    assert screen.read_new().endswith(f'{CLEAR_LINE}[                    ]   0% iter 6')
 
 
 def test_progress_fits_the_terminal(terminal, monkeypatch):
@@ -98,10 +106,16 @@ def test_only_notes_warnings_and_errors_have_a_colour(terminal, monkeypatch, tex
     assert screen.read_new() == f'{CLEAR_LINE}{text}\n'
 
 
+DRAW_AT_ONCE = """
+import engine.report
+engine.report.WORTH_A_PICTURE = 0
+"""
+
+
 def test_a_run_is_reported_in_few_short_lines(text_set, tmp_path):
     """The start-up report fills the screen, or a run ends without saying what came of it."""
     out_dir = tmp_path / 'out'
-    done = train(text_set, out_dir, '--eval_interval=5', '--log_interval=5')
+    done = train(text_set, out_dir, '--eval_interval=5', '--log_interval=5', before=DRAW_AT_ONCE)
     succeeded(done)
     lines = done.stdout.splitlines()
     titles = [line.split()[0] for line in lines]

@@ -53,7 +53,7 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
 ])
 def test_accumulation_that_processes_cannot_share(steps, batch_size, n, remedy):
     """The rule is named, but not the flags that keep the tokens per iteration."""
-    config = dict(gradient_accumulation_steps=steps, batch_size=batch_size)
+    config = dict(gradient_accumulation_steps=steps, batch_size=batch_size, init_from='scratch')
     with pytest.raises(UserError, match=f'multiple of the {n} processes.* try {remedy}'):
         check_accumulation(config, n)
     check_accumulation(config | dict(gradient_accumulation_steps=2 * n), n)
