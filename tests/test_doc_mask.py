@@ -124,7 +124,7 @@ def test_doc_mask_trains_and_is_in_the_checkpoint(tmp_path):
     write_dataset(tmp_path / 'docs', {split: b'a short text\0' * 200 for split in ('train', 'val')}, BYTE)
     masked, again, plain = tmp_path / 'masked', tmp_path / 'again', tmp_path / 'plain'
     for out_dir, flag in (masked, True), (again, True), (plain, False):
-        done = train(tmp_path / 'docs', out_dir, f'--doc_mask={flag}', '--max_iters=5')
+        done = train(tmp_path / 'docs', out_dir, f'--doc_mask={flag}', '--max_iters=5', '--verbose=True')
         succeeded(done)
         assert ('doc_mask by a dense mask' in done.stdout) == flag
         assert checkpoint(out_dir)['model_args']['doc_mask_token'] == (0 if flag else None)

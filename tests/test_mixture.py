@@ -64,7 +64,7 @@ def test_a_run_on_several_sets_resumes_bit_for_bit(text_set, tmp_path):
     """Shares counted from where a run was resumed are not those of the run."""
     write_dataset(tmp_path / 'other', {'train': b'other text, ' * 200, 'val': b'other text, ' * 20}, BYTE)
     mixed = f'{text_set}:0.7,{tmp_path / "other"}:0.3'
-    whole = train(mixed, tmp_path / 'whole')
+    whole = train(mixed, tmp_path / 'whole', '--verbose=True')
     assert whole.returncode == 0 and f'0.3 from {tmp_path / "other"}' in whole.stdout, whole.stderr
     assert train(mixed, tmp_path / 'parts', '--max_iters=7', '--lr_decay_iters=20').returncode == 0
     assert train(mixed, tmp_path / 'parts', '--init_from=resume').returncode == 0
