@@ -169,7 +169,7 @@ def no_checkpoint(path):
     folder = os.path.dirname(path)
     if folder and checkpoints_in(folder):
         return f"no checkpoint at '{path}'; '{folder}' has {', '.join(checkpoints_in(folder))}"
-    here = os.path.dirname(path.rstrip('/'))
+    here = os.path.dirname(os.fspath(path).rstrip('/'))
     names = sorted(os.listdir(here or '.')) if os.path.isdir(here or '.') else []
     runs = [run for run in (os.path.join(here, name) for name in names) if checkpoints_in(run)]
     if not runs:

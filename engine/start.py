@@ -57,8 +57,6 @@ def check_settings(config, given, parallel):
     own = config['init_from'] == 'resume' and not config['ckpt']
     if own and not checkpoints_in(config['out_dir']):
         raise UserError(no_checkpoint(config['out_dir']))
-    if config['ckpt'] and not os.path.exists(config['ckpt']):
-        raise UserError(no_checkpoint(config['ckpt']))
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
@@ -72,6 +70,8 @@ def check_settings(config, given, parallel):
     if config['ckpt'] and config['init_from'] not in ('resume', 'auto'):
         raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
                         f"--init_from={config['ckpt']} alone starts from its weights")
+    if config['ckpt'] and not os.path.exists(config['ckpt']):
+        raise UserError(no_checkpoint(config['ckpt']))
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not parallel.distributed:
             raise UserError(f'{key} needs several processes; run: '
