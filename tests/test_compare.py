@@ -516,8 +516,8 @@ def start_and_kill(text_set, out_dir, sent):
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('sent, status', [
     (signal.SIGKILL, -signal.SIGKILL),
-    (signal.SIGTERM, 128 + signal.SIGTERM),
-    (signal.SIGINT, 128 + signal.SIGINT),
+    pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.soak),
+    pytest.param(signal.SIGINT, 128 + signal.SIGINT, marks=pytest.mark.soak),
 ])
 def test_killed_anywhere_the_same_command_resumes(text_set, tmp_path, uninterrupted, sent, status):
     """A kill costs more than the active run, leaves its train.py running, or changes a result."""
