@@ -310,17 +310,23 @@ def restore_optimizer(optimizer, name, ckpt, parallel):
                         f"tensors, and optimizer='{name}' has {sizes}: {remedy}")
     inner, numbers = parallel.inner_optimizer(optimizer)
     loaded = inner.state_dict()
-    params = [(p, group) for group in inner.param_groups for p in group['params']]
-    for i, (p, group) in enumerate(params):
+    params = [(p, group.get('optimizer', name))
+              for group in inner.param_groups for p in group['params']]
+    keys = {}  # {optimizer: the names in its first state}
+    for i, (p, kind) in enumerate(params):
         state = saved['state'].get(numbers[p])
         if state is not None:
             where = f"checkpoint '{ckpt['path']}' cannot be used: optimizer.state.{numbers[p]}"
-            n_moments = OPTIMIZER[group.get('optimizer', name)].moments
+            if state.keys() != keys.setdefault(kind, state.keys()):
+                raise UserError(f"{where} has {', '.join(state)}, but another one has "
+                                f"{', '.join(keys[kind])}")
+            n_moments = OPTIMIZER[kind].moments
             if [getattr(t, 'shape', None) for t in state.values()].count(p.shape) != n_moments:
                 raise UserError(f'{where} must have {n_moments} tensors of shape {tuple(p.shape)}')
             loaded['state'][i] = {key: own_share(t, p, parallel, f'{where}.{key}')
                                   for key, t in state.items()}
-    inner.load_state_dict(loaded)
+    with reading(ckpt['path']):  # torch's optimizers expect names of their own
+        inner.load_state_dict(loaded)
 
 
 @torch.no_grad()

@@ -351,6 +351,22 @@ def test_moments_that_do_not_fit_are_refused(tmp_path, key, moment):
     one_line(e.value, 'ckpt.pt', 'optimizer.state.0')
 
 
+@pytest.mark.parametrize('numbers', [[2], range(28)])
+def test_moments_without_a_step_count_are_refused(numbers):
+    """The optimizer would end with KeyError: 'step', at once or in its first step."""
+    model, idx = shaken(), ids(B, T)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert len(saved['state']) == 28
+    for number in numbers:
+        del saved['state'][number]['step']
+    with pytest.raises(UserError) as e:
+        restore_optimizer(optimizer, 'adamw', dict(optimizer=saved, path='ckpt.pt'), Parallel())
+    one_line(e.value, 'ckpt.pt', 'step')
+
+
 # state: facts and sets of tensors
 
 def test_an_evaluation_counts_once_and_only_on_the_runs_own_windows():
