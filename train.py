@@ -66,6 +66,7 @@ eval_only = False  # evaluate once and exit; on all of val unless --eval_iters i
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
 keep_interval: NonNegativeInt = 0  # iterations between those that stay, as ckpt_ITER.pt; 0: none
+async_checkpoint: Literal['auto', True, False] = 'auto'  # write while training; auto: large ones
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
 ckpt = ''  # with init_from=resume: the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
@@ -351,6 +352,23 @@ def evaluate_splits():
     return evaluated
 
 
+def all_finite():
+    """
+    Return whether all gradients were finite. Training is over if they were not, and nothing is
+    saved. This waits for the device, so it is called before log lines, evaluations and checkpoints
+    only.
+    """
+    t0 = time.time()
+    bad = first_bad.item()
+    state.train_seconds += time.time() - t0
+    # fp16's loss scale starts at 2^16; 17 skipped steps in a row are too many
+    if bad < max_iters or scaler.is_enabled() and scaler.get_scale() < 1:
+        state.iter_num = min(state.iter_num, bad)
+        run_log.not_finite('loss or gradient')
+        return False
+    return True
+
+
 def within_memory(step):
     """
     Return step(). If a run in one process is out of memory, split its micro-batches, which keeps
@@ -389,23 +407,24 @@ def report_evaluation(evaluated, best, lr):
     run_log.add_evaluation(evaluated, splits['val'], lr, iteration_report.eval_seconds, sample)
 
 
-def save_checkpoint(best):
-    """Write everything that a resume needs, from all processes."""
-    started = time.time()
+def save_checkpoint(best, wait):
+    """
+    Write everything that a resume needs, from all processes. With wait=False a large checkpoint is
+    copied now, and written while training goes on.
+    """
     facts = asdict(state) | dict(
-        scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=config,
+        scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=dict(config),
         tokenizer=tokenizer.spec if tokenizer else meta.get('tokenizer'),
         torch_version=str(torch.__version__))
-    model_tensors = raw_model.state_dict(keep_vars=True)  # keeps a tied tensor one object
     moments, param_groups = parallel.moments(opt)
+    # keep_vars keeps a tied tensor one object
+    sets = {'model': raw_model.state_dict(keep_vars=True), 'optimizer': moments} | state_tensors
     also = [run_folder.best] if best else []
     if keep_interval and state.iter_num % keep_interval == 0:
         also.append(run_folder.numbered(state.iter_num))
-    run_folder.save({'model': model_tensors, 'optimizer': moments} | state_tensors, param_groups,
-                    facts, also,
-                    before_rename=run_log.write)  # so that the log never lags behind a checkpoint
-    run_log.add_checkpoint(run_folder.newest, best, time.time() - started)
-    console.say(' and '.join([f'saved {run_folder.newest}', *map(os.path.basename, also)]))
+    run_log.write()  # before the checkpoint, so that the log never lags behind it
+    when_saved = run_log.checkpoint_entry([run_folder.newest, *also], best)
+    run_folder.save(sets, param_groups, facts, also, when_saved, not wait and async_checkpoint)
 
 
 def try_compiler():
@@ -420,9 +439,10 @@ if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
-# the loop
+# the loop. Between log lines, evaluations and checkpoints it never waits for a GPU.
 first_iter = state.iter_num
 loss_sum, gradients = torch.zeros((), device=device), {}
+first_bad = torch.tensor(max_iters, device=device)  # the first step not finite, if there is one
 while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
@@ -434,8 +454,12 @@ while True:
     save = save or any(n and state.iter_num % n == 0 for n in (save_interval, keep_interval))
     best = False
 
+    evaluation_due = (state.iter_num % eval_interval == 0 or finished) and not stop_status
+    if (evaluation_due or save) and not all_finite():
+        break
+
     # evaluate; all processes take this branch together
-    if (state.iter_num % eval_interval == 0 or finished) and not stop_status:
+    if evaluation_due:
         evaluated = within_memory(evaluate_splits)
         if evaluated is None:  # a process has to stop
             continue
@@ -452,10 +476,12 @@ while True:
             finished = True
 
     # save, and stop if there is nothing more to do
+    if run_folder.poll():
+        stop.status = stop.status or 2  # all processes stop, and saving shows why it failed
     # before the first step there is nothing new, except loaded weights that are best or final
     anything_new = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
     if save and anything_new and not eval_only:
-        save_checkpoint(best)
+        save_checkpoint(best, wait=finished or bool(stop_status))
     if finished or stop_status:
         break
 
@@ -463,8 +489,7 @@ while True:
     t0 = time.time()
     loss_sum += within_memory(forward_backward)
 
-    # clip and step, unless a gradient is not finite; gradients are averages over all processes, so
-    # all decide alike
+    # clip and step; gradients are averages over all processes, so all do the same
     scaler.unscale_(opt)
     if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
         # kept for the next log line, with the iteration that they belong to
@@ -473,26 +498,23 @@ while True:
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
-    finite = scaler.is_enabled() or math.isfinite(grad_norm.item())  # waits for the device
-    if finite:
-        scaler.step(opt)  # with fp16, skips a step that is not finite and lowers the loss scale
-        scaler.update()
-        finite = scaler.get_scale() >= 1  # it starts at 2^16; 17 skips in a row are too many
-    if not finite:
-        run_log.not_finite('loss or gradient')
-        break
+    if not scaler.is_enabled():  # with fp16 such steps are normal, and skipped
+        first_bad = first_bad.where(grad_norm.isfinite(), first_bad.clamp(max=state.iter_num))
+    scaler.step(opt)
+    scaler.update()
     opt.zero_grad(set_to_none=True)
     if state.iter_num + 1 < max_iters:
         stop.try_reading(batches.fetch)  # here, so that all processes agree to stop and save
 
-    # log; reading the loss waits for the device, so the time is taken after that
+    # log
+    state.train_seconds += time.time() - t0
     iteration_report.n_since_log += 1
     if log_due:
+        if not all_finite():
+            break
         n_losses = iteration_report.n_since_log * parallel.world_size
         mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
         loss_sum.zero_()
-    state.train_seconds += time.time() - t0
-    if log_due:
         more = {}  # {name: number}: also logged and printed; compute it on all processes
         iteration_report.add(mean_loss, lr, float(grad_norm), gradients, more)
         gradients = {}
@@ -501,6 +523,7 @@ while True:
     if state.iter_num == first_iter + 1:
         stop.listen()  # before the first step there was nothing to save
 
+run_folder.finish()
 batches.close()
 if run_log.outcome != 'not finite':
     complete = state.iter_num >= max_iters or eval_only

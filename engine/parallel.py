@@ -26,7 +26,7 @@ class Parallel:
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
         self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
         self.master = self.rank == 0
-        self.device = torch.device('cpu')
+        self.device, self.on_host = torch.device('cpu'), None  # a process group for the CPU
         self.mode = 'none'
         if self.distributed:
             self.mode = 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
@@ -61,6 +61,7 @@ class Parallel:
             backend = 'nccl' if device.type == 'cuda' else 'gloo'
         device_id = device if device.type == 'cuda' else None
         dist.init_process_group(backend=backend, device_id=device_id)
+        self.on_host = self.host_group()
         sys.excepthook = show_lost_process
         end_with_parent()  # save and end if torchrun itself is killed
 
@@ -83,10 +84,15 @@ class Parallel:
         return tensor
 
     def all_max(self, number):
-        """Return, on all processes, the largest int that any of them passes."""
-        if not self.distributed:
-            return number
-        return self.all_reduce(torch.tensor(number, device=self.device), dist.ReduceOp.MAX).item()
+        """
+        Return, on all processes, the largest int that any of them passes. This waits for the other
+        processes, but not for a GPU.
+        """
+        if self.distributed:
+            on_cpu = torch.tensor(number)
+            dist.all_reduce(on_cpu, dist.ReduceOp.MAX, self.on_host)
+            number = on_cpu.item()
+        return number
 
     def all_equal(self, number):
         """Return whether all processes pass the same int."""
@@ -99,15 +105,22 @@ class Parallel:
         total = self.all_reduce(torch.tensor(number, dtype=torch.float64, device=self.device))
         return total.item() / self.world_size
 
-    def gather_objects(self, value):
+    def gather_objects(self, value, group=None):
         """
         Return, on all processes, the list of values that they pass, which must be plain values.
         """
         if not self.distributed:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
+
+    def host_group(self):
+        """
+        Return a process group of its own for collectives on the CPU, so that a thread can use them
+        while training uses others, or None in a single process.
+        """
+        return dist.new_group(backend='gloo') if self.distributed else None
 
     def barrier(self):
         if self.distributed:
@@ -226,14 +239,16 @@ class Parallel:
         params = [p for group in optimizer.param_groups for p in group['params']]
         return getattr(optimizer, 'optim', optimizer), {p: i for i, p in enumerate(params)}
 
-    def gather(self, tensors):
+    def gather(self, tensors, copy=False):
         """
         Collect {name: whole tensor} on rank 0; each process passes a dict with some tensors or some
-        rows. The result on other ranks is not meaningful. Tensors are sent one at a time.
+        rows. The result on other ranks is not meaningful. Tensors are sent one at a time. With
+        copy=True rank 0 gets copies in host memory, which no later step changes.
         """
         if self.mode == 'fsdp':
-            return self._gather_rows(tensors)
-        whole = {name: t.detach() for name, t in tensors.items()}
+            return self._gather_rows(tensors, copy)
+        copies = {id(t): to_host(t.detach(), copy and self.master) for t in tensors.values()}
+        whole = {name: copies[id(t)] for name, t in tensors.items()}
         if self.mode != 'zero1':
             return whole
         described = {name: (tuple(whole[name].shape), whole[name].dtype)
@@ -253,12 +268,12 @@ class Parallel:
         lower = self.gather_objects(list(tensors))[:self.rank]
         return set(tensors).difference(*lower)
 
-    def _gather_rows(self, tensors):
+    def _gather_rows(self, tensors, copy):
         gathered = {}  # a tied tensor occurs twice but is gathered once
         for t in tensors.values():
             if id(t) not in gathered:
                 full = t.detach().full_tensor() if hasattr(t, 'full_tensor') else t
-                gathered[id(t)] = full.cpu() if self.master else None
+                gathered[id(t)] = full.to('cpu', copy=copy) if self.master else None
         return {name: gathered[id(t)] for name, t in tensors.items()}
 
     def rows(self, shape, like):
@@ -280,6 +295,14 @@ class Parallel:
         from torch.distributed.tensor import DTensor
         return DTensor.from_local(own_rows.to(self.device), like.device_mesh, like.placements,
                                   shape=like.shape, stride=like.stride())
+
+
+def to_host(tensor, copy):
+    """Return a copy of a tensor in host memory, or, with copy=False, the tensor itself."""
+    if not copy:
+        return tensor
+    host = torch.empty_like(tensor, device='cpu', pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)
 
 
 def show_lost_process(kind, error, trace):

@@ -90,15 +90,14 @@ class WandbSink:
             values = values | {'samples': table}
         self.run.log(values, step=step)
 
-    def checkpoint(self, path, best, state):
+    def checkpoint(self, path, best, facts):
         if not self.artifacts:
             return
-        facts = dict(iter=state.iter_num, losses=state.losses)
         name = f'checkpoint-{self.run.id}'
         artifact = self.wandb.Artifact(name, type='model', metadata=facts)
         add = artifact.add_dir if os.path.isdir(path) else artifact.add_file
         add(path)  # a copy, since the next checkpoint replaces this one
-        aliases = ['latest', f'iter-{state.iter_num}'] + ['best'] * best
+        aliases = ['latest', f"iter-{facts['iter']}"] + ['best'] * best
         self.run.log_artifact(artifact, aliases=aliases)
 
     def close(self):
@@ -119,7 +118,7 @@ class TensorBoardSink:
         if sample is not None:
             self.writer.add_text('samples', f'<pre>{html.escape(sample)}</pre>', step)
 
-    def checkpoint(self, path, best, state):
+    def checkpoint(self, path, best, facts):
         pass
 
     def close(self):
@@ -211,10 +210,21 @@ class RunLog:
         if time.time() - self.written > 100 * self.cost:
             self.write()
 
-    def add_checkpoint(self, path, best, seconds):
-        entry = dict(iter=self.state.iter_num, path=path, best=best, seconds=seconds)
-        self.data['checkpoints'].append(entry)
-        self.tell('checkpoint', path, best, self.state)
+    def checkpoint_entry(self, paths, best):
+        """
+        Return a function of the seconds that training waited for a checkpoint of now. It logs the
+        checkpoint, and must be called when all paths are there.
+        """
+        iter_num, losses = self.state.iter_num, self.state.losses
+
+        def when_saved(seconds):
+            entry = dict(iter=iter_num, path=paths[0], best=best, seconds=seconds)
+            self.data['checkpoints'].append(entry)
+            self.tell('checkpoint', paths[0], best, dict(iter=iter_num, losses=losses))
+            names = ' and '.join([paths[0], *map(os.path.basename, paths[1:])])
+            earlier = f' (iteration {iter_num})' if iter_num < self.state.iter_num else ''
+            self.console.say(f'saved {names}{earlier}')
+        return when_saved
 
     @property
     def n_evaluations(self):

@@ -2,10 +2,15 @@
 The out_dir of a run: its lock, and the newest, the previous, the best and the numbered checkpoints.
 A kill at any moment leaves a complete checkpoint. Their format is in engine/checkpoint.py.
 """
+import atexit
 import contextlib
 import os
 import shutil
 import socket
+import threading
+import time
+
+import torch
 
 from engine.checked_file import read_file, save_checked
 from engine.checkpoint import PLAIN, SHARDED, checkpoints_in, number_of
@@ -18,6 +23,10 @@ from engine.common import (
     sync_folder,
     try_lock,
 )
+from engine.machine import GIB, free_memory
+from engine.parallel import to_host
+
+LARGE = 10 ** 8  # bytes; a smaller checkpoint is on disk within a second
 
 
 def remove(path):
@@ -29,10 +38,32 @@ def remove(path):
             os.remove(path)
 
 
+class Background(threading.Thread):
+    """Call work() in a thread. An error is kept in `error`, and raised by result()."""
+    def __init__(self, work):
+        super().__init__(daemon=True)
+        self.work, self.error = work, None
+        self.start()
+
+    def run(self):
+        try:
+            self.work()
+        except BaseException as e:  # SystemExit on ranks other than 0
+            self.error = e
+
+    def done(self):
+        return not self.is_alive()
+
+    def result(self):
+        self.join()
+        if self.error:
+            raise self.error
+
+
 class RunFolder:
     """
-    The out_dir of a run, with its lock and its checkpoints. All processes must call lock() and
-    save(), which use collectives.
+    The out_dir of a run, with its lock and its checkpoints. All processes must call lock(), save()
+    and finish(), which use collectives.
     """
     def __init__(self, path, sharded, parallel):
         self.path, self.sharded, self.parallel = path, sharded, parallel
@@ -42,6 +73,9 @@ class RunFolder:
         self.newest_is_ours = False  # True once this run has saved it or resumed from it
         self.origin = None  # the checkpoint that a new run starts from, if any
         self.lock_file, self.can_lock = None, True
+        self.writing, self.group = None, None  # a Background save, and its process group
+        self.said_scarce = False
+        atexit.register(self._let_finish)
 
     def used(self):
         """Return the names of the checkpoints in the folder."""
@@ -87,28 +121,87 @@ class RunFolder:
         self.new_run = False
         self.newest_is_ours = os.path.basename(path) == self.names[0]  # not a fallback
 
-    def save(self, sets, param_groups, facts, also, before_rename):
+    def worth_copying(self, sets):
         """
-        Replace the newest checkpoint. A kill at any moment leaves a complete one. The one before it
-        stays as the previous checkpoint. `also` are further paths that get the new one, as hard
-        links: self.best if it is the best, self.numbered(...) if it is to be kept.
+        Return whether to copy these sets and write them while training goes on. They must be
+        large, and the copy may take half of the free memory; if that is too little, say so once.
+        """
+        tensors = [t for tensors in sets.values() for t in tensors.values()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        scarce = size > LARGE and free_memory(torch.device('cpu')) < 2 * size
+        if scarce and not self.said_scarce:
+            self.said_scarce = True
+            print('NOTE: training waits while checkpoints are written, because a copy of '
+                  f'{size / GIB:.1f} GiB would take more than half of the free memory', flush=True)
+        return not self.parallel.all_max(int(size <= LARGE or scarce))
+
+    def save(self, sets, param_groups, facts, also, when_saved, background=False):
+        """
+        Replace the newest checkpoint, and call when_saved(seconds that training waited for it). A
+        kill at any moment leaves a complete checkpoint. The one before it stays as the previous
+        one. `also` are further paths that get the new one, as hard links: self.best if it is the
+        best, self.numbered(...) if it is to be kept.
 
         `sets` is {'model': state dict, 'optimizer': Parallel.moments(), and any other set of
-        tensors shaped like parameters}. `facts` are plain values. `before_rename` is called on rank
-        0 once every tensor is on disk. If any process cannot write, all raise an error and the
-        existing checkpoints stay as they are.
+        tensors shaped like parameters}. `facts` are plain values. If any process cannot write, all
+        raise an error and the existing checkpoints stay as they are.
+
+        With background=True, or 'auto' if it is worth it, return once the tensors have been copied
+        to host memory, and write them in a thread. The loop must call poll() or finish() to learn
+        what came of it.
         """
+        started = time.time()
+        self.finish()
+        if background == 'auto':
+            background = self.worth_copying(sets)
+        if background:
+            self.group = self.group or self.parallel.host_group()
+        collect, write = (self._own_pieces, self._write_folder) if self.sharded else \
+            (self._whole_tensors, self._write_file)
+        content = collect(sets, copy=background)
         temporary = self.newest + '.tmp'
-        write = self._write_folder if self.sharded else self._write_file
-        try:
-            write(temporary, sets, param_groups, facts)
-            self._on_master(before_rename)
-            self._on_master(lambda: self._rename(temporary, also))
-        except OSError as e:
-            self._on_master(lambda: remove(temporary))
-            self.parallel.fail(f"checkpoint '{self.newest}' could not be written; the existing "
-                               f'checkpoints are untouched: {e}')
-        self.newest_is_ours = True
+
+        def replace_newest():
+            try:
+                write(temporary, content, param_groups, facts)
+                self._on_master(lambda: self._rename(temporary, also))
+            except OSError as e:
+                self._on_master(lambda: remove(temporary))
+                self.parallel.fail(f"checkpoint '{self.newest}' could not be written; the "
+                                   f'existing checkpoints are untouched: {e}')
+            self.newest_is_ours = True
+
+        if not background:
+            replace_newest()
+            when_saved(time.time() - started)
+            return
+        self.writing = Background(replace_newest)
+        seconds = time.time() - started
+        self.report = lambda: when_saved(seconds)
+
+    def poll(self):
+        """
+        Report the checkpoint that is being written if it is complete. Return whether writing it
+        has failed; finish() raises the error, and all processes must call that one.
+        """
+        if self.writing and self.writing.done() and not self.writing.error:
+            self.finish()
+        return self.writing is not None and self.writing.error is not None
+
+    def finish(self):
+        """
+        Wait for the checkpoint that is being written, if any, and report it. If it could not be
+        written, raise an error on all processes.
+        """
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+            self.report()
+
+    def _let_finish(self):
+        """Let a checkpoint be completed when the process ends because of an error."""
+        if self.writing:  # which other processes may have left already
+            self.writing.join(timeout=20 if self.parallel.distributed else None)
 
     def _together(self, step):
         """
@@ -119,16 +212,17 @@ class RunFolder:
             step()
         except (OSError, RuntimeError, ValueError) as e:
             problem = first_line(e)
-        problems = [p for p in self.parallel.gather_objects(problem) if p]
+        problems = [p for p in self.parallel.gather_objects(problem, self.group) if p]
         if problems:
             raise OSError(problems[0])
 
     def _on_master(self, step):
         self._together(step if self.parallel.master else lambda: None)
 
-    def _write_file(self, path, sets, param_groups, facts):
-        whole = {kind: self.parallel.gather(tensors) for kind, tensors in sets.items()}
+    def _whole_tensors(self, sets, copy):
+        return {kind: self.parallel.gather(tensors, copy) for kind, tensors in sets.items()}
 
+    def _write_file(self, path, whole, param_groups, facts):
         def write():
             check_finite(whole['model'].values())
             state = {}
@@ -140,11 +234,28 @@ class RunFolder:
                 save_checked(whole | {'optimizer': optimizer} | facts, f)
         self._on_master(write)
 
-    def _write_folder(self, path, sets, param_groups, facts):
-        first_names = {}  # a tied tensor is written once, under its first name
+    def _own_pieces(self, sets, copy):
+        """
+        Return ({'set/name': (shape, first row, rows)} for what this process writes, {name of a
+        weight: the name under which it is written}). A tied weight is written once.
+        """
+        first_names = {}
         names = {name: first_names.setdefault(id(t), name) for name, t in sets['model'].items()}
         untied = {name: sets['model'][name] for name in first_names.values()}
-        pieces = self._pieces(sets | {'model': untied})
+        pieces = {}
+        for kind, tensors in (sets | {'model': untied}).items():
+            own = self.parallel.owned(tensors)
+            for name, t in tensors.items():
+                shape, t = list(t.shape), t.detach()
+                if hasattr(t, 'to_local'):
+                    first, _ = self.parallel.rows(shape, t)
+                    pieces[f'{kind}/{name}'] = shape, first, to_host(t.to_local(), copy)
+                elif name in own:
+                    pieces[f'{kind}/{name}'] = shape, 0, to_host(t, copy)
+        return pieces, names
+
+    def _write_folder(self, path, content, param_groups, facts):
+        pieces, names = content
 
         def write():
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
@@ -175,20 +286,6 @@ class RunFolder:
         self._together(write)
         self._together(check_next)
         self._on_master(finish)
-
-    def _pieces(self, sets):
-        """Return {'set/name': (shape, first row, rows)} for what this process writes."""
-        pieces = {}
-        for kind, tensors in sets.items():
-            own = self.parallel.owned(tensors)
-            for name, t in tensors.items():
-                shape, t = list(t.shape), t.detach()
-                if hasattr(t, 'to_local'):
-                    first, _ = self.parallel.rows(shape, t)
-                    pieces[f'{kind}/{name}'] = shape, first, t.to_local()
-                elif name in own:
-                    pieces[f'{kind}/{name}'] = shape, 0, t
-        return pieces
 
     def _rename(self, temporary, also):
         if self.new_run and not self.newest_is_ours:

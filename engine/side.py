@@ -158,8 +158,7 @@ def training_step(model, s):
                 watch.lap('backward')
         with torch.profiler.record_function('optimizer'):
             scaler.unscale_(optimizer)
-            # train.py reads the norm before it takes the step
-            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0).item()
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
         if parts:

@@ -413,7 +413,7 @@ def test_every_set_of_tensors_is_saved_and_restored(tmp_path, sharded):
     moments, groups = parallel.moments(optimizer)
     sets = {'model': model.state_dict(keep_vars=True), 'optimizer': moments, 'ema': ema}
     facts = dict(model_args=vars(model.config), iter_num=1)
-    folder.save(sets, groups, facts, [folder.best], before_rename=lambda: None)
+    folder.save(sets, groups, facts, [folder.best], print)
     ckpt = load_checkpoint(tmp_path, moments=False)
     restored = {name: torch.zeros_like(t) for name, t in ema.items()}
     restore_tensors({'ema': restored}, ckpt, parallel)
@@ -443,7 +443,7 @@ def test_saving_writes_nothing_through_a_link(tmp_path, sharded):
         for name in names:
             os.symlink(folder if sharded else file, out_dir / f'{name}.tmp')
         sets = {'model': dict(shaken().state_dict(keep_vars=True)), 'optimizer': {}}
-        run.save(sets, [], dict(model_args={}, iter_num=it), [run.best], before_rename=lambda: None)
+        run.save(sets, [], dict(model_args={}, iter_num=it), [run.best], print)
         for name in names:
             (out_dir / f'{name}.tmp').unlink(missing_ok=True)
     assert [load_checkpoint(out_dir / name)['iter_num'] for name in names] == [2, 1, 2]
@@ -457,7 +457,7 @@ def test_kept_checkpoints_are_links_that_a_kill_or_a_new_run_cannot_confuse(tmp_
         for it in iters:
             sets = {'model': dict(shaken().state_dict(keep_vars=True)), 'optimizer': {}}
             facts = dict(model_args={}, iter_num=it)
-            run.save(sets, [], facts, [run.numbered(it)], before_rename=lambda: None)
+            run.save(sets, [], facts, [run.numbered(it)], print)
         return run
     run = saved(RunFolder(str(tmp_path), sharded, Parallel()), 5, 10)
     names = numbered_checkpoints(tmp_path)

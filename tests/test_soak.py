@@ -51,15 +51,16 @@ def kill_at_random(process, ranks, trial, out_dir, rng):
 
 
 @linux_only
-@pytest.mark.parametrize('mode', [*MODES, 'fsdp, sharded'])
+@pytest.mark.parametrize('mode', [*MODES, 'fsdp, sharded', 'one, async', 'fsdp, async'])
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(text_set, tmp_path, trials, mode):
     """
-    A kill -9 costs more than two iterations, leaves a checkpoint that does not load or processes that
-    stay, or the run after it is another one.
+    A kill -9 costs more than two iterations, or four if a thread writes, leaves a checkpoint that does not
+    load or processes that stay, or the run after it is another one.
     """
-    name, *is_sharded = mode.split(', ')
+    name, *kind = mode.split(', ')
     launcher, flags = launcher_of(name), [*MODES[name][1], '--dropout=0.1', '--eval_interval=1000000']
-    flags += ['--init_from=auto', '--save_interval=2'] + ['--sharded_checkpoint=True'] * len(is_sharded)
+    flags += ['--sharded_checkpoint=True'] * (kind == ['sharded'])
+    flags += ['--init_from=auto', '--save_interval=2', f"--async_checkpoint={kind == ['async']}"]
     rng, killed, whole, reached, writing = random.Random(1), tmp_path / 'killed', tmp_path / 'whole', 0, 0
     for trial in trials:
         process = start(text_set, killed, *flags, launcher=launcher)
@@ -68,7 +69,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(text_set, t
         writing += any(killed.glob('ckpt*.tmp'))
         assert process.returncode and not [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]
         before, reached = reached, load_checkpoint(killed)['iter_num']
-        assert reached >= max(before, last + 1 - 2)
+        assert reached >= max(before, last + 1 - (4 if kind == ['async'] else 2))
     print(f'{mode}: killed {len(trials)} times in {reached} iterations, {writing} times with a checkpoint half written')
     for out_dir in (killed, whole):
         succeeded(train(text_set, out_dir, *flags, f'--max_iters={reached + 3}', launcher=launcher))

@@ -49,11 +49,14 @@ linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc or 
 
 # signals and kills
 
-@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_can_be_resumed(text_set, tmp_path, signum, code):
+@pytest.mark.parametrize('signum, code, flags', [
+    (signal.SIGTERM, 143, []),
+    (signal.SIGINT, 130, ['--save_interval=1', '--async_checkpoint=True']),
+])
+def test_a_signal_saves_and_the_run_can_be_resumed(text_set, tmp_path, signum, code, flags):
     """A preempted run loses its last iterations, or exits as if it had finished."""
     out_dir, whole = tmp_path / 'out', tmp_path / 'whole'
-    process = start(text_set, out_dir)
+    process = start(text_set, out_dir, *flags)
     process.send_signal(signum)
     rest = process.communicate(timeout=HANGS)[0]
     assert process.returncode == code and 'saved' in rest
