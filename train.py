@@ -455,7 +455,7 @@ while True:
     best = False
 
     evaluation_due = (state.iter_num % eval_interval == 0 or finished) and not stop_status
-    if (evaluation_due or save) and not all_finite():
+    if (evaluation_due or save) and state.iter_num > first_iter and not all_finite():
         break
 
     # evaluate; all processes take this branch together

@@ -37,7 +37,7 @@ def test_resume_continues_bit_for_bit(text_set, finished, tmp_path):
     second_half = sum(e['time_ms'] for e in run['training_iterations']) / 1000
     seconds = checkpoint(out_dir, 'ckpt_prev.pt')['train_seconds'] + second_half
     train_seconds = checkpoint(half)['train_seconds']
-    assert run['eval_steps'][-1]['train_seconds'] == train_seconds == pytest.approx(seconds, rel=0.01)
+    assert run['eval_steps'][-1]['train_seconds'] == train_seconds and seconds < 1.001 * train_seconds
     assert run['eval_steps'][-1]['tokens'] == 20 * TOKENS_PER_ITER
 
 
@@ -150,7 +150,7 @@ def test_the_run_log_has_every_evaluation(finished):
         assert np.mean(val['window_losses']) == pytest.approx(val['loss'], abs=1e-5)
         assert val['standard_error'] == pytest.approx(mean_and_error(val['window_losses'])[1], abs=1e-4)
     seconds = sum(e['time_ms'] for e in run['training_iterations']) / 1000
-    assert first['train_seconds'] == 0 and last['train_seconds'] == pytest.approx(seconds)
+    assert first['train_seconds'] == 0 and seconds < 1.001 * last['train_seconds'] < run['summary']['seconds']
     assert last['val']['loss'] < first['val']['loss'] < 5.7  # ln 256 = 5.55
     for of_split in checkpoint(out_dir)['losses'].values():
         assert all(type(value) is float for value in of_split.values())
