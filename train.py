@@ -44,10 +44,13 @@ from configurator import (
 )
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
+from engine.batch_size import auto_batch_size, check_accumulation
 from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors
+from engine.checks import check_settings
 from engine.common import StopSignal, UserError
 from engine.compile import compile_model
 from engine.console import Console
+from engine.datasets import load_split, load_tokenizer, prepare_data, read_metas
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
@@ -167,11 +170,11 @@ stop = StopSignal('finishing this iteration and saving; a signal after 2 more se
 if eval_only:  # the data set and batch size come from the checkpoint unless given
     config.update(start.settings_of_run(__file__, config, given))
     globals().update(config)
-for note in start.check_settings(config, given, parallel):
+for note in check_settings(config, given, parallel):
     console.say(note)
 device, dtype = machine.pick_device(parallel.own_device(device), dtype)
 if not eval_only:
-    start.check_accumulation(config, parallel.world_size)
+    check_accumulation(config, parallel.world_size)
 if device.type == 'cpu':
     machine.keep_freed_memory()
 if device.type == 'cuda':
@@ -185,11 +188,11 @@ config.update(device=str(device), dtype=dtype)
 # set-up: data
 data_sets = find_datasets(dataset)
 for name, _, folder in data_sets:
-    start.prepare_data(name, str(folder), config['vocab_size'], console, parallel)
+    prepare_data(name, str(folder), config['vocab_size'], console, parallel)
 run_folder = RunFolder(out_dir, sharded_checkpoint, parallel)
 run_folder.lock()
-meta = start.read_metas(data_sets)
-tokenizer = start.load_tokenizer(meta, console, parallel)
+meta = read_metas(data_sets)
+tokenizer = load_tokenizer(meta, console, parallel)
 data_vocab = meta.get('vocab_size') if meta else 50257  # no meta.json: GPT-2's ids
 if doc_mask and getattr(tokenizer, 'eot', None) is None:
     raise UserError('doc_mask needs an end-of-text token between documents, and the tokenizer of '
@@ -204,7 +207,7 @@ if not parallel.all_equal(-1 if loaded is None else state.iter_num):
     raise UserError('processes found different checkpoints (this one: iteration '
                     f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
 if batch_size == 'auto':
-    batch_size, gradient_accumulation_steps = start.auto_batch_size(
+    batch_size, gradient_accumulation_steps = auto_batch_size(
         __file__, config, model_config, loaded, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 resuming = loaded is not None and not eval_only
@@ -213,9 +216,9 @@ if resuming and (changed := start.changed_data(loaded, config)):
                 'windows may be read twice')
 
 # set-up: data loaders
-train_loader = start.load_split('train', data_sets, model_config, device, seed=seed)
+train_loader = load_split('train', data_sets, model_config, device, seed=seed)
 # evaluations read the same windows in every run, whatever its seed
-eval_loaders = {split: start.load_split(split, data_sets, model_config, device, seed=0, shift=False)
+eval_loaders = {split: load_split(split, data_sets, model_config, device, seed=0, shift=False)
                 for split in ('train', 'val')}
 
 # set-up: how long to train

@@ -23,7 +23,15 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import PositiveInt, Share, configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, duration, first_line, printable, replacing, user_errors
+from engine.common import (
+    ROOT,
+    UserError,
+    duration,
+    first_line,
+    printable,
+    replacing,
+    user_errors,
+)
 from engine.machine import (
     DATASHEETS,
     FLOAT16_ONLY,
@@ -41,7 +49,6 @@ from engine.parallel import MODES
 from engine.schema import shown
 from model import GPT, GPTConfig
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, 'train.py')
 
 

@@ -24,9 +24,9 @@ from conftest import (
 )
 from data.loader import find_datasets, read_meta
 from engine import machine
+from engine.batch_size import check_accumulation
 from engine.common import UserError
 from engine.schedule import epochs_notes, fit_schedule
-from engine.start import check_accumulation
 
 
 @pytest.mark.gpu

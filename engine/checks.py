@@ -1,0 +1,82 @@
+"""Check the settings of a run before it starts: errors, and notes on flags without effect."""
+import os
+import sys
+
+from engine import optim
+from engine.checkpoint import checkpoints_in, no_checkpoint
+from engine.common import UserError, optional
+from engine.schedule import flags_in
+from model import PRESETS
+
+
+def check_settings(config, given, parallel):
+    """
+    Raise UserError for settings that contradict each other. Return notes on settings that have no
+    effect.
+    """
+    for key in ('dataset', 'out_dir', 'init_from'):
+        if not config[key]:
+            raise UserError(f'{key} must not be empty')
+    own = config['init_from'] == 'resume' and not config['ckpt']
+    if own and not checkpoints_in(config['out_dir']):
+        raise UserError(no_checkpoint(config['out_dir']))
+    if config['arch_preset'] not in PRESETS:
+        raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
+                        f"{', '.join(PRESETS)}")
+    optim.check_name(config['optimizer'])
+    if config['use_zero1'] and config['use_fsdp']:
+        raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
+                        'moments, weights and gradients')
+    if config['epochs'] and 'max_iters' in given:
+        flags = flags_in(given)
+        one_flag_decides = ('epochs' in flags) != ('max_iters' in flags)  # it beats the file's key
+        if not one_flag_decides:
+            raise UserError('epochs and max_iters both say how long to train: leave one of them '
+                            'out')
+    if config['ckpt'] and config['init_from'] not in ('resume', 'auto'):
+        raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
+                        f"--init_from={config['ckpt']} alone starts from its weights")
+    if config['ckpt'] and not os.path.exists(config['ckpt']):
+        raise UserError(no_checkpoint(config['ckpt']))
+    for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
+        if config[key] and not parallel.distributed:
+            raise UserError(f'{key} needs several processes; run: '
+                            f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
+    if config['tensorboard_log']:
+        optional('tensorboard', 'tensorboard_log=True')
+    return notes(config, given, parallel)
+
+
+def notes(config, given, parallel):
+    """Return notes on flags that have no effect because another setting is missing."""
+    one_process, flags = 'in one process', flags_in(given)
+    no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
+    schedule, init_from = config['lr_schedule'], config['init_from']
+    continues = init_from in ('resume', 'auto') and not config['ckpt']
+    useless = [
+        ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
+        ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
+        ('backend', not parallel.distributed, one_process),
+        ('attention_chunk_size',
+         config['attention_backend'] != 'chunked' and init_from == 'scratch',
+         'without --attention_backend=chunked'),
+        ('muon_learning_rate', config['optimizer'] != 'muon', 'without --optimizer=muon'),
+        ('muon_momentum', config['optimizer'] != 'muon', 'without --optimizer=muon'),
+        ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
+        ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
+        ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
+        ('overwrite', continues and config['overwrite'], f'with --init_from={init_from}'),
+    ]
+    lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
+             if is_useless and key in flags]
+    if config['wandb_artifacts'] and not config['wandb_log']:
+        lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
+    rate, min_lr = config['learning_rate'], config['min_lr']
+    only_adamw = 'learning_rate' in flags and 'muon_learning_rate' not in flags
+    if config['optimizer'] == 'muon' and only_adamw:
+        lines.append('NOTE: --learning_rate is for embeddings, head and norms; Muon trains the '
+                     f"other matrices with --muon_learning_rate={config['muon_learning_rate']:g}")
+    if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
+        lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
+                     'learning rate will rise to it')
+    return lines
