@@ -56,7 +56,6 @@ from configurator import (
     coerce,
     configure,
     read_block,
-    suggest_file,
 )
 from engine.common import (
     Locked,
@@ -69,6 +68,7 @@ from engine.common import (
 )
 from engine.compare_report import picture, scaling_report, table
 from engine.grid import ladder, make_cells, make_runs, seeds_of, several
+from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
 from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
@@ -94,11 +94,11 @@ def settings(argv):
     return config, given
 
 
-def convert(name, value, default, kind):
+def convert(name, value, setting):
     """Keys of this script, dataset and out_dir have one value, and may contain a comma."""
     if name in read_block(__file__) or name in ('dataset', 'out_dir'):
-        return coerce(value, default, kind)
-    return several(name, value, default, kind)
+        return coerce(value, setting)
+    return several(name, value, setting)
 
 
 def arguments(argv):

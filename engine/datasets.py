@@ -3,10 +3,10 @@ import glob
 import os
 import shlex
 
-from configurator import suggestion
 from data.loader import Loader, Mixture, prepare_facts, read_meta
 from data.tokenizer import get_tokenizer
 from engine.common import ROOT, UserError, first_line, printable, run_script
+from engine.hints import suggestion
 from model import GPTConfig
 
 

@@ -33,16 +33,16 @@ class Range(NamedTuple):
         return round(value) if isinstance(self.low, int) else float(f'{value:.4g}')
 
 
-def several(name, value, default, kind):
+def several(name, value, setting):
     """
     Convert a key's value like configurator.coerce(), but 'a,b' or (a, b) becomes a list, and
     'low..high' a Range.
     """
     def one(text):
-        if kind is str:
-            return coerce(None if text == 'None' else text, default, kind)
-        return coerce(literal(text), default, kind)
-    if isinstance(value, str) and '..' in value and kind is not str and name != 'seed':
+        if setting.kind is str:
+            return coerce(None if text == 'None' else text, setting)
+        return coerce(literal(text), setting)
+    if isinstance(value, str) and '..' in value and setting.kind is not str and name != 'seed':
         low, _, high = value.partition('..')
         found = Range(one(low), one(high))
         if isinstance(found.low, bool) or not found.low < found.high:
@@ -102,7 +102,7 @@ def check_named_cells(named, axes, given, block):
             if key in axes or given.get(key) == ON_COMMAND_LINE:
                 raise UserError(f"cell '{name}' sets {key} itself, so --{key} has no effect there")
             try:
-                own[key] = coerce(value, *block[key][:2])
+                own[key] = coerce(value, block[key])
             except ValueError as expected:
                 message = f"cell '{name}': {key} must be {expected}, not {value!r}"
                 raise UserError(message) from None

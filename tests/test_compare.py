@@ -87,7 +87,7 @@ def logs(folder):
 ])
 def test_values_of_a_key(name, value, expected):
     """1,2 stays a string, or a mixture of data sets is taken apart."""
-    assert convert(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
+    assert convert(name, value, read_block(compare.TRAIN)[name]) == expected
 
 
 @pytest.mark.parametrize('name, value', [
@@ -101,7 +101,7 @@ def test_values_of_a_key(name, value, expected):
 def test_values_that_are_none(name, value):
     """A range of a switch, or from high to low, found out by train.py in every run."""
     with pytest.raises(ValueError):
-        convert(name, value, *read_block(compare.TRAIN)[name][:2])
+        convert(name, value, read_block(compare.TRAIN)[name])
 
 
 def test_a_range_is_drawn_from_evenly():
