@@ -117,16 +117,14 @@ def arguments(argv):
 # ------------------------------------------------------------------------------------------------
 # plan
 
-def plan(config, given, argv):
+def plan(config, given):
     """Return the list of Runs that the settings ask for."""
     if config['search'] == 1:
         raise UserError('search draws 2 cells or more, not 1')
     block = read_block(TRAIN)
     if config['scaling']:
-        base, _ = settings([f"--scaling={config['scaling']}"])
-        return ladder(config, given, base, block)
-    without_flags, _ = settings([arg for arg in arguments(argv) if not arg.startswith('-')])
-    usual_iters = without_flags['max_iters']
+        return ladder(config, given, block)
+    usual_iters = given.without_flags['max_iters']
     if isinstance(usual_iters, (list, tuple)):
         usual_iters = max(usual_iters)
     rng = np.random.default_rng(seeds_of(config)[0]) if config['search'] else None
@@ -196,7 +194,7 @@ def group_by_config(results):
 
 def run_study(config, runs):
     """Run what has not finished. Return {cell: Results} and the list of runs that failed."""
-    defaults = {key: setting[0] for key, setting in read_block(TRAIN).items()}
+    defaults = {key: setting.default for key, setting in read_block(TRAIN).items()}
     launcher = Launcher(TRAIN, defaults, *devices_to_use(config))
     failed = (halving if config['search'] else run_all)(runs, launcher)
     groups = {run.cell: [] for run in runs}
@@ -428,7 +426,7 @@ def main(argv):
     if folders:
         groups = read_finished(folders, given)
     else:
-        runs = plan(config, given, argv)
+        runs = plan(config, given)
         check_baseline(config, dict.fromkeys(run.cell for run in runs))
     lock = lock_out_dir(config['out_dir'])
     if runs:

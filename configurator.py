@@ -196,11 +196,23 @@ def parse(text, kind):
     return value
 
 
+class Given(dict):
+    """
+    {name: where} of the settings that were set. `without_flags` is {name: value} of all settings
+    after the override files and before the flags.
+    """
+    without_flags: dict
+
+    def flags(self):
+        """Return the settings that were set on the command line."""
+        return {name for name, where in self.items() if where == ON_COMMAND_LINE}
+
+
 def configure(script, *also, argv=None, convert=None):
     """
     Return (config, given): the settings of `script` after override files and flags. config is
-    {name: value} for every key, given is {name: where} for those that were set. Scripts in `also`
-    add the keys that `script` does not have itself.
+    {name: value} for every key, given is a Given. Scripts in `also` add the keys that `script` does
+    not have itself.
 
     Any mistake raises UserError, which sys.excepthook shows as one line. --help prints settings and
     exits. convert(name, value, setting) returns the value to store, or raises ValueError with what
@@ -221,7 +233,7 @@ def configure(script, *also, argv=None, convert=None):
             raise SystemExit(0)
     convert = convert or (lambda name, value, setting: coerce(value, setting))
     config = {name: setting.default for name, setting in settings.items()}
-    given = {}
+    given = Given()
 
     def put(name, value, where):
         if name not in settings:
@@ -243,6 +255,7 @@ def configure(script, *also, argv=None, convert=None):
     for path in files:
         for name, value in run_file(path, config).items():
             put(name, value, f"in '{path}'")
+    given.without_flags = dict(config)
     for name, text in flags:
         kind = settings[name].kind if name in settings else None
         put(name, parse(text, kind), ON_COMMAND_LINE)

@@ -208,7 +208,7 @@ if not parallel.all_equal(-1 if loaded is None else state.iter_num):
                     f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = auto_batch_size(
-        __file__, config, model_config, loaded, console, parallel)
+        __file__, config, given, model_config, loaded, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 resuming = loaded is not None and not eval_only
 if resuming and (changed := start.changed_data(loaded, config)):

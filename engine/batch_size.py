@@ -5,11 +5,10 @@ processes can share, and batch_size='auto'.
 import json
 import math
 import os
-import sys
 import tempfile
 from dataclasses import asdict
 
-from configurator import check_value, configure
+from configurator import check_value, read_block
 from engine.common import ROOT, UserError, run_script
 
 
@@ -30,7 +29,7 @@ def check_accumulation(config, n):
                     f'that share it; try {remedy}')
 
 
-def auto_batch_size(script, config, model_config, ckpt, console, parallel):
+def auto_batch_size(script, config, given, model_config, ckpt, console, parallel):
     """
     Return (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's if
     there is one, otherwise the largest micro-batch that bench.py finds, with as many sequences per
@@ -46,10 +45,9 @@ def auto_batch_size(script, config, model_config, ckpt, console, parallel):
                             f"{saved['batch_size'] * steps} sequences")
         return (check_value(script, 'batch_size', saved['batch_size'], f"in '{ckpt['path']}'"),
                 steps)
-    flags = [arg for arg in sys.argv[1:] if arg != '--batch_size=auto']
-    batch_size = configure(script, argv=flags)[0]['batch_size']
+    batch_size = given.without_flags['batch_size']
     if batch_size == 'auto':  # in a config file
-        batch_size = configure(script, argv=[])[0]['batch_size']
+        batch_size = read_block(script)['batch_size'].default
     accumulation_steps = config['gradient_accumulation_steps']
     found = 0
     if parallel.master:

@@ -5,7 +5,6 @@ import sys
 from engine import optim
 from engine.checkpoint import checkpoints_in, no_checkpoint
 from engine.common import UserError, optional
-from engine.schedule import flags_in
 from model import PRESETS
 
 
@@ -28,7 +27,7 @@ def check_settings(config, given, parallel):
         raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
                         'moments, weights and gradients')
     if config['epochs'] and 'max_iters' in given:
-        flags = flags_in(given)
+        flags = given.flags()
         one_flag_decides = ('epochs' in flags) != ('max_iters' in flags)  # it beats the file's key
         if not one_flag_decides:
             raise UserError('epochs and max_iters both say how long to train: leave one of them '
@@ -49,7 +48,7 @@ def check_settings(config, given, parallel):
 
 def notes(config, given, parallel):
     """Return notes on flags that have no effect because another setting is missing."""
-    one_process, flags = 'in one process', flags_in(given)
+    one_process, flags = 'in one process', given.flags()
     no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
     schedule, init_from = config['lr_schedule'], config['init_from']
     continues = init_from in ('resume', 'auto') and not config['ckpt']

@@ -240,7 +240,7 @@ def describe(model, settings, device, dtype, gpu=''):
     title, sizes = training_memory(model, settings, device, dtype, gpu)
     lines += size_lines(title, sizes)
     if gpu:
-        lines += gpu_lines(model, settings, dtype, device, gpu)
+        lines += gpu_lines(model, settings, dtype, device, gpu, sizes)
     lines += sampling_memory_lines(model)
     return printable('\n'.join(lines))
 
@@ -297,17 +297,20 @@ def whole_batch_size(settings):
     return batch_size
 
 
-def gpu_lines(model, settings, dtype, device, gpu):
+def gpu_lines(model, settings, dtype, device, gpu, on_one):
     """
     Tell whether a training step fits GPUs of a kind, `gpus` of them in settings, and how long it
-    takes at the MFU in settings.
+    takes at the MFU in settings. `on_one` is {part: bytes} of the step on one GPU.
     """
     n, gib, peak = settings['gpus'], DATASHEETS[gpu][1], datasheet_peak(gpu, dtype)
     lines = [f'on {n} x {gpu}, by the datasheet']
     for mode, name in MODES.items():
-        if (mode == 'none') == (n == 1):
+        if (mode == 'none') != (n == 1):
+            continue
+        sizes = on_one
+        if n > 1:
             sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
-            lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
+        lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
     mfu, max_iters = settings['mfu'], settings['max_iters']

@@ -15,7 +15,6 @@ from engine.checkpoint import (
 from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
-from engine.schedule import flags_in
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
@@ -96,7 +95,7 @@ def check_overwrite(config, given, used, console):
     file sets it for the file's own out_dir only.
     """
     for_own_folder = given.get('overwrite') == given.get('out_dir')
-    if not config['overwrite'] or 'overwrite' not in flags_in(given) and not for_own_folder:
+    if not config['overwrite'] or 'overwrite' not in given.flags() and not for_own_folder:
         shown = ', '.join(used[:4] + ['...'] * (len(used) > 4))
         raise UserError(f"out_dir '{config['out_dir']}' holds a run ({shown}): "
                         '--init_from=resume or --init_from=auto continues it, another --out_dir '

@@ -569,6 +569,13 @@ def test_scaling_trains_a_ladder_at_the_same_tokens_per_parameter(text_set, tmp_
     assert (tmp_path / 'out/scaling.png').exists()
 
 
+def test_a_ladder_takes_its_proportions_from_one_model(tmp_path):
+    """A traceback, because the size of a head was computed from several widths."""
+    (tmp_path / 'base.py').write_text('n_embd, n_head = [64, 96, 128], 2\n')
+    with pytest.raises(UserError, match="base.py' must have one n_embd"):
+        compare.plan(*compare.settings([f'--scaling={tmp_path}/base.py']))
+
+
 # refusals
 
 SCALING = '--scaling=config/preset_quick_test.py'

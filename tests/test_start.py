@@ -110,28 +110,34 @@ device, dtype, compile, peak_tflops = 'cpu', 'float32', False, 1.0
     ('--epochs=0.3', 29, 2),  # 3,600 tokens in iterations of 128
 ])
 def test_a_run_that_is_shortened_by_a_flag_anneals_and_says_so(text_set, tmp_path, flag, iters, warmup):
-    """A short run of a long config never left its warmup, and `--epochs` did not exist."""
-    (tmp_path / 'small.py').write_text(SMALL.format(dataset=str(text_set)))
+    """A short run of a long config never left its warmup; the schedule executed the file again."""
+    executed = tmp_path / 'executed'
+    text = SMALL.format(dataset=str(text_set)) + f'open({str(executed)!r}, "a").write("once")\n'
+    (tmp_path / 'small.py').write_text(text)
     done = command('train.py', tmp_path / 'small.py', f'--out_dir={tmp_path / "out"}', flag)
     succeeded(done, f'NOTE: the learning rate schedule follows max_iters={iters}: lr_decay_iters={iters} instead of '
               f'600, warmup_iters={warmup} instead of 200', '--lr_decay_iters=600 --warmup_iters=200')
     rates = [entry['lr'] for entry in run_logs(tmp_path / 'out')[0]['training_iterations']]
     assert len(rates) == iters and rates[warmup] == 1e-3 and rates[-1] < 1.1e-4
+    assert executed.read_text() == 'once'
 
 
 def test_a_study_gives_its_runs_the_schedule_that_train_py_would(tmp_path):
-    """compare.py passes the keys of a file as flags, which would beat the rule; halving starts shorter runs."""
-    (tmp_path / 'small.py').write_text(SMALL.format(dataset='pystdlib'))
+    """compare.py passes the keys of a file as flags, which would beat the rule; it executed the file twice."""
+    executed = tmp_path / 'executed'
+    text = SMALL.format(dataset='pystdlib') + f'open({str(executed)!r}, "a").write("once ")\n'
+    (tmp_path / 'small.py').write_text(text)
 
     def schedules(*flags):
         argv = [str(tmp_path / 'small.py'), '--seed=1,2', *flags]
-        runs = compare.plan(*compare.settings(argv), argv)
+        runs = compare.plan(*compare.settings(argv))
         return {tuple(run.settings[key] for key in ('lr_decay_iters', 'warmup_iters')) for run in runs}
     assert schedules() == schedules('--search=4', '--learning_rate=1e-4..1e-2') == {(600, 200)}
     assert schedules('--max_iters=40,80') == {(40, 4), (80, 8)}
     assert schedules('--max_iters=40', '--lr_decay_iters=600') == {(600, 4)}
     with pytest.raises(UserError, match='--max_iters, not after --epochs'):
         schedules('--epochs=2')
+    assert executed.read_text() == 5 * 'once '
 
 
 def test_many_epochs_are_a_note():
