@@ -277,12 +277,12 @@ if sample_interval and tokenizer:
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
                       state.iter_num, compile, parallel, console)
 compiled = config['compile'] = costs.compiled
-startup = startup_report(config, costs, raw_model, opt, batches, splits, data_sets, train_loader,
-                         tokenizer, state.iter_num, parallel)
-say_startup(startup, costs, out_dir, verbose, console)
+summary, details = startup_report(config, costs, raw_model, opt, batches, splits, data_sets,
+                                  train_loader, tokenizer, state.iter_num, parallel)
+say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs
-run_log = report.RunLog(out_dir, config, startup | costs.as_numbers(raw_model), state,
+run_log = report.RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model), state,
                         costs.tokens_per_iter, console)
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
