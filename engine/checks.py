@@ -3,6 +3,7 @@ import os
 import sys
 
 from engine import optim
+from engine.batch_size import check_accumulation
 from engine.checkpoint import checkpoints_in, no_checkpoint
 from engine.common import UserError, optional
 from model import PRESETS
@@ -43,7 +44,15 @@ def check_settings(config, given, parallel):
                             f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
     if config['tensorboard_log']:
         optional('tensorboard', 'tensorboard_log=True')
+    if not config['eval_only']:
+        check_accumulation(config, parallel.world_size)
     return notes(config, given, parallel)
+
+
+def check_doc_mask(config, tokenizer):
+    if config['doc_mask'] and getattr(tokenizer, 'eot', None) is None:
+        raise UserError('doc_mask needs an end-of-text token between documents, and the tokenizer '
+                        f"of data set '{config['dataset']}' has none")
 
 
 def notes(config, given, parallel):

@@ -37,6 +37,7 @@ from engine.machine import (
     FLOAT16_ONLY,
     GIB,
     USABLE_MEMORY,
+    autocast,
     check_memory,
     datasheet_peak,
     find_gpu,
@@ -140,16 +141,13 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
     """
     Run the forward and backward passes of a step. Return (model, bytes of its weights, peak bytes).
     """
-    autocast = contextlib.nullcontext()
-    if dtype != 'float32':
-        autocast = torch.autocast(device.type, getattr(torch, dtype))
     fake = fake_tensors(config, batch_size, dtype, device)
     with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
         weights = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         for _ in range(min(accumulation, 2)):  # gradients exist during a second forward pass
-            with autocast:
+            with autocast(device, dtype):
                 value = loss(model, idx, idx)
             value.backward()
     return model, weights, live.peak

@@ -10,19 +10,21 @@ from engine.hints import suggestion
 from model import GPTConfig
 
 
-def prepare_data(name, folder, vocab_size, console, parallel):
+def prepare_data(data_sets, vocab_size, console, parallel):
     """
-    Prepare a data set if necessary, on the first process of each node, by its own prepare.py or,
-    for a text file, by data/prepare.py. Raise UserError if it does not exist, or with the command
-    to run if it is a large download. vocab_size is the model's, or None if it is the data set's.
+    Prepare the data sets that need it, on the first process of each node, by their own prepare.py
+    or, for a text file, by data/prepare.py. Raise UserError if one does not exist, or with the
+    command to run if it is a large download. vocab_size is the model's, or None if it is the data
+    set's.
     """
-    prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
-    if parallel.local_rank == 0 and not prepared:
-        if os.path.isfile(name):
-            prepare_file(name, folder, console)
-        else:
-            run_recipe(name, folder, vocab_size, console)
-    parallel.barrier()
+    for name, _, folder in data_sets:
+        prepared = glob.glob(os.path.join(glob.escape(str(folder)), 'train*.bin'))
+        if parallel.local_rank == 0 and not prepared:
+            if os.path.isfile(name):
+                prepare_file(name, str(folder), console)
+            else:
+                run_recipe(name, str(folder), vocab_size, console)
+        parallel.barrier()
 
 
 def prepare_file(name, folder, console):

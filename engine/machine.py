@@ -320,6 +320,23 @@ def never_compiled(function):
     return function
 
 
+def prepare_to_train(device):
+    """Set up this process for training on a device."""
+    skip_dynamo_imports()
+    if device.type == 'cpu':
+        keep_freed_memory()
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32, as in nanoGPT
+
+
+def autocast(device, dtype):
+    """Return the context of forward passes: torch.autocast to dtype, or nothing for float32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
+
+
 def skip_dynamo_imports():
     """
     Avoid the import of torch.compile's front end, about a second, in runs that never compile. This

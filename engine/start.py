@@ -6,6 +6,7 @@ from configurator import check_value
 from data.loader import find_trained_on
 from engine.checked_file import reading
 from engine.checkpoint import (
+    State,
     is_ours,
     is_sharded,
     load_checkpoint,
@@ -87,6 +88,19 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         console.say(f'WARNING: {message}: its ids mean something else here')
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
+
+
+def starting_state(ckpt, out_dir, parallel):
+    """
+    Return the State of a checkpoint dict, or that of a new run for None. Raise UserError if
+    processes found different checkpoints.
+    """
+    state = State() if ckpt is None else State.from_dict(ckpt)
+    if not parallel.all_equal(-1 if ckpt is None else state.iter_num):
+        raise UserError('processes found different checkpoints (this one: iteration '
+                        f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes "
+                        'share')
+    return state
 
 
 def check_overwrite(config, given, used, console):
@@ -198,25 +212,27 @@ SCHEDULE_SETTINGS = ('learning_rate', 'muon_learning_rate', 'min_lr', 'lr_schedu
                      'lr_decay_iters', 'warmup_iters')
 
 
-def changed_schedule(ckpt, config):
-    """Return, as text, the settings that change the learning rate of a resumed run; '' if none."""
+def say_changed_schedule(ckpt, config, console):
+    """Print a NOTE if settings change the learning rate of a resumed run."""
     saved = ckpt['config'] if is_ours(ckpt) else {}
-    return ', '.join(f'{key}={config[key]} instead of {saved[key]}' for key in SCHEDULE_SETTINGS
-                     if key in saved and saved[key] != config[key])
+    changed = [f'{key}={config[key]} instead of {saved[key]}' for key in SCHEDULE_SETTINGS
+               if key in saved and saved[key] != config[key]]
+    if changed:
+        console.say(f"NOTE: resumed with {', '.join(changed)}: the learning rate may jump here")
 
 
-def changed_data(ckpt, config):
-    """
-    Return, as text, the settings that make a resumed run read its data otherwise; '' if none do.
-    """
+def say_changed_data(ckpt, config, console):
+    """Print a NOTE if settings make a resumed run read its data otherwise."""
     if not is_ours(ckpt):  # nanoGPT's data order is random anyway
-        return ''
+        return
     changed = []
     for name, value in data_settings(config).items():
         before = data_settings(ckpt['config'])[name]
         if value != before:
             changed.append(f'{name} {value} instead of {before}')
-    return ', '.join(changed)
+    if changed:
+        console.say(f"NOTE: resumed with {', '.join(changed)}: from here on the data is read "
+                    'otherwise, and some windows may be read twice')
 
 
 DATA_SETTINGS = 'dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'
