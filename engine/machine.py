@@ -21,16 +21,17 @@ def pick_device(device='auto', dtype='auto'):
     """Return (torch.device, dtype name). 'auto' picks the fastest that this machine has."""
     if device == 'auto':
         device = fastest_device()
+    remedy = '--device=auto chooses the fastest available'
+    if not re.fullmatch(r'(cuda|mps|cpu)(:\d+)?', str(device)):
+        raise UserError(f"device '{device}' is none of cuda, mps and cpu; {remedy}")
     try:
-        if not re.fullmatch(r'(cuda|mps|cpu)(:\d+)?', str(device)):
-            raise RuntimeError('it is none of cuda, mps and cpu')
         device = torch.device(device)
         torch.empty(0, device=device)
         if device.type == 'cuda':
             device = torch.device('cuda', device.index or 0)  # torch.cuda.set_device needs it
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device '{device}' is not available here: {first_line(e)[:120]}; "
-                        '--device=auto chooses the fastest available') from e
+                        f'{remedy}') from e
     if dtype == 'auto':
         dtype = fastest_dtype(device)
     return device, dtype

@@ -247,6 +247,16 @@ def test_a_slow_machine_measures_its_peak_with_a_smaller_matmul(monkeypatch, flo
     assert measured == pytest.approx(flops) and f' {size} x {size} ' in source
 
 
+@pytest.mark.parametrize('device, words', [
+    ('gpu', "device 'gpu' is none of cuda, mps and cpu; --device=auto"),
+    ('cuda:99', "device 'cuda:99' is not available here: .*; --device=auto"),
+])
+def test_a_device_that_cannot_be_used(device, words):
+    """A misspelt device was 'not available here', like a GPU that is missing."""
+    with pytest.raises(UserError, match=words):
+        machine.pick_device(device)
+
+
 def test_a_low_peak_is_not_shown_as_zero(text_set, tmp_path):
     """The peak of a slow machine is shown as 0.00 TFLOP/s."""
     done = train(text_set, tmp_path, '--max_iters=1', '--peak_tflops=0.0003', '--verbose=True')
