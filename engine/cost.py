@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from configurator import PositiveInt, Share, configure
 from data.loader import prepare_facts, read_meta
 from engine.common import (
+    GIB,
     ROOT,
     UserError,
     duration,
@@ -35,7 +36,6 @@ from engine.common import (
 from engine.machine import (
     DATASHEETS,
     FLOAT16_ONLY,
-    GIB,
     USABLE_MEMORY,
     autocast,
     check_memory,

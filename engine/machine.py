@@ -12,9 +12,7 @@ import time
 
 import torch
 
-from engine.common import UserError, first_line, out_of_memory
-
-GIB = 2 ** 30
+from engine.common import GIB, UserError, first_line, out_of_memory
 
 
 def pick_device(device='auto', dtype='auto'):

@@ -8,9 +8,9 @@ import statistics
 
 import torch
 
-from engine.common import ROOT, UserError
+from engine.common import GIB, ROOT, UserError
 from engine.gpu_checks import failed_checks, gpu_checks
-from engine.machine import GIB, copy_times, machine_facts, matmul_times, peak_flops
+from engine.machine import copy_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (
     FEW,
     START,

@@ -14,8 +14,8 @@ import time
 import numpy as np
 import torch
 
-from engine.common import duration, first_line, replacing
-from engine.machine import GIB, memory
+from engine.common import GIB, duration, first_line, replacing
+from engine.machine import memory
 from engine.parallel import Parallel
 from engine.run_report import draw_loss, sparkline
 from engine.startup_report import QUICK_LOOK

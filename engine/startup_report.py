@@ -3,10 +3,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.common import UserError, duration, first_line
+from engine.common import GIB, UserError, duration, first_line
 from engine.compile import choose_compile
 from engine.cost import add_process, memory_estimate
-from engine.machine import GIB, device_name, memory, peak_flops, total_memory
+from engine.machine import device_name, memory, peak_flops, total_memory
 from engine.optim import describe
 from engine.parallel import MODES
 from model import REGISTRY

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import command, run_logs, succeeded, train
 from engine import cost
-from engine.common import UserError
+from engine.common import GIB, UserError
 from engine.cost import describe, fit, memory_estimate, meta_model
-from engine.machine import DATASHEETS, GIB, datasheet_peak, find_gpu, peak_flops, pick_device
+from engine.machine import DATASHEETS, datasheet_peak, find_gpu, peak_flops, pick_device
 from engine.parallel import Parallel
 from engine.report import gradient_statistics
 from model import GPTConfig
