@@ -6,6 +6,7 @@ from engine import optim
 from engine.batch_size import check_accumulation
 from engine.checkpoint import checkpoints_in, no_checkpoint
 from engine.common import UserError, optional
+from engine.huggingface import check_weights_exist
 from model import PRESETS
 
 
@@ -17,7 +18,8 @@ def check_settings(config, given, parallel):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
-    own = config['init_from'] == 'resume' and not config['ckpt']
+    init_from = config['init_from']
+    own = init_from == 'resume' and not config['ckpt']
     if own and not checkpoints_in(config['out_dir']):
         raise UserError(no_checkpoint(config['out_dir']))
     if config['arch_preset'] not in PRESETS:
@@ -33,11 +35,13 @@ def check_settings(config, given, parallel):
         if not one_flag_decides:
             raise UserError('epochs and max_iters both say how long to train: leave one of them '
                             'out')
-    if config['ckpt'] and config['init_from'] not in ('resume', 'auto'):
+    if config['ckpt'] and init_from not in ('resume', 'auto'):
         raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
                         f"--init_from={config['ckpt']} alone starts from its weights")
     if config['ckpt'] and not os.path.exists(config['ckpt']):
         raise UserError(no_checkpoint(config['ckpt']))
+    if init_from not in ('scratch', 'resume', 'auto'):
+        check_weights_exist(init_from)
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not parallel.distributed:
             raise UserError(f'{key} needs several processes; run: '

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import compare
+from configurator import configure
 from conftest import (
     ROOT,
     command,
@@ -25,7 +26,9 @@ from conftest import (
 from data.loader import find_datasets, read_meta
 from engine import machine
 from engine.batch_size import check_accumulation
+from engine.checks import check_settings
 from engine.common import UserError
+from engine.parallel import Parallel
 from engine.schedule import epochs_notes, fit_schedule
 
 
@@ -43,6 +46,19 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
     done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
     refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
     assert 'NOTE: --wandb_artifacts' in done.stdout
+
+
+@pytest.mark.parametrize('init_from, message', [
+    ('out-typo', "no checkpoint at 'out-typo', and it is neither 'resume'"),
+    ('notes', "no checkpoint at 'notes/ckpt.pt', and none in the folders here"),
+])
+def test_missing_weights_are_said_before_the_data_is_prepared(tmp_path, monkeypatch, init_from, message):
+    """A misspelt --init_from was noticed after a data set had been prepared for minutes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes').mkdir()
+    config, given = configure(str(ROOT / 'train.py'), argv=[f'--init_from={init_from}'])
+    with pytest.raises(UserError, match=message):
+        check_settings(config, given, Parallel())
 
 
 @pytest.mark.parametrize('steps, batch_size, n, remedy', [
