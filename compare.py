@@ -169,8 +169,8 @@ NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project w
 def group_by_config(results):
     """
     Return {cell: Results}. Runs that differ only in their seed are one cell. Its name consists of
-    the keys in which cells differ. If runs have the same config and seed, perhaps because the code
-    was edited between them, every folder is a cell.
+    the keys in which cells differ. If two runs have the same config and seed, perhaps because the
+    code was edited between them, every folder is a cell, which a NOTE says.
     """
     keys = dict.fromkeys(key for result in results for key in result.config)
     shown = []
@@ -183,9 +183,15 @@ def group_by_config(results):
         words = [f'{key}={result.config.get(key)}' for key in shown]
         cell = printable(' '.join(', '.join(words).split())) or 'as configured'  # one line
         groups.setdefault(cell, []).append(result)
-    if any(len({result.config['seed'] for result in group}) < len(group)
-           for group in groups.values()):
-        return {printable(result.folder): [result] for result in results}
+    for group in groups.values():
+        by_seed = {}
+        for result in group:
+            other = by_seed.setdefault(result.config['seed'], result)
+            if other is not result:
+                print(printable(f"NOTE: '{other.folder}' and '{result.folder}' have the same "
+                                'settings and seed, so every folder is a cell of its own, and no '
+                                'seeds are averaged'))
+                return {printable(result.folder): [result] for result in results}
     return groups
 
 
