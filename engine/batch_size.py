@@ -37,14 +37,7 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
     """
     saved = (ckpt or {}).get('config') or {}
     if 'gradient_accumulation_steps' in saved:
-        steps, n = saved['gradient_accumulation_steps'], parallel.world_size
-        if steps % n:
-            raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
-                            f'{steps}, which must be a multiple of the {n} processes that share '
-                            'it; give both keys for as many tokens per iteration: '
-                            f"{saved['batch_size'] * steps} sequences")
-        return (check_value(script, 'batch_size', saved['batch_size'], f"in '{ckpt['path']}'"),
-                steps)
+        return saved_batch_size(script, saved, ckpt['path'], parallel.world_size)
     batch_size = given.without_flags['batch_size']
     if batch_size == 'auto':  # in a config file
         batch_size = read_block(script)['batch_size'].default
@@ -63,6 +56,19 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
     if not found:
         raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
     return found, accumulation_steps * batch_size // found
+
+
+def saved_batch_size(script, saved, path, n):
+    """
+    Return (batch_size, gradient_accumulation_steps) of the config in a checkpoint, for n processes.
+    """
+    steps = saved['gradient_accumulation_steps']
+    if steps % n:
+        raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
+                        f'{steps}, which must be a multiple of the {n} processes that share it; '
+                        'give both keys for as many tokens per iteration: '
+                        f"{saved['batch_size'] * steps} sequences")
+    return check_value(script, 'batch_size', saved['batch_size'], f"in '{path}'"), steps
 
 
 def largest_that_fits(settings):

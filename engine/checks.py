@@ -12,45 +12,64 @@ from model import PRESETS
 
 def check_settings(config, given, parallel):
     """
-    Raise UserError for settings that contradict each other. Return notes on settings that have no
-    effect.
+    Raise UserError for settings that contradict each other or cannot be used here. Return notes on
+    settings that have no effect.
     """
+    check_names(config)
+    check_start(config)
+    check_length(config, given)
+    check_processes(config, parallel)
+    if config['tensorboard_log']:
+        optional('tensorboard', 'tensorboard_log=True')
+    return notes(config, given, parallel)
+
+
+def check_names(config):
     for key in ('dataset', 'out_dir', 'init_from'):
         if not config[key]:
             raise UserError(f'{key} must not be empty')
-    init_from = config['init_from']
-    own = init_from == 'resume' and not config['ckpt']
-    if own and not checkpoints_in(config['out_dir']):
-        raise UserError(no_checkpoint(config['out_dir']))
     if config['arch_preset'] not in PRESETS:
         raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
                         f"{', '.join(PRESETS)}")
     optim.check_name(config['optimizer'])
+
+
+def check_start(config):
+    """Raise UserError if there is no such checkpoint or model to start from."""
+    init_from, ckpt = config['init_from'], config['ckpt']
+    if ckpt and init_from not in ('resume', 'auto'):
+        raise UserError(f'--ckpt={ckpt} resumes with --init_from=resume; --init_from={ckpt} alone '
+                        'starts from its weights')
+    if ckpt and not os.path.exists(ckpt):
+        raise UserError(no_checkpoint(ckpt))
+    own_run = init_from == 'resume' and not ckpt
+    if own_run and not checkpoints_in(config['out_dir']):
+        raise UserError(no_checkpoint(config['out_dir']))
+    if init_from not in ('scratch', 'resume', 'auto'):
+        check_weights_exist(init_from)
+
+
+def check_length(config, given):
+    """Raise UserError if two settings say how long to train, and neither beats the other."""
+    if not (config['epochs'] and 'max_iters' in given):
+        return
+    flags = given.flags()
+    one_is_a_flag = ('epochs' in flags) != ('max_iters' in flags)  # it beats the one in a file
+    if not one_is_a_flag:
+        raise UserError('epochs and max_iters both say how long to train: leave one of them out')
+
+
+def check_processes(config, parallel):
+    """Raise UserError for settings that do not go with each other, or with this many processes."""
     if config['use_zero1'] and config['use_fsdp']:
         raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
                         'moments, weights and gradients')
-    if config['epochs'] and 'max_iters' in given:
-        flags = given.flags()
-        one_flag_decides = ('epochs' in flags) != ('max_iters' in flags)  # it beats the file's key
-        if not one_flag_decides:
-            raise UserError('epochs and max_iters both say how long to train: leave one of them '
-                            'out')
-    if config['ckpt'] and init_from not in ('resume', 'auto'):
-        raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
-                        f"--init_from={config['ckpt']} alone starts from its weights")
-    if config['ckpt'] and not os.path.exists(config['ckpt']):
-        raise UserError(no_checkpoint(config['ckpt']))
-    if init_from not in ('scratch', 'resume', 'auto'):
-        check_weights_exist(init_from)
     for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
         if config[key] and not parallel.distributed:
             raise UserError(f'{key} needs several processes; run: '
                             f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
-    if config['tensorboard_log']:
-        optional('tensorboard', 'tensorboard_log=True')
     if not config['eval_only']:
         check_accumulation(config, parallel.world_size)
-    return notes(config, given, parallel)
 
 
 def check_doc_mask(config, tokenizer):

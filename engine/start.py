@@ -60,7 +60,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if init_from == 'auto' and used and not config['eval_only']:
         path = ''  # this run has come further than the file that it started from
     resuming = init_from == 'resume' or init_from == 'auto' and bool(used or path)
-    if used and (path or not resuming) and not config['eval_only']:
+    starts_new_run = not resuming or path  # rather than continuing the one in out_dir
+    if used and starts_new_run and not config['eval_only']:
         check_overwrite(config, given, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
@@ -79,15 +80,24 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if (data_vocab or 0) > model.config.vocab_size:
         raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, but the checkpoint "
                         f"'{ckpt['path']}' has only {model.config.vocab_size}")
-    if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
-        message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
-                   f"{ckpt['tokenizer']['name']}, not with that of data set "
-                   f"'{config['dataset']}', {tokenizer.name}")
-        if resuming:
-            raise UserError(message)
-        console.say(f'WARNING: {message}: its ids mean something else here')
+    check_tokenizer(ckpt, tokenizer, config['dataset'], resuming, console)
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
+
+
+def check_tokenizer(ckpt, tokenizer, dataset, resuming, console):
+    """
+    If the data set has another tokenizer than the checkpoint, raise UserError for a resumed run,
+    and warn if a run only takes the weights.
+    """
+    if not tokenizer or ckpt.get('tokenizer') in (None, tokenizer.spec):
+        return
+    message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
+               f"{ckpt['tokenizer']['name']}, not with that of data set '{dataset}', "
+               f'{tokenizer.name}')
+    if resuming:
+        raise UserError(message)
+    console.say(f'WARNING: {message}: its ids mean something else here')
 
 
 def starting_state(ckpt, out_dir, parallel):
