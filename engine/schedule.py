@@ -16,7 +16,7 @@ def schedule(script, config, given, data_sets, train_loader, console):
         max_iters = max(1, math.ceil(config['epochs'] * train_loader.n_tokens / tokens_per_iter))
         max_iters = check_value(script, 'max_iters', max_iters, f"of epochs={config['epochs']:g}")
         config = config | {'max_iters': max_iters}
-        if 'epochs' in flags:
+        if 'epochs' in flags:  # as if --max_iters had been given
             flags.add('max_iters')
     fitted = fit_schedule(config, flags, usual_iters=given.without_flags['max_iters'])
     if not config['eval_only']:
