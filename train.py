@@ -54,6 +54,7 @@ from engine.datasets import load_split, load_tokenizer, prepare_data, read_metas
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
+from engine.run_log import RunLog, numbers_in
 from engine.schedule import schedule
 from engine.startup_report import measure_costs, say_startup, startup_report
 from model import GPT
@@ -268,7 +269,7 @@ summary, details = startup_report(config, costs, raw_model, opt, batches, splits
 say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs
-run_log = report.RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model), state,
+run_log = RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model), state,
                         costs.tokens_per_iter, console)
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
@@ -448,7 +449,7 @@ while True:
         if not all(math.isfinite(values['loss']) for values in evaluated.values()):
             run_log.not_finite('train or val loss')
             break
-        losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
+        losses = {split: numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
         report_evaluation(evaluated, best, lr)
         save = save or best or always_save_checkpoint
