@@ -124,7 +124,7 @@ def plan(config, given):
     block = read_block(TRAIN)
     if config['scaling']:
         return ladder(config, given, block)
-    usual_iters = given.without_flags['max_iters']
+    usual_iters = given.without_flags()['max_iters']
     if isinstance(usual_iters, (list, tuple)):
         usual_iters = max(usual_iters)
     rng = np.random.default_rng(seeds_of(config)[0]) if config['search'] else None

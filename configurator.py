@@ -198,14 +198,25 @@ def parse(text, kind):
 
 class Given(dict):
     """
-    {name: where} of the settings that were set. `without_flags` is {name: value} of all settings
-    after the override files and before the flags.
+    {name: where} of the settings that were set. `history` is {name: [(value, where)]} of all
+    settings: every value that they had in turn, the default first.
     """
-    without_flags: dict
+    def __init__(self, defaults):
+        super().__init__()
+        self.history = {name: [(value, 'by default')] for name, value in defaults.items()}
+
+    def put(self, name, value, where):
+        self[name] = where
+        self.history[name].append((value, where))
 
     def flags(self):
         """Return the settings that were set on the command line."""
         return {name for name, where in self.items() if where == ON_COMMAND_LINE}
+
+    def without_flags(self):
+        """Return {name: value} of all settings after the override files and before the flags."""
+        return {name: [value for value, where in values if where != ON_COMMAND_LINE][-1]
+                for name, values in self.history.items()}
 
 
 def configure(script, *also, argv=None, convert=None):
@@ -233,7 +244,7 @@ def configure(script, *also, argv=None, convert=None):
             raise SystemExit(0)
     convert = convert or (lambda name, value, setting: coerce(value, setting))
     config = {name: setting.default for name, setting in settings.items()}
-    given = Given()
+    given = Given(config)
 
     def put(name, value, where):
         if name not in settings:
@@ -249,13 +260,12 @@ def configure(script, *also, argv=None, convert=None):
             message = f'{name} {where} must be {expected}, not {shown(value)}{hint}'
             raise UserError(message) from None
         check_range(name, where, config[name], setting)
-        given[name] = where
+        given.put(name, config[name], where)
 
     files, flags = split_arguments(argv, settings)
     for path in files:
         for name, value in run_file(path, config).items():
             put(name, value, f"in '{path}'")
-    given.without_flags = dict(config)
     for name, text in flags:
         kind = settings[name].kind if name in settings else None
         put(name, parse(text, kind), ON_COMMAND_LINE)

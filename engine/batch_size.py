@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import asdict
 
-from configurator import check_value, read_block
+from configurator import check_value
 from engine.common import ROOT, UserError, run_script
 
 
@@ -38,9 +38,7 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
     saved = (ckpt or {}).get('config') or {}
     if 'gradient_accumulation_steps' in saved:
         return saved_batch_size(script, saved, ckpt['path'], parallel.world_size)
-    batch_size = given.without_flags['batch_size']
-    if batch_size == 'auto':  # in a config file
-        batch_size = read_block(script)['batch_size'].default
+    batch_size = [size for size, _ in given.history['batch_size'] if size != 'auto'][-1]
     accumulation_steps = config['gradient_accumulation_steps']
     found = 0
     if parallel.master:

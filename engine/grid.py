@@ -182,7 +182,7 @@ def ladder(config, given, block):
     config file without flags. tokens_per_param determines the number of iterations.
     """
     from engine.cost import meta_model
-    base = given.without_flags
+    base = given.without_flags()
     for key in ('n_embd', 'n_head'):
         if not isinstance(base[key], int):
             raise UserError(f"'{config['scaling']}' must have one {key}, whose proportions the "

@@ -18,7 +18,7 @@ def schedule(script, config, given, data_sets, train_loader, console):
         config = config | {'max_iters': max_iters}
         if 'epochs' in flags:  # as if --max_iters had been given
             flags.add('max_iters')
-    fitted = fit_schedule(config, flags, usual_iters=given.without_flags['max_iters'])
+    fitted = fit_schedule(config, flags, usual_iters=given.without_flags()['max_iters'])
     if not config['eval_only']:
         notes = [schedule_note(config, fitted)]
         notes += epochs_notes(data_sets, train_loader, config['max_iters'] * tokens_per_iter)
