@@ -18,11 +18,25 @@ SPLITS = 'train', 'val'
 RESUME = 'run the same command again to resume'
 
 
+# for a part of a data set, an item's entry in the index; `split` is empty if it depends on the
+# number of documents in the parts before
+ENTRY = np.dtype([('tokens', '<i8'), ('text_bytes', '<i8'), ('split', 'S5'), ('ends', '?'),
+                  ('too_long', '?')])
+
+
 class Encoded(NamedTuple):
-    ids: bytes
-    documents: int
-    text_bytes: int
-    too_long: list  # places of the documents that were left out because of their length
+    ids: bytes = b''
+    documents: int = 0
+    text_bytes: int = 0
+    too_long: tuple = ()  # places of the documents that were left out because of their length
+
+
+def joined(parts):
+    """Return one Encoded for a list of them."""
+    return Encoded(b''.join(part.ids for part in parts),
+                   sum(part.documents for part in parts),
+                   sum(part.text_bytes for part in parts),
+                   tuple(place for part in parts for place in part.too_long))
 
 
 class Encoder:
@@ -31,6 +45,7 @@ class Encoder:
     def __init__(self, spec, field, bad_bytes):
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'
         self.tokenizer = get_tokenizer(spec) if spec else None
+        self.dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)] if spec else None
         self.field, self.bad_bytes = field, bad_bytes
 
     def text(self, item):
@@ -41,27 +56,26 @@ class Encoder:
 
     def encode(self, items):
         """Return {split: Encoded} for a list of items."""
-        parts = {split: [] for split in SPLITS}
-        for item in items:
-            parts[item.split].append(item)
-        return {split: self.encode_split(part) for split, part in parts.items()}
+        return {split: joined([self.encode_item(item) for item in items if item.split == split])
+                for split in SPLITS}
 
-    def encode_split(self, items):
-        dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)]
-        eot = self.tokenizer.eot
-        ids, documents, text_bytes, too_long = [], 0, 0, []
-        for item in items:
-            text = self.text(item)
-            if item.too_long:
-                too_long.append(f'{item.name}, entry {item.place}')
-            if not text:
-                continue
-            ids.append(self.tokenizer.encode_corpus(text, item.continued).astype(dtype))
-            if item.ends and eot is not None:
-                ids.append(np.array([eot], dtype))
-            documents += item.ends
-            text_bytes += len(text.encode('utf-8'))
-        return Encoded(b''.join(part.tobytes() for part in ids), documents, text_bytes, too_long)
+    def encode_undivided(self, items):
+        """Return {'ids': Encoded of all items, 'index': Encoded of their ENTRYs}."""
+        encoded = [self.encode_item(item) for item in items]
+        entries = [(len(e.ids) // self.dtype.itemsize, e.text_bytes, item.split or '', item.ends,
+                    item.too_long) for e, item in zip(encoded, items)]
+        return {'ids': joined(encoded), 'index': Encoded(np.array(entries, ENTRY).tobytes())}
+
+    def encode_item(self, item):
+        text = self.text(item)
+        if item.too_long:
+            return Encoded(too_long=(f'{item.name}, entry {item.place}',))
+        if not text:
+            return Encoded()
+        ids = self.tokenizer.encode_corpus(text, item.continued).astype(self.dtype).tobytes()
+        if item.ends and self.tokenizer.eot is not None:
+            ids += np.array([self.tokenizer.eot], self.dtype).tobytes()
+        return Encoded(ids, int(item.ends), len(text.encode('utf-8')))
 
 
 def start_worker(*settings):

@@ -28,7 +28,8 @@ MAX_DOCUMENT_MB = 16.0  # a tokenizer.json takes up to 2 GB to encode that; a bo
 # of state.json; 'meta' is there once everything is encoded
 SHARD = {'tokens': int, 'crc32': range(2**32)}
 RECORD = {'documents': int, 'bytes': int, 'too_long': int, 'shards': [SHARD]}
-STATE = {'identity': str, 'position?': [int], 'train?': RECORD, 'val?': RECORD, 'meta?': META}
+STATE = {'identity': str, 'position?': [int], 'train?': RECORD, 'val?': RECORD, 'ids?': RECORD,
+         'index?': RECORD, 'meta?': META}
 
 
 class Position(NamedTuple):
@@ -74,8 +75,9 @@ class Preparation:
     meta.json: without one, the folder would be taken for a data set of nanoGPT's.
 
     `tokenizer` is a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made from the
-    text.
+    text. data/parts.py makes a data set on several machines.
     """
+    streams = SPLITS  # names of the shards
 
     def __init__(self, sources, data_dir, tokenizer, vocab_size=None, *, field='text',
                  val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0,
@@ -99,6 +101,8 @@ class Preparation:
         few = len(sources) < self.period
         self.val_is_end_of_files = few and all_text and not self.val_is_given
         self.identity = self.digest()
+        self.start, self.end = Position(), len(sources)  # of what this process encodes
+        self.span = self.total  # bytes of it
 
     def digest(self):
         """Return a digest of everything that determines the result."""
@@ -189,8 +193,8 @@ class Preparation:
         return state
 
     def save(self, state, shards=()):
-        for split in shards:
-            split.sync()
+        for stream in shards:
+            stream.sync()
         with replacing(self.folder / 'state.json', 'w') as f:
             json.dump(state, f)
 
@@ -206,7 +210,7 @@ class Preparation:
                     spec = read_json(self.folder / 'tokenizer', dict)
                     for shards in self.open_shards(get_tokenizer(spec), state):
                         shards.cut_back()
-                    done = state['position'][-1] / self.total
+                    done = (state['position'][-1] - self.start.read) / self.span
                     say(f'resuming at {done:.0%} of the input')
                 return state
         except (OSError, ValueError, KeyError):
@@ -229,16 +233,16 @@ class Preparation:
             tokenizer = train_bpe(self.sample_texts(), self.vocab_size)
         with replacing(self.folder / 'tokenizer', 'w') as f:  # apart, because it may be large
             json.dump(tokenizer.spec, f)
-        state = {'identity': self.identity, 'position': Position()}
-        for split in SPLITS:
-            state[split] = {'documents': 0, 'bytes': 0, 'too_long': 0, 'shards': []}
+        state = {'identity': self.identity, 'position': self.start}
+        for name in self.streams:
+            state[name] = {'documents': 0, 'bytes': 0, 'too_long': 0, 'shards': []}
         self.save(state)
         return state
 
     def make_char(self):
         characters, progress = set(), Progress('characters', self.total)
         settings = None, self.field, self.bad_bytes
-        batches = self.batches(Position())
+        batches = self.batches(Position(), len(self.sources))
         for found, position in in_order('characters', batches, self.processes, settings):
             characters |= found
             progress.show(position.read)
@@ -248,7 +252,8 @@ class Preparation:
         """Yield documents from all over the input, BPE_BYTES of them, to train a BPE on."""
         every = max(1, round(self.total / BPE_BYTES))
         length, progress = 0, Progress('reading for the BPE', self.total)
-        for items, position in itertools.islice(self.batches(Position()), 0, None, every):
+        batches = self.batches(Position(), len(self.sources))
+        for items, position in itertools.islice(batches, 0, None, every):
             for item in items:
                 text = text_of(item, self.field, self.bad_bytes)
                 length += len(text)
@@ -259,10 +264,10 @@ class Preparation:
 
     # reading
 
-    def batches(self, start):
-        """Yield (items, the position after them) from a position on."""
+    def batches(self, start, end):
+        """Yield (items, the position after them) from a position to file number `end`."""
         batch, size, position = [], 0, start
-        for item, position in self.items(start):
+        for item, position in self.items(start, end):
             if item:
                 batch.append(item)
                 size += len(item.content) if isinstance(item.content, (bytes, str)) else 0
@@ -274,11 +279,11 @@ class Preparation:
         if batch:
             yield batch, position
 
-    def items(self, start):
+    def items(self, start, end):
         """Yield (item, the position after it), and (None, position) at the end of each file."""
         documents = start.documents
         before = sum(source.size for source in self.sources[:start.source])
-        for number, path in self.local_files(start.source):
+        for number, path in self.local_files(start.source, end):
             source = self.sources[number]
             skip = start.items if number == start.source else 0
             try:
@@ -296,12 +301,12 @@ class Preparation:
                 path.unlink()
             yield None, Position(number + 1, 0, documents, before)
 
-    def local_files(self, first):
+    def local_files(self, first, end):
         """Yield (number, path) of each file. The next one is downloaded while one is encoded."""
         with concurrent.futures.ThreadPoolExecutor(1) as downloads:
             coming = {}
-            for number, source in enumerate(self.sources[first:], first):
-                for n, wanted in enumerate(self.sources[number:number + 2], number):
+            for number, source in enumerate(self.sources[first:end], first):
+                for n, wanted in enumerate(self.sources[number:min(number + 2, end)], number):
                     if wanted.fetch and n not in coming:
                         coming[n] = downloads.submit(wanted.fetch, self.folder / 'download')
                 yield number, coming.pop(number).result() if source.fetch else source.path
@@ -324,41 +329,50 @@ class Preparation:
         elif self.val_is_given:
             split = 'train'
         elif not self.val_is_end_of_files:
-            split = 'val' if is_val(document, self.period) else 'train'
+            split = self.split_of(document)
         return item._replace(name=source.name, split=split)
+
+    def split_of(self, document):
+        return 'val' if is_val(document, self.period) else 'train'
 
     # writing
 
     def open_shards(self, tokenizer, state):
-        dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-        return [Shards(self.folder, split, dtype, self.tokens_per_shard, state[split])
-                for split in SPLITS]
+        return [Shards(self.folder, name, self.dtype_of(name, tokenizer), self.tokens_per_shard,
+                       state[name]) for name in self.streams]
+
+    def dtype_of(self, name, tokenizer):
+        return DTYPES[dtype_for(tokenizer.vocab_size)]
+
+    def encoded(self, tokenizer, start):
+        """Yield ({name of shards: Encoded}, the position after it) from a position on."""
+        settings = tokenizer.spec, self.field, self.bad_bytes
+        return in_order('encode', self.batches(start, self.end), self.processes, settings)
 
     def encode_all(self, tokenizer, state):
         """Append all batches from `state` on to the shards. Return the last state."""
         start, saved = Position(*state['position']), time.time()
-        progress = Progress('encoding', self.total, start.read)
+        progress = Progress('encoding', self.span, start.read - self.start.read)
         shards = self.open_shards(tokenizer, state)
-        settings = tokenizer.spec, self.field, self.bad_bytes
-        encoding = in_order('encode', self.batches(start), self.processes, settings)
+        encoding = self.encoded(tokenizer, start)
         try:
             for encoded, position in encoding:
-                filled = [split.append(encoded[split.split]) for split in shards]
-                for split in shards:
-                    for place in encoded[split.split].too_long:
-                        say(f'NOTE: {place}: longer than {self.max_document_mb:g} MB, skipped')
-                records = {split.split: split.record() for split in shards}
+                filled = [stream.append(encoded[stream.name]) for stream in shards]
+                for place in [place for e in encoded.values() for place in e.too_long]:
+                    say(f'NOTE: {place}: longer than {self.max_document_mb:g} MB, skipped')
+                records = {stream.name: stream.record() for stream in shards}
                 # an interruption before this line goes back to the end of the previous batch
                 state = {'identity': self.identity, 'position': position, **records}
                 if any(filled) or time.time() - saved > 5:
                     self.save(state, shards)
                     saved = time.time()
-                progress.show(position.read, sum(split.tokens() for split in shards))
+                n_tokens = sum(stream.tokens() for stream in shards if stream.name != 'index')
+                progress.show(position.read - self.start.read, n_tokens)
         finally:
             encoding.close()
             self.save(state, shards)
-            for split in shards:
-                split.close()
+            for stream in shards:
+                stream.close()
         progress.close()
         return state
 
@@ -366,9 +380,9 @@ class Preparation:
         """Return the state with the future meta.json in it, after saving it."""
         files = {}
         for shards in self.open_shards(tokenizer, state):
-            if not shards.shards:
+            if not shards.shards and shards.name in SPLITS:
                 documents = sum(state[split]['documents'] for split in SPLITS)
-                problem = f'no {shards.split} text: the input has {documents} documents, too few'
+                problem = f'no {shards.name} text: the input has {documents} documents, too few'
                 remedy = 'give more text, another --val_fraction, or --val_input'
                 raise UserError(f'{problem} for val_fraction={self.val_fraction:g}; {remedy}')
             shards.join_short_tail()
@@ -376,14 +390,14 @@ class Preparation:
         state['meta'] = {
             'vocab_size': tokenizer.vocab_size,
             'tokenizer': tokenizer.spec,
-            'documents': {split: state[split]['documents'] for split in SPLITS},
-            'bytes': {split: state[split]['bytes'] for split in SPLITS},
+            'documents': {name: state[name]['documents'] for name in self.streams},
+            'bytes': {name: state[name]['bytes'] for name in self.streams},
             'prepared_from': self.identity,
             'dtype': dtype_for(tokenizer.vocab_size),
             'files': files,
         }
         self.save(state)
-        too_long = sum(state[split]['too_long'] for split in SPLITS)
+        too_long = sum(state[name]['too_long'] for name in self.streams)
         if too_long:
             say(f'NOTE: skipped {too_long:,} in all that are longer than {self.max_document_mb:g} '
                 'MB; --max_document_mb=... sets the limit, which may take 130 times as much memory')
@@ -397,14 +411,17 @@ class Preparation:
         """
         with replacing(self.data_dir / 'meta.json') as f:
             f.write(meta_json(meta))
-        for split in SPLITS:
-            for path in self.data_dir.glob(f'{split}*.bin'):
+        for stream in self.streams:
+            for path in self.data_dir.glob(f'{stream}*.bin'):
                 if path.name not in meta['files']:  # from the data set that this one replaces
                     path.unlink()
         for name in meta['files']:
             if (self.folder / name).exists():
                 os.replace(self.folder / name, self.data_dir / name)
         shutil.rmtree(self.folder)
+        self.report(meta)
+
+    def report(self, meta):
         for split in SPLITS:
             shards = [s['tokens'] for name, s in meta['files'].items() if name.startswith(split)]
             text, documents = meta['bytes'][split] / 1e6, meta['documents'][split]

@@ -15,9 +15,11 @@ files than that, the end of each is val.
 
 Writes data/OUT/train_00000.bin, ..., val_00000.bin and meta.json.
 
-A command that was killed resumes when it is run again, and writes the same bytes.
+A command that was killed resumes when it is run again, and writes the same bytes. On several
+machines each runs it with --part=K/N, and one of them at the end with --join=N.
 """
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from data.documents import TEXT, find_sources, kind_of
 from data.encode import RESUME
 from data.loader import DTYPES, HERE, dtype_for
+from data.parts import Join, Part, files_of
 from data.preparation import MAX_DOCUMENT_MB, Preparation, say
 from data.source import add_out_dir, hub_files, script_parser
 from data.tokenizer import tokenizer_by_name
@@ -54,6 +57,16 @@ def fraction(text):
     return value
 
 
+def part(text):
+    number, n_parts = map(int, text.split('/'))
+    if not 1 <= number <= n_parts < 10**5:
+        raise ValueError
+    return number, n_parts
+
+
+part.__name__ = 'part such as 3/16'  # argparse prints it
+
+
 def add_text_flags(parser):
     add = parser.add_argument
     add('--field', default='text',
@@ -68,6 +81,11 @@ def add_text_flags(parser):
              'as a whole, 130 times over at worst; text files may have any size (16)')
     add('--processes', type=above(int, -1, 1025), default=0, help='0: one per core')
     add('--overwrite', action='store_true', help='replace another data set that is there')
+    machines = parser.add_mutually_exclusive_group()
+    machines.add_argument('--part', type=part, metavar='K/N',
+                          help='encode only the Kth of N parts of the files, on a machine of N')
+    machines.add_argument('--join', type=above(int, 0, 10**5), metavar='N',
+                          help='make the data set of N parts that --part has encoded')
 
 
 def named_tokenizer(name, vocab_size=None):
@@ -87,7 +105,12 @@ def named_tokenizer(name, vocab_size=None):
 def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
     """Run a Preparation with the flags of add_text_flags."""
     note_other_kinds(sources)
-    preparation = Preparation(
+    kind = Preparation
+    if args.part:
+        kind = functools.partial(Part, part=args.part)
+    elif args.join:
+        kind = functools.partial(Join, n_parts=args.join)
+    preparation = kind(
         sources, data_dir, tokenizer, vocab_size, field=args.field,
         val_fraction=args.val_fraction, tokens_per_shard=args.tokens_per_shard,
         bad_bytes=args.bad_bytes, processes=args.processes, max_document_mb=args.max_document_mb)
@@ -141,9 +164,11 @@ def prepare_from_hub(args, repo, splits, tokens, download_mb):
         sources = given_sources(args, args.out_dir)
     else:
         sources = hub_files(repo, splits)
-        download = sum(source.size for source in sources)
-        tokens *= download / 1e6 / download_mb  # the repository may have changed
-        check_disk(args.out_dir, repo, sources, tokens, dtype_for(tokenizer.vocab_size))
+        first, end = files_of(args.part or (1, 1), len(sources))
+        own = sources[first:end]
+        tokens *= sum(source.size for source in own) / 1e6 / download_mb
+        if not args.join:
+            check_disk(args.out_dir, repo, own, tokens, dtype_for(tokenizer.vocab_size))
     prepare(args, sources, args.out_dir, tokenizer)
 
 

@@ -5,13 +5,13 @@ import zlib
 
 class Shards:
     """
-    The shards of one split, to append to. `record` describes the existing ones: a dict of
-    documents, bytes (of text), too_long (documents left out) and shards, [{'tokens': ...,
-    'crc32': ...}].
+    The shards of one split, to append to: train_00000.bin and so on if `name` is train. `record`
+    describes the existing ones: a dict of documents, bytes (of text), too_long (documents left out)
+    and shards, [{'tokens': ..., 'crc32': ...}].
     """
 
-    def __init__(self, folder, split, dtype, tokens_per_shard, record):
-        self.folder, self.split = folder, split
+    def __init__(self, folder, name, dtype, tokens_per_shard, record):
+        self.folder, self.name = folder, name
         self.width, self.tokens_per_shard = dtype.itemsize, tokens_per_shard
         self.documents, self.text_bytes = record['documents'], record['bytes']
         self.too_long = record['too_long']
@@ -25,7 +25,7 @@ class Shards:
                 'shards': shards}
 
     def path(self, number):
-        return self.folder / f'{self.split}_{number:05d}.bin'
+        return self.folder / f'{self.name}_{number:05d}.bin'
 
     def tokens(self):
         return sum(shard['tokens'] for shard in self.shards)
@@ -40,7 +40,7 @@ class Shards:
             if self.path(number).stat().st_size < size:
                 raise ValueError(f'{self.path(number)} is shorter than it was')
             os.truncate(self.path(number), size)
-        for path in self.folder.glob(f'{self.split}_*.bin'):
+        for path in self.folder.glob(f'{self.name}_*.bin'):
             if int(path.stem[-5:]) >= len(self.shards):
                 path.unlink()
 
