@@ -100,6 +100,7 @@ backend = 'auto'  # auto | nccl | gloo: of torch.distributed
 # the rest needs torchrun, apart from peak_tflops
 use_zero1 = False  # True: divide the moments among the processes (ZeRO-1)
 use_fsdp = False  # True: divide weights, gradients and moments among the processes (FSDP)
+fsdp_shard_size = 0  # 8: divide them among every 8 processes, such as a node's; 0: among all
 fsdp_reshard_after_forward = True  # False: faster, more memory
 sharded_checkpoint = False  # True: each process writes its part, to out_dir/ckpt_sharded
 fsdp_min_num_params = 0  # smaller blocks are gathered together with embeddings and head

@@ -105,6 +105,7 @@ def notes(config, given, parallel):
     schedule, init_from = config['lr_schedule'], config['init_from']
     continues = init_from in ('resume', 'auto') and not config['ckpt']
     useless = [
+        ('fsdp_shard_size', not config['use_fsdp'], no_fsdp),
         ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
         ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
         ('backend', not parallel.distributed, one_process),
@@ -340,7 +341,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
             model_config = GPTConfig.from_settings(config, data_vocab)
-        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        shards = folder.parallel.shard_size if by_rows(folder) else 1
+        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)), shards)
         return model_config, None, None
     if resuming:
         ckpt = load_to_resume(folder, path, console)
@@ -387,7 +389,7 @@ def load_to_resume(folder, path, console):
     one in out_dir to continue that run.
     """
     if path:
-        ckpt = load_checkpoint(path, moments=False)
+        ckpt = load_checkpoint(path, moments=False, weights=not by_rows(folder))
         folder.starts_from(ckpt['path'])
     else:
         ckpt = load_newest(folder, console)
@@ -405,12 +407,17 @@ def load_newest(folder, console):
     """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
     previous = previous_of(folder.path, newest_checkpoint(folder.path))
     try:
-        return load_checkpoint(folder.path, moments=False)
+        return load_checkpoint(folder.path, moments=False, weights=not by_rows(folder))
     except UserError as e:
         if not os.path.exists(previous):
             raise
         console.say(f'WARNING: {e}; using the previous checkpoint')
-        return load_checkpoint(previous, moments=False)
+        return load_checkpoint(previous, moments=False, weights=not by_rows(folder))
+
+
+def by_rows(folder):
+    """Return whether a process needs only its rows of the weights; wrap() makes room for them."""
+    return folder.parallel.mode == 'fsdp'
 
 
 def restore_scaler(scaler, ckpt):
