@@ -79,6 +79,7 @@ def settings():
     find_batch_size = False  # find the largest micro-batch that fits, and the accumulation to match
     plan = ''  # numbers of ranks, as in 8,64,512: memory, traffic and step time on paper
     interconnect_gbps: PositiveFloat = 400.0  # for plan: gigabits per second that a rank can send
+    node_gbps: NonNegativeFloat = 0.0  # for plan: inside a group of fsdp_shard_size; 0: the same
     plan_tflops: NonNegativeFloat = 0.0  # for plan: TFLOP/s of a device in training; 0: measure it
     plan_picture = ''  # for plan: draw the memory per rank into this file, such as memory.png
     profile = False  # print the ten most expensive operations; trace.json for ui.perfetto.dev

@@ -111,6 +111,8 @@ def children(pid):
 # parallel modes
 
 MODES = {'one': (1, []), 'ddp': (2, []), 'zero1': (2, ['--use_zero1=True']), 'fsdp': (2, ['--use_fsdp=True'])}
+HYBRID = 4, ['--use_fsdp=True', '--fsdp_shard_size=2',
+             '--batch_size=1', '--gradient_accumulation_steps=8', '--eval_iters=8']  # the same windows
 PARALLEL_MODES = [mode for mode in MODES if mode != 'one']
 
 
@@ -121,7 +123,7 @@ def launcher_of(mode):
 
 def train_mode(mode, dataset, out_dir, *flags, **kwargs):
     """train() in a mode of MODES, without dropout, whose random numbers differ between numbers of processes."""
-    processes, mode_flags = MODES[mode]
+    processes, mode_flags = HYBRID if mode == 'hybrid' else MODES[mode]
     if kwargs.get('launcher'):
         processes = 1
     return train(dataset, out_dir, '--dropout=0.0', *mode_flags, *flags, processes=processes, **kwargs)

@@ -230,9 +230,15 @@ class LayerNorm(nn.Module):
     def __init__(self, dim, config, bias=None):
         super().__init__()
         has_bias = config.bias if bias is None else bias
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if has_bias else None
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim)) if has_bias else None
         self.eps = config.norm_eps
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x):
         # under FSDP the weights may be 16-bit while x is float32
@@ -251,8 +257,12 @@ class RMSNorm(nn.Module):
     """https://arxiv.org/abs/1910.07467, always computed in float32, as in LLaMA."""
     def __init__(self, dim, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
         self.eps = config.norm_eps
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
 
     def forward(self, x):
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)

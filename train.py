@@ -45,7 +45,7 @@ from configurator import (
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
 from engine.batch_size import auto_batch_size
-from engine.checkpoint import is_ours, restore_optimizer, restore_tensors
+from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
 from engine.checks import check_doc_mask, check_settings
 from engine.common import StopSignal
 from engine.compile import compile_model
@@ -57,7 +57,6 @@ from engine.run_folder import RunFolder
 from engine.run_log import RunLog, numbers_in
 from engine.schedule import schedule
 from engine.startup_report import measure_costs, say_startup, startup_report
-from model import GPT
 
 # -------------------------------------------------------------------------------------------------
 # The defaults train a GPT-2 (124M) as nanoGPT does, on OpenWebText.
@@ -140,6 +139,7 @@ seed: Seed = 1337  # of initialization, data order and dropout
 backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # torch.distributed's; auto: nccl on GPUs
 use_zero1 = False  # under torchrun: divide AdamW's moments among processes (ZeRO-1)
 use_fsdp = False  # under torchrun: divide weights, gradients and moments among processes (FSDP2)
+fsdp_shard_size: NonNegativeInt = 0  # processes that divide them, such as a node's; 0: all
 fsdp_reshard_after_forward = True  # False: keep gathered weights until backward, faster
 sharded_checkpoint = False  # under torchrun: each process writes its part, to out_dir/ckpt_sharded
 fsdp_min_num_params: NonNegativeInt = 0  # smaller blocks are gathered with the embeddings
@@ -164,7 +164,7 @@ def training_loss(model, X, Y):
 
 
 # set-up: processes and device
-parallel = Parallel(use_zero1, use_fsdp)
+parallel = Parallel(use_zero1, use_fsdp, fsdp_shard_size)
 console = Console(speaks=parallel.master)
 stop = StopSignal('finishing this iteration and saving; a signal after 2 more seconds quits at once'
                   if parallel.master else '')
@@ -232,12 +232,14 @@ run_folder.lock()  # again, because the folder may have been missing at the firs
 has_loaded_weights = raw_model is not None
 if not has_loaded_weights:
     torch.manual_seed(seed)
-    raw_model = GPT(model_config)
+    raw_model = parallel.new_model(model_config)
 raw_model.train()
 config.update({key: value for key, value in asdict(model_config).items() if key in config})
 for key in asdict(model_config):
     globals().pop(key, None)
 model = parallel.wrap(raw_model, dtype, fsdp_reshard_after_forward, fsdp_min_num_params)
+if not has_loaded_weights:
+    parallel.new_weights(raw_model)
 
 # set-up: optimizer
 opt = parallel.shard_optimizer(optim.build(optimizer, raw_model, config, device.type))
@@ -245,6 +247,7 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 # More tensors to save and restore, {set: {name: tensor like a parameter}}: an EMA, for example
 state_tensors = {}
 if loaded is not None:
+    restore_weights(raw_model, loaded, parallel)
     restore_tensors(state_tensors, loaded, parallel)
     if not eval_only:  # evaluation needs no moments
         restore_optimizer(opt, optimizer, loaded, parallel)

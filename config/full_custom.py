@@ -79,6 +79,7 @@ verbose = False  # True: the whole start-up report; FLOP/s, memory and gradients
 always_save_checkpoint = True  # False: save only when val loss is the lowest so far
 save_interval = 0  # iterations between additional checkpoints; 0: none
 keep_interval = 0  # iterations between those that stay, as ckpt_000500.pt and so on; 0: none
+async_checkpoint = 'auto'  # write a checkpoint while training goes on; auto: large ones; True, False
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 # scratch | resume | auto (resume if there is a checkpoint); to fine-tune: another run's out_dir,
 # or a Hugging Face folder or id
@@ -100,6 +101,7 @@ backend = 'auto'  # auto | nccl | gloo: of torch.distributed
 # the rest needs torchrun, apart from peak_tflops
 use_zero1 = False  # True: divide the moments among the processes (ZeRO-1)
 use_fsdp = False  # True: divide weights, gradients and moments among the processes (FSDP)
+fsdp_shard_size = 0  # 8: divide them among every 8 processes, such as a node's; 0: among all
 fsdp_reshard_after_forward = True  # False: faster, more memory
 sharded_checkpoint = False  # True: each process writes its part, to out_dir/ckpt_sharded
 fsdp_min_num_params = 0  # smaller blocks are gathered together with embeddings and head

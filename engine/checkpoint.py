@@ -87,7 +87,7 @@ FACTS = {
     'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,
                 'optimizer?': str, 'compile?': bool},
 }
-WEIGHTS = {'model_args': {str: object}, 'model': {str: torch.Tensor}}
+WEIGHTS = {'model_args': {str: object}, 'model': {str: object}}
 MOMENTS = {
     'state': {int: {str: object}},
     'param_groups': [{'params': [int]}],
@@ -122,7 +122,10 @@ def check_weights(ckpt):
     check(ckpt, WEIGHTS)
     # a model of any size could be built otherwise
     check(ckpt['model_args'], {'n_layer?': range(1, len(ckpt['model']) + 1)}, 'model_args')
-    for name, weight in distinct_tensors({'model': ckpt['model']}).items():
+    weights = {name: [rows for _, rows in w.parts] if isinstance(w, Pieces) else w
+               for name, w in ckpt['model'].items()}
+    check(weights, {str: (torch.Tensor, list)}, 'model')
+    for name, weight in distinct_tensors({'model': weights}).items():
         if weight.is_complex():
             raise ValueError(f"'{name}' must have real numbers, not {weight.dtype}")
         if not weight.isfinite().all():
@@ -182,22 +185,30 @@ def is_sharded(path):
     return os.path.isdir(path) and os.path.exists(os.path.join(path, 'info.pt'))
 
 
-def load_checkpoint(path, moments=True):
+def load_checkpoint(path, moments=True, weights=True):
     """
     Load a checkpoint as a dict on the CPU. `path` is a file, a sharded folder, or a run's folder,
     whose newest checkpoint is loaded. Checksums are verified. With moments=False the optimizer
-    state of a sharded checkpoint stays on disk, as Pieces. UserError names the file and the
-    problem.
+    state of a sharded checkpoint stays on disk, as Pieces. With weights=False the weights stay
+    there, too, under 'weights' for restore_weights(), and 'model' has shapes on the meta device.
+    UserError names the file and the problem.
     """
     if os.path.isdir(path) and not is_sharded(path):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
     if not os.path.exists(path):
         raise UserError(no_checkpoint(path))
     with reading(path):
-        ckpt = load_sharded(path, moments) if os.path.isdir(path) else read_file(path)
+        if os.path.isdir(path):
+            ckpt = load_sharded(path, moments, weights)
+        else:
+            ckpt = read_file(path, mmap=not weights)
         checked_facts(ckpt)
         check_weights(ckpt)
         check(ckpt, {'optimizer?': MOMENTS})
+    if not weights:
+        model = {name.removeprefix('_orig_mod.'): w for name, w in ckpt['model'].items()}
+        ckpt['weights'] = model
+        ckpt['model'] = {name: torch.empty(w.shape, device='meta') for name, w in model.items()}
     ckpt['path'] = path
     return ckpt
 
@@ -217,6 +228,8 @@ class Pieces:
         Return the slices of parts that hold rows first to first + n - 1, without reading them.
         Raise ValueError if some rows are missing.
         """
+        if not self.shape:
+            return [self.parts[0][1]]
         slices, at = [], first
         for start, part in sorted(self.parts, key=lambda p: p[0]):
             low, high = max(at, start), min(first + n, start + len(part))
@@ -238,7 +251,7 @@ class Pieces:
         return self.rows(0, self.shape[0] if self.shape else 1)
 
 
-def load_sharded(path, moments):
+def load_sharded(path, moments, weights):
     """Return the dict that ckpt.pt would hold, however many processes wrote the folder."""
     ckpt = read_file(os.path.join(path, 'info.pt'))
     if 'n_files' not in ckpt:
@@ -264,8 +277,9 @@ def load_sharded(path, moments):
         pieces = moment_pieces[name]
         state.setdefault(int(number), {})[key] = pieces.whole() if moments else pieces
     ckpt['optimizer'] = {'state': state, 'param_groups': ckpt.pop('param_groups')}
-    weights = {name: pieces.whole() for name, pieces in sets.pop('model').items()}
-    ckpt['model'] = {name: weights[stored] for name, stored in ckpt.pop('names').items()}
+    model = {name: pieces.whole() if weights else pieces
+             for name, pieces in sets.pop('model').items()}
+    ckpt['model'] = {name: model[stored] for name, stored in ckpt.pop('names').items()}
     for kind, tensors in sets.items():
         ckpt[kind] = {name: pieces.whole() if moments else pieces
                       for name, pieces in tensors.items()}
@@ -347,6 +361,15 @@ def restore_tensors(sets, ckpt, parallel):
             tensor.copy_(own_share(ckpt[kind][name], tensor, parallel, where))
 
 
+def restore_weights(model, ckpt, parallel):
+    """
+    With FSDP, where a resumed model is built without data, fill this process's rows of it from a
+    checkpoint that was loaded with weights=False.
+    """
+    if parallel.mode == 'fsdp':
+        restore_tensors({'weights': dict(model.named_parameters())}, ckpt, parallel)
+
+
 def own_share(value, like, parallel, name):
     """
     Return this process's part of a whole tensor or of Pieces, divided as `like` is. UserError
@@ -357,9 +380,14 @@ def own_share(value, like, parallel, name):
     first, n = parallel.rows(value.shape, like)
     whole = n == (value.shape[0] if value.shape else 0)
     if isinstance(value, Pieces):
+        parts = value.slices(first, n)
+    else:
+        parts = [value if whole else value[first:first + n]]
+    # checked before they are copied, because the check takes as much memory as a copy
+    if not all(part.is_floating_point() and part.isfinite().all() for part in parts):
+        raise UserError(f'{name} has numbers that are not finite')
+    if isinstance(value, Pieces):
         rows = value.rows(first, n)
     else:
-        rows = value if whole else value[first:first + n].clone()
-    if not rows.is_floating_point() or not rows.isfinite().all():
-        raise UserError(f'{name} has numbers that are not finite')
+        rows = value if whole else parts[0].clone()
     return parallel.place(rows, value.shape, like)

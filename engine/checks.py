@@ -85,6 +85,7 @@ def notes(config, given, parallel):
     schedule, init_from = config['lr_schedule'], config['init_from']
     continues = init_from in ('resume', 'auto') and not config['ckpt']
     useless = [
+        ('fsdp_shard_size', not config['use_fsdp'], no_fsdp),
         ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
         ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
         ('backend', not parallel.distributed, one_process),

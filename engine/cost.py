@@ -56,16 +56,19 @@ TRAIN = os.path.join(ROOT, 'train.py')
 # ------------------------------------------------------------------------------------------------
 # what cannot fit
 
-def check_weights_fit(config, processes=1):
+def check_weights_fit(config, processes=1, shards=1):
     """
-    Raise UserError if a model's float32 weights are larger than this computer's memory, before they
-    are built. They are counted on a model of one block without data.
+    Raise UserError if a model's float32 weights, or one of so many shards of them in each process,
+    are larger than this computer's memory, before they are built. They are counted on a model of
+    one block without data.
     """
     model = GPT.without_data(replace(config, n_layer=1))
     per_block = sum(p.numel() for p in model.transformer.h.parameters())
     count = model.get_num_params(False) + (config.n_layer - 1) * per_block
+    share = f' divided by {shards}' if shards > 1 else ''
     many = f' in each of {processes} processes' if processes > 1 else ''
-    check_memory(4 * count * processes, torch.device('cpu'), f'{count:,} float32 weights{many}',
+    check_memory(4 * count * processes // shards, torch.device('cpu'),
+                 f'{count:,} float32 weights{share}{many}',
                  'n_layer, n_embd, d_ff, vocab_size or block_size')
 
 

@@ -56,7 +56,7 @@ class WholeMatrices(TorchFunctionMode):
         matrix = args[0].to(self.dtype, copy=True)
         if hasattr(matrix, 'full_tensor'):
             from torch.distributed.tensor import Replicate
-            matrix = matrix.redistribute(placements=[Replicate()])
+            matrix = matrix.redistribute(placements=[Replicate()] * matrix.device_mesh.ndim)
         return matrix
 
 

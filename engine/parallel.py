@@ -1,6 +1,7 @@
 """
-Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2.
-train.py calls the same methods in every mode.
+Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2,
+over all processes or hybrid, in groups that repeat each other. train.py calls the same methods in
+every mode.
 """
 import math
 import os
@@ -8,9 +9,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.overrides import TorchFunctionMode
 
 from engine.common import UserError, end_with_parent, first_line, script_name, show_error
+from model import GPT
 
 MODES = {'none': 'one process', 'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 
@@ -18,9 +22,11 @@ MODES = {'none': 'one process', 'ddp': 'DDP', 'zero1': 'ZeRO-1', 'fsdp': 'FSDP'}
 class Parallel:
     """
     `mode` is a key of MODES. rank, world_size and local_rank come from torchrun. Without torchrun
-    there is one process, and collectives return what they are given.
+    there is one process, and collectives return what they are given. With FSDP, `shard_size`
+    neighbouring ranks divide the weights among themselves, and n_replicas such groups repeat them;
+    fsdp_shard_size=0 makes all ranks one group.
     """
-    def __init__(self, use_zero1=False, use_fsdp=False):
+    def __init__(self, use_zero1=False, use_fsdp=False, fsdp_shard_size=0):
         self.distributed = 'RANK' in os.environ
         self.rank = int(os.environ.get('RANK', 0))
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -30,6 +36,13 @@ class Parallel:
         self.mode = 'none'
         if self.distributed:
             self.mode = 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
+        self.shard_size = self.world_size
+        if self.mode == 'fsdp' and fsdp_shard_size:
+            self.shard_size = fsdp_shard_size
+        if self.world_size % self.shard_size:
+            raise UserError(f'fsdp_shard_size={fsdp_shard_size} does not divide the '
+                            f'{self.world_size} processes: use the number of GPUs of a node')
+        self.n_replicas = self.world_size // self.shard_size
 
     # -----------------------------------------------------------------------------------------
     # start and end
@@ -133,13 +146,24 @@ class Parallel:
     # -----------------------------------------------------------------------------------------
     # the model and its gradients
 
+    def new_model(self, config):
+        """
+        Build a model. With FSDP it has no data yet: after wrap(), new_weights() gives each process
+        its rows, so that none ever holds the whole model.
+        """
+        return GPT.without_data(config) if self.mode == 'fsdp' else GPT(config)
+
     def wrap(self, raw_model, dtype, reshard_after_forward=True, min_num_params=0):
         """
         Move the model to the device and return what to train: the model itself, the model inside
-        DDP, or, with FSDP2, the model with every parameter divided among the processes.
+        DDP, or, with FSDP2, the model with every parameter divided among the processes. A model
+        without data gets memory for the rows of this process.
         """
         if self.mode == 'fsdp':
+            without_data = next(raw_model.parameters()).is_meta
             self._shard(raw_model, dtype, reshard_after_forward, min_num_params)
+            if without_data:
+                raw_model.to_empty(device=self.device)
             return raw_model
         raw_model.to(self.device)
         if not self.distributed:
@@ -153,7 +177,10 @@ class Parallel:
             fully_shard,
             register_fsdp_forward_method,
         )
-        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        sizes, names = (self.shard_size,), ('shard',)
+        if self.n_replicas > 1:
+            sizes, names = (self.n_replicas, *sizes), ('replicate', *names)
+        mesh = dist.init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
         # Blocks are gathered in dtype; the residual stream stays float32, as under autocast.
         param_dtype = None if dtype == 'float32' else getattr(torch, dtype)
         policy = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
@@ -165,6 +192,23 @@ class Parallel:
         fully_shard(raw_model, mesh=mesh)
         register_fsdp_forward_method(raw_model, 'generate')
         self.reshard_after_forward = reshard_after_forward
+
+    @torch.no_grad()
+    def new_weights(self, raw_model):
+        """
+        With FSDP, give a model from new_model() the weights that GPT(config) would have in a single
+        process. The constructors draw once and init_weights() again, in the same order here.
+        """
+        if self.mode != 'fsdp':
+            return
+        with InitByRows(self):
+            for name, module in raw_model.named_modules():
+                if hasattr(module, 'reset_parameters'):
+                    module.reset_parameters()
+                elif list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
+                    raise UserError(f'FSDP cannot initialize {name}: give {type(module).__name__} '
+                                    'a method reset_parameters(), as nn.Linear has it')
+            raw_model.init_weights()
 
     def shard_optimizer(self, optimizer):
         """
@@ -181,10 +225,11 @@ class Parallel:
         """
         Set whether the next backward averages gradients over processes. Normally only the last
         micro-batch does. FSDP does so every time unless its weights stay gathered, because
-        unreduced gradients take as much memory as all weights.
+        unreduced gradients take as much memory as all weights. Its replicas wait for the last one.
         """
         if self.mode == 'fsdp':
             model.set_requires_gradient_sync(last or self.reshard_after_forward)
+            model.set_requires_all_reduce(last)
         elif self.distributed:
             model.require_backward_grad_sync = last
 
@@ -200,8 +245,11 @@ class Parallel:
         return tensor.to_local() if self.mode == 'fsdp' else tensor
 
     def sum_over_shards(self, tensor):
-        """With FSDP, sum over processes, in place, what each computed from its shards."""
-        return self.all_reduce(tensor) if self.mode == 'fsdp' else tensor
+        """
+        With FSDP, sum over processes, in place, what each computed from its shards. Replicas count
+        once; all processes take part, so that all get the same bits.
+        """
+        return self.all_reduce(tensor).div_(self.n_replicas) if self.mode == 'fsdp' else tensor
 
     @torch.no_grad()
     def norms(self, tensors):
@@ -212,7 +260,7 @@ class Parallel:
         if self.mode != 'fsdp':
             return torch.stack(torch._foreach_norm(tensors))
         norms = torch.stack(torch._foreach_norm([t.to_local() for t in tensors]))
-        return self.all_reduce(norms.double().square()).sqrt().float()
+        return self.sum_over_shards(norms.double().square()).sqrt().float()
 
     def global_norm(self, tensors):
         """
@@ -284,8 +332,8 @@ class Parallel:
         n = shape[0] if len(shape) else 0
         if self.mode != 'fsdp' or tuple(shape) != tuple(like.shape):  # such as AdamW's step count
             return 0, n
-        per_rank = math.ceil(n / self.world_size)
-        first = min(n, self.rank * per_rank)
+        per_rank = math.ceil(n / self.shard_size)
+        first = min(n, self.rank % self.shard_size * per_rank)
         return first, min(n - first, per_rank)
 
     def place(self, own_rows, shape, like):
@@ -303,6 +351,26 @@ def to_host(tensor, copy):
         return tensor
     host = torch.empty_like(tensor, device='cpu', pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
+
+
+class InitByRows(TorchFunctionMode):
+    """
+    Inside this context, torch.nn.init draws the random numbers of a whole tensor, as in a single
+    process, and keeps the rows that this process holds.
+    """
+    def __init__(self, parallel):
+        super().__init__()
+        self.parallel = parallel
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return func(*args, **kwargs)
+        tensor = kwargs.pop('tensor')
+        whole = func(torch.empty(tensor.shape), **kwargs)
+        first, n = self.parallel.rows(tensor.shape, tensor)
+        tensor.to_local().copy_(whole[first:first + n])
+        return tensor
 
 
 def show_lost_process(kind, error, trace):

@@ -237,8 +237,10 @@ class RunFolder:
     def _own_pieces(self, sets, copy):
         """
         Return ({'set/name': (shape, first row, rows)} for what this process writes, {name of a
-        weight: the name under which it is written}). A tied weight is written once.
+        weight: the name under which it is written}). A tied weight is written once. Of FSDP's
+        replicas only the first writes its rows.
         """
+        first_replica = self.parallel.rank < self.parallel.shard_size
         first_names = {}
         names = {name: first_names.setdefault(id(t), name) for name, t in sets['model'].items()}
         untied = {name: sets['model'][name] for name in first_names.values()}
@@ -248,8 +250,9 @@ class RunFolder:
             for name, t in tensors.items():
                 shape, t = list(t.shape), t.detach()
                 if hasattr(t, 'to_local'):
-                    first, _ = self.parallel.rows(shape, t)
-                    pieces[f'{kind}/{name}'] = shape, first, to_host(t.to_local(), copy)
+                    if first_replica:
+                        first, _ = self.parallel.rows(shape, t)
+                        pieces[f'{kind}/{name}'] = shape, first, to_host(t.to_local(), copy)
                 elif name in own:
                     pieces[f'{kind}/{name}'] = shape, 0, to_host(t, copy)
         return pieces, names

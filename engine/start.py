@@ -66,7 +66,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
             model_config = GPTConfig.from_settings(config, data_vocab)
-        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+        shards = folder.parallel.shard_size if by_rows(folder) else 1
+        check_weights_fit(model_config, int(os.environ.get('LOCAL_WORLD_SIZE', 1)), shards)
         return model_config, None, None
     if resuming:
         ckpt = load_to_resume(folder, path, console)
@@ -135,7 +136,7 @@ def load_to_resume(folder, path, console):
     one in out_dir to continue that run.
     """
     if path:
-        ckpt = load_checkpoint(path, moments=False)
+        ckpt = load_checkpoint(path, moments=False, weights=not by_rows(folder))
         folder.starts_from(ckpt['path'])
     else:
         ckpt = load_newest(folder, console)
@@ -153,12 +154,17 @@ def load_newest(folder, console):
     """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
     previous = previous_of(folder.path, newest_checkpoint(folder.path))
     try:
-        return load_checkpoint(folder.path, moments=False)
+        return load_checkpoint(folder.path, moments=False, weights=not by_rows(folder))
     except UserError as e:
         if not os.path.exists(previous):
             raise
         console.say(f'WARNING: {e}; using the previous checkpoint')
-        return load_checkpoint(previous, moments=False)
+        return load_checkpoint(previous, moments=False, weights=not by_rows(folder))
+
+
+def by_rows(folder):
+    """Return whether a process needs only its rows of the weights; wrap() makes room for them."""
+    return folder.parallel.mode == 'fsdp'
 
 
 def previous_of(out_dir, newest):

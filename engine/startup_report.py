@@ -91,6 +91,8 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     if settings['eval_only']:
         training, read = f'none, only an evaluation of iteration {iter_num}', ''
     processes = f' x {parallel.world_size}, {MODES[parallel.mode]}' if parallel.distributed else ''
+    if parallel.n_replicas > 1:
+        processes += f' in groups of {parallel.shard_size}'
     summary = {
         'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
@@ -192,7 +194,7 @@ def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype
     device, present = parallel.device, memory(parallel.device)
     try:
         estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
-                                   batches.per_rank, parallel.mode, parallel.world_size, name,
+                                   batches.per_rank, parallel.mode, parallel.shard_size, name,
                                    loss)
     except UserError:  # the micro-batch is too large for any machine
         raise

@@ -217,33 +217,41 @@ def test_bench_profiles(tmp_path):
 
 
 FSDP_TRAFFIC = '''
+import sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from model import GPT, GPTConfig
 dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)
-mesh = dist.init_device_mesh('cpu', (4,))
+sizes = tuple(map(int, sys.argv[1:]))  # (4,), or (2, 2) for two groups of two
+mesh = dist.init_device_mesh('cpu', sizes, mesh_dim_names=('replicate', 'shard')[-len(sizes):])
 model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64, vocab_size=256, block_size=32, bias=False,
                       normalization='rmsnorm'))
 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 for block in model.transformer.h:
     fully_shard(block, mesh=mesh, mp_policy=policy)
 fully_shard(model, mesh=mesh)
-sent = 0
+in_group = between = 0
 class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        global sent
+        global in_group, between
         if str(func).startswith('c10d'):  # a ring sends (n - 1)/n of the whole, which is the larger of input and output
-            sent += max(t.nbytes for t in args if isinstance(t, torch.Tensor)) * 3 / 4
+            whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            if 'allreduce' in str(func):
+                between += 2 * whole * (sizes[0] - 1) / sizes[0]
+            else:
+                in_group += whole * (sizes[-1] - 1) / sizes[-1]
         return func(*args, **(kwargs or {}))
 idx = torch.zeros(2, 32, dtype=torch.long)
 with Count():
-    for _ in range(3):
+    for m in range(3):
+        model.set_requires_all_reduce(m == 2)
         with torch.autocast('cpu', torch.bfloat16):
             loss = model(idx, idx)[1]
         loss.backward()
-print(sent)
+print(between, in_group)
 '''
 
 
@@ -251,12 +259,17 @@ def test_planned_traffic_is_what_torch_sends(tmp_path):
     """A gather too few: counted among 4 ranks of torch's fake process group, 3 micro-batches."""
     sizes = '--n_layer=2 --n_head=4 --n_embd=64 --vocab_size=256 --block_size=32 --normalization=rmsnorm'.split()
     plan = '--plan=4,64 --plan_tflops=0.001 --interconnect_gbps=8 --gradient_accumulation_steps=12'.split()
-    out, result = bench(tmp_path, *sizes, *plan, '--dtype=bfloat16')
-    counted = command('-c', FSDP_TRAFFIC)
-    assert counted.returncode == 0, counted.stderr
+    hybrid = '--fsdp_shard_size=2', '--node_gbps=80'
+    out, result = bench(tmp_path, *sizes, *plan, *hybrid, '--dtype=bfloat16')
+    counted = [command('-c', FSDP_TRAFFIC, *groups) for groups in (['4'], ['2', '2'])]
+    (_, sent), (between, in_group) = (map(float, done.stdout.split()) for done in counted)
     rows = {(row['ranks'], row['mode']): row for row in result['plan']}
     n = 256 * 64 + 32 * 64 + 2 * 12 * 64 ** 2 + 5 * 64
-    assert rows[4, 'fsdp']['micro_batches'] == 3 and rows[4, 'fsdp']['sent'] == float(counted.stdout)
+    assert rows[4, 'fsdp']['micro_batches'] == 3 and rows[4, 'fsdp']['sent'] == sent
+    hybrid = rows[4, 'hybrid']
+    assert (hybrid['sent'], hybrid['sent_in_group']) == (between, in_group)
+    assert hybrid['seconds'][1] - hybrid['seconds'][0] == pytest.approx(between / 1e9 + in_group / 1e10)
+    assert rows[64, 'hybrid']['sizes']['weights'] == rows[4, 'hybrid']['sizes']['weights'] == 4 * n / 2
     ddp = rows[4, 'ddp']
     assert ddp['sent'] == 2 * 4 * n * 3 / 4 and rows[64, 'zero1']['sent'] == 3 * 4 * n * 63 / 64
     low, high = ddp['seconds']

@@ -31,6 +31,7 @@ SHORT = {
     r'bench\.py': '--warmup=0 --repeats=1',
     r'--report=': '--sections=loader',
     r'--find_batch_size=': '--batch_size=1',
+    r'--fsdp_shard_size=': '--fsdp_shard_size=1',
     r'--what=generate': '--prompt_tokens=8 --new_tokens=2',
     r'sample\.py': '--num_samples=2 --max_new_tokens=4',
     r'data/prepare\.py': '--overwrite',

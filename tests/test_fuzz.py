@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import reprlib
 import shutil
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def change_field(content, rng):
     if type(value) is type(holder[last]) and value == holder[last]:
         value = nest()
     holder[last] = value
-    return f'{where} = {value!r:.40}'
+    return f'{where} = {reprlib.repr(value)}'  # which is short, and not as deep as the value
 
 
 def change_json(path, rng):

@@ -24,6 +24,7 @@ from conftest import (
     ROOT,
     children,
     command,
+    flip_bit,
     ids_of,
     llama_json,
     one_line,
@@ -33,10 +34,12 @@ from conftest import (
 )
 from data.documents import KINDS, Item, Kind, find_sources
 from data.loader import Loader, read_meta
+from data.parts import Join, Part
 from data.prepare import Preparation
 from data.tokenizer import get_tokenizer
 
 T = 8  # block_size of the loader tests
+BYTE = '--tokenizer=byte'
 
 
 # the small data sets
@@ -460,6 +463,103 @@ def test_killed_in_the_middle_of_many_processes_it_resumes_and_leaves_none(big, 
     assert not [path for path in stat if path.exists() and 'Z' not in path.read_text().split()[2]]
 
 
+# parts, on several machines
+
+def write_long_and_empty(folder):
+    """Seven files of JSON lines, some of them empty, blank or too long, and one file without any."""
+    folder.mkdir()
+    rows = [['', 'long' * 300, f'{text} {n}'][0 if n % 17 == 0 else 1 if n % 31 == 0 else 2]
+            for n, text in enumerate(DOCUMENTS * 3)]
+    for n in range(6):
+        lines = [json.dumps({'text': text}) for text in rows[n * n * 5:(n + 1) ** 2 * 5]]
+        (folder / f'{n}.jsonl').write_text('\n\n'.join(lines))
+    (folder / '7.jsonl').write_text('\n')
+    return folder
+
+
+INPUTS = {
+    'text files, val by number': (lambda f: write_input(f, 'folder'), ['--tokenizer=char']),
+    'text files, val at their ends': (lambda f: write_input(f, 'folder'), ['--tokenizer=byte', '--val_fraction=0.01']),
+    'lines': (write_long_and_empty, ['--tokenizer=byte', '--max_document_mb=0.001']),
+    'lines, a bpe': (write_long_and_empty, ['--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.04']),
+    'val given': (write_long_and_empty, ['--tokenizer=byte', f'--val_input={ROOT / "README.md"}']),
+}
+
+
+@pytest.mark.parametrize('kind', INPUTS)
+@pytest.mark.parametrize('order', [(1, 2, 3), (3, 1, 2)])
+def test_parts_give_the_bytes_of_one_command(prepare_text, tmp_path, kind, order):
+    """Val depends on how many documents the parts before have; shards end elsewhere; counts are those of one part."""
+    write, flags = INPUTS[kind]
+    if '--tokenizer=bpe' in flags:
+        pytest.importorskip('tokenizers')
+    flags = [f'--input={write(tmp_path / "in")}', '--tokens_per_shard=700', *flags]
+    assert prepare_text(tmp_path / 'whole', *flags).returncode == 0
+    for number in order:
+        done = prepare_text(tmp_path / 'out', *flags, f'--part={number}/3')
+        assert done.returncode == 0 and not shards(tmp_path / 'out'), done.stderr
+    again = prepare_text(tmp_path / 'out', *flags, '--part=2/3')
+    assert again.returncode == 0 and 'nothing to do' in again.stdout
+    done = prepare_text(tmp_path / 'out', *flags, '--join=3')
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / 'out') == shards(tmp_path / 'whole') and len(shards(tmp_path / 'out')) > 4
+    assert (tmp_path / 'out/meta.json').read_bytes() == (tmp_path / 'whole/meta.json').read_bytes()
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'meta.json', *shards(tmp_path / 'whole')}
+    for flag in ('--part=2/3', '--join=3'):
+        assert 'nothing to do' in prepare_text(tmp_path / 'out', *flags, flag).stdout
+
+
+def flip_last_bit(path):
+    path.write_bytes(flip_bit(path.read_bytes(), -1))
+
+
+PART_PROBLEMS = [
+    ('--part=0/3', None, ['--part', 'such as 3/16']),
+    ('--part=4/3', None, ['--part', 'such as 3/16']),
+    ('--part=1/99', None, ['60', '--part=1/99', 'at most 60 parts']),
+    ('--join=2', None, ['1-of-2', 'is missing', '--part=1/2']),
+    ('--join=3', lambda parts: shutil.rmtree(parts / '2-of-3'), ['part 2 of 3', 'is missing', '--part=2/3']),
+    ('--join=3', lambda parts: (parts / '3-of-3/ids_00001.bin').unlink(), ['ids_00001.bin is missing', '--part=3/3']),
+    ('--join=3', lambda parts: flip_last_bit(parts / '3-of-3/ids_00001.bin'), ['ids_00001.bin', 'checksum']),
+    ('--join=3 --val_fraction=0.2', None, ['1-of-3', 'other settings', '--part=1/3']),
+    ('--part=1/3 --val_fraction=0.2', None, ['1-of-3', 'another data set', '--overwrite']),
+]
+
+
+@pytest.mark.parametrize('flags, damage, words', PART_PROBLEMS)
+def test_parts_that_do_not_fit_together_are_one_line(prepare_text, tmp_path, flags, damage, words):
+    """A sixteenth is missing or has other ids, which the loss would show after a week; or the parts are removed."""
+    out, source = tmp_path / 'out', write_input(tmp_path / 'in', 'folder')
+    for number in (1, 2, 3):
+        assert prepare_text(out, source, BYTE, '--tokens_per_shard=300', f'--part={number}/3').returncode == 0
+    if damage:
+        damage(out / 'parts')
+    left = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    refused(prepare_text(out, source, BYTE, '--tokens_per_shard=300', *flags.split()), *words)
+    assert {path: path.read_bytes() for path in out.rglob('*') if path.is_file()} == left
+
+
+def test_a_part_or_join_killed_anywhere_is_finished_by_the_same_command(tmp_path, monkeypatch):
+    """A part loses the place in its index; the join has removed a part that it needs again."""
+    monkeypatch.setattr(os, 'fsync', lambda fd: None)
+    monkeypatch.setattr('data.preparation.BATCH', 300)
+    monkeypatch.setattr('data.parts.TOKENS', 300)
+    sources = find_sources([write_input(tmp_path / 'in', 'folder')], None)[::3]
+    settings = dict(tokens_per_shard=300)
+    Preparation(sources, tmp_path / 'whole', 'char', **settings).run()
+    out = tmp_path / 'out'
+    steps = [lambda number=number: Part(sources, out, 'char', part=(number, 2), **settings).run() for number in (1, 2)]
+    steps.append(lambda: Join(sources, out, 'char', n_parts=2, **settings).run())
+    n = 0
+    while killed_at(n := n + 1, lambda: [step() for step in steps]):
+        for step in steps:
+            step()
+        assert shards(out) == shards(tmp_path / 'whole') and read_meta(out) == read_meta(tmp_path / 'whole'), n
+        assert not (out / 'parts').exists(), n
+        shutil.rmtree(out)
+    assert n > 60
+
+
 # lines, files and states that are not as they should be
 
 def long_lines(form):
@@ -529,7 +629,6 @@ def test_a_damaged_state_is_named(prepare_text, tmp_path, text_file, text, field
 
 # bad input
 
-BYTE = '--tokenizer=byte'
 CUT_GZ = gzip.compress(b'text\n' * 999, mtime=0)[:-9]
 BAD_INPUT = [
     ('empty.txt', b'', [BYTE], ['is empty']),

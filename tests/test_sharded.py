@@ -29,13 +29,14 @@ from conftest import (
 from engine.checkpoint import load_checkpoint, newest_checkpoint
 
 
-@pytest.mark.parametrize('mode', ['zero1', 'fsdp'])
+@pytest.mark.parametrize('mode', ['zero1', 'fsdp', 'hybrid'])
 def test_a_sharded_checkpoint_holds_what_ckpt_pt_would(modes, sharded, tmp_path, mode):
     """A rank's part is lost or put in another place: made into one file, it must equal ckpt.pt bit for bit."""
     out_dir, plain = sharded(mode), modes(mode)[0]
     assert not list(out_dir.glob('*.pt')) and not list(out_dir.glob('*.tmp'))
     files = sorted(path.name for path in (out_dir / 'ckpt_sharded').iterdir())
-    assert files == ['info.pt', 'rank_0000.pt', 'rank_0001.pt']
+    n_processes = 4 if mode == 'hybrid' else 2
+    assert files == ['info.pt', *(f'rank_{rank:04d}.pt' for rank in range(n_processes))]
     succeeded(command('model.py', f'--ckpt={out_dir}', f'--consolidate={tmp_path / "ckpt.pt"}'), 'ckpt_sharded')
     a, b = checkpoint(plain), checkpoint(tmp_path)
     assert_equal_states(a, b)
@@ -55,7 +56,7 @@ def test_sampling_reads_a_sharded_checkpoint(modes, sharded):
     assert from_folder.stdout == from_file.stdout != ''
 
 
-@pytest.mark.parametrize('writer, reader', [('fsdp', 'one'), ('zero1', 'fsdp'), ('fsdp', 'ddp')])
+@pytest.mark.parametrize('writer, reader', [('fsdp', 'one'), ('zero1', 'fsdp'), ('fsdp', 'ddp'), ('hybrid', 'fsdp')])
 def test_a_sharded_checkpoint_resumes_in_every_mode(text_set, modes, sharded, tmp_path, writer, reader):
     """Only as many processes as wrote the parts can read them."""
     out_dir = copy_sharded(sharded(writer), tmp_path)
