@@ -37,7 +37,7 @@ import torch
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
 from data.loader import find_datasets, write_dataset
 from engine import optim
-from engine.common import UserError, optional, printable
+from engine.common import GIB, UserError, optional, printable
 from engine.cost import (
     add_process,
     cache_bytes,
@@ -55,7 +55,6 @@ from model import PRESETS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(HERE, 'train.py')
-GIB = 2 ** 30
 
 
 def settings():

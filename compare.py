@@ -56,7 +56,6 @@ from configurator import (
     coerce,
     configure,
     read_block,
-    suggest_file,
 )
 from engine.common import (
     Locked,
@@ -69,6 +68,7 @@ from engine.common import (
 )
 from engine.compare_report import picture, scaling_report, table
 from engine.grid import ladder, make_cells, make_runs, seeds_of, several
+from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
 from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
@@ -94,11 +94,11 @@ def settings(argv):
     return config, given
 
 
-def convert(name, value, default, kind):
+def convert(name, value, setting):
     """Keys of this script, dataset and out_dir have one value, and may contain a comma."""
     if name in read_block(__file__) or name in ('dataset', 'out_dir'):
-        return coerce(value, default, kind)
-    return several(name, value, default, kind)
+        return coerce(value, setting)
+    return several(name, value, setting)
 
 
 def arguments(argv):
@@ -117,16 +117,14 @@ def arguments(argv):
 # ------------------------------------------------------------------------------------------------
 # plan
 
-def plan(config, given, argv):
+def plan(config, given):
     """Return the list of Runs that the settings ask for."""
     if config['search'] == 1:
         raise UserError('search draws 2 cells or more, not 1')
     block = read_block(TRAIN)
     if config['scaling']:
-        base, _ = settings([f"--scaling={config['scaling']}"])
-        return ladder(config, given, base, block)
-    without_flags, _ = settings([arg for arg in arguments(argv) if not arg.startswith('-')])
-    usual_iters = without_flags['max_iters']
+        return ladder(config, given, block)
+    usual_iters = given.without_flags()['max_iters']
     if isinstance(usual_iters, (list, tuple)):
         usual_iters = max(usual_iters)
     rng = np.random.default_rng(seeds_of(config)[0]) if config['search'] else None
@@ -171,8 +169,8 @@ NOT_A_CHOICE = set('''seed out_dir init_from overwrite wandb_log wandb_project w
 def group_by_config(results):
     """
     Return {cell: Results}. Runs that differ only in their seed are one cell. Its name consists of
-    the keys in which cells differ. If runs have the same config and seed, perhaps because the code
-    was edited between them, every folder is a cell.
+    the keys in which cells differ. If two runs have the same config and seed, perhaps because the
+    code was edited between them, every folder is a cell, which a NOTE says.
     """
     keys = dict.fromkeys(key for result in results for key in result.config)
     shown = []
@@ -185,9 +183,15 @@ def group_by_config(results):
         words = [f'{key}={result.config.get(key)}' for key in shown]
         cell = printable(' '.join(', '.join(words).split())) or 'as configured'  # one line
         groups.setdefault(cell, []).append(result)
-    if any(len({result.config['seed'] for result in group}) < len(group)
-           for group in groups.values()):
-        return {printable(result.folder): [result] for result in results}
+    for group in groups.values():
+        by_seed = {}
+        for result in group:
+            other = by_seed.setdefault(result.config['seed'], result)
+            if other is not result:
+                print(printable(f"NOTE: '{other.folder}' and '{result.folder}' have the same "
+                                'settings and seed, so every folder is a cell of its own, and no '
+                                'seeds are averaged'))
+                return {printable(result.folder): [result] for result in results}
     return groups
 
 
@@ -196,7 +200,7 @@ def group_by_config(results):
 
 def run_study(config, runs):
     """Run what has not finished. Return {cell: Results} and the list of runs that failed."""
-    defaults = {key: setting[0] for key, setting in read_block(TRAIN).items()}
+    defaults = {key: setting.default for key, setting in read_block(TRAIN).items()}
     launcher = Launcher(TRAIN, defaults, *devices_to_use(config))
     failed = (halving if config['search'] else run_all)(runs, launcher)
     groups = {run.cell: [] for run in runs}
@@ -428,7 +432,7 @@ def main(argv):
     if folders:
         groups = read_finished(folders, given)
     else:
-        runs = plan(config, given, argv)
+        runs = plan(config, given)
         check_baseline(config, dict.fromkeys(run.cell for run in runs))
     lock = lock_out_dir(config['out_dir'])
     if runs:

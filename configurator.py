@@ -24,21 +24,19 @@ Override files are code and are executed; nothing else is. Names in them that be
 underscore are private to the file.
 """
 import ast
-import difflib
-import glob
 import io
-import itertools
 import os
 import re
 import sys
-import textwrap
 import tokenize
 import traceback
 import types
 import warnings
 from typing import Literal, NamedTuple, get_args
 
-from engine.common import UserError, reader_may_exit, show_error, terminal_width
+from engine.common import UserError, show_error
+from engine.help import show_help
+from engine.hints import suggest_file, suggest_key, suggestion
 from engine.schema import shown
 
 # Annotations that stand for a range. Python sees an ordinary int or float; read_block() finds the
@@ -47,52 +45,6 @@ PositiveInt = NonNegativeInt = Size = Layers = Seed = int
 PositiveFloat = NonNegativeFloat = Fraction = Share = OpenFraction = LogitScale = float
 
 ON_COMMAND_LINE = 'on the command line'  # where a flag was set, in `given`
-CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-
-# The settings of train.py that people use most, which --help shows; --help=all shows the rest too.
-COMMON = """
-    out_dir eval_interval init_from verbose
-    dataset gradient_accumulation_steps batch_size block_size
-    arch_preset n_layer n_head n_embd dropout
-    optimizer learning_rate max_iters epochs
-    device compile use_fsdp
-""".split()
-
-# {a setting here: its names in other trainers}, for hints. Near misses need no line of their own.
-OTHER_NAMES = {
-    'n_layer': 'num_layers num_hidden_layers depth',
-    'n_head': 'num_heads num_attention_heads',
-    'n_kv_head': 'num_key_value_heads',
-    'n_embd': 'd_model hidden_size hidden_dim embed_dim dim',
-    'd_ff': 'intermediate_size ffn_dim',
-    'block_size': 'context_length max_position_embeddings seq_len max_seq_len sequence_length',
-    'norm_eps': 'layer_norm_epsilon eps',
-    'weight_tying': 'tie_weights tie_embeddings tie_word_embeddings',
-    'activation_checkpointing': 'gradient_checkpointing use_gradient_checkpointing',
-    'learning_rate': 'lr lr_max max_lr peak_lr',
-    'min_lr': 'lr_min min_learning_rate',
-    'warmup_iters': 'warmup warmup_steps',
-    'lr_decay_iters': 'cosine_cycle_iters',
-    'max_iters': 'steps num_steps max_steps total_steps train_steps num_iterations',
-    'beta1': 'adam_beta1',
-    'beta2': 'adam_beta2',
-    'grad_clip': 'clip_grad max_grad_norm max_l2_norm',
-    'gradient_accumulation_steps': 'grad_accum grad_accum_steps',
-    'batch_size': 'per_device_train_batch_size',
-    'dtype': 'precision mixed_precision torch_dtype use_amp amp_dtype',
-    'use_fsdp': 'fsdp',
-    'dataset': 'data data_dir data_path input_file dataset_dir',
-    'dataset, prepared by data/prepare.py --tokenizer=NAME': 'tokenization',
-    'init_from': 'init_from_model',
-    'out_dir': 'output_dir save_dir checkpoint_dir model_name',
-    'eval_interval': 'eval_every eval_steps',
-    'save_interval': 'save_every save_steps',
-    'wandb_log': 'wandb use_wandb',
-    'init_from=resume, with the out_dir of the run': 'resume resume_from resume_from_checkpoint',
-    'epochs': 'num_epochs num_train_epochs',
-    'sample_start': 'prompt eval_prompts_file',  # of train.py
-    'start': 'prompt',  # of sample.py
-}
 
 # {annotation: (words, whether a number is inside)}. Every number has a range. The limits keep
 # products and float32 from overflowing; no machine needs more. NaN is inside none of them.
@@ -118,6 +70,17 @@ class Setting(NamedTuple):
     comment: str
     range: str  # a key of RANGES, or '' if it is not a number
     group: str  # the comment line that begins its group, or ''
+
+    def choices(self):
+        """Return the members of a Literal or a union: values, and types that allow any value."""
+        return [choice for part in get_args(self.kind) for choice in get_args(part) or [part]]
+
+    def expected(self):
+        """Say which values it may have."""
+        if self.kind is bool:
+            return 'True or False'
+        parts = self.choices() or [self.kind]
+        return ' | '.join(getattr(part, '__name__', repr(part)) for part in parts)
 
 
 def read_block(script):
@@ -179,33 +142,21 @@ def evaluate(expression):
                         f"setting with a plain value, which '{text}' is not ({e})") from e
 
 
-def coerce(value, default, kind):
+def coerce(value, setting):
     """
-    Return `value` as type `kind`. An int is accepted for a float, and None if the default is None.
-    ValueError says what was expected.
+    Return `value` as the type of a setting. An int is accepted for a float, and None if the default
+    is None. ValueError says what was expected.
     """
-    if value is None and default is None or type(value) is kind:
+    if value is None and setting.default is None or type(value) is setting.kind:
         return value
-    if kind is float and type(value) is int:
+    if setting.kind is float and type(value) is int:
         if abs(value) >= 2 ** 1023:
             raise ValueError('a smaller number')
         return float(value)
-    for choice in choices(kind):
+    for choice in setting.choices():
         if choice is type(value) or type(choice) is type(value) and choice == value:
             return value
-    raise ValueError(describe(kind))
-
-
-def choices(kind):
-    """Return the members of a Literal or a union: values, and types that allow any value."""
-    return [choice for part in get_args(kind) for choice in get_args(part) or [part]]
-
-
-def describe(kind):
-    if kind is bool:
-        return 'True or False'
-    parts = choices(kind) or [kind]
-    return ' | '.join(getattr(part, '__name__', repr(part)) for part in parts)
+    raise ValueError(setting.expected())
 
 
 def check_range(name, where, value, setting):
@@ -225,7 +176,7 @@ def check_value(script, name, value, where):
     """Return a value from elsewhere, a checkpoint say, as the type of a script's setting."""
     setting = read_block(script)[name]
     try:
-        value = coerce(value, setting.default, setting.kind)
+        value = coerce(value, setting)
     except ValueError as expected:
         raise UserError(f'{name} {where} must be {expected}, not {shown(value)}') from None
     check_range(name, where, value, setting)
@@ -245,48 +196,38 @@ def parse(text, kind):
     return value
 
 
-def suggestion(text, known):
-    """Return the known word nearest to `text`, as a question; '' if none is near."""
-    match = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
-    return f"; did you mean '{match[0]}'?" if match else ''
-
-
-def suggest_key(name, settings):
-    """Return a hint at the setting that `name` stands for, or at --help."""
-    name = name.strip('-').replace('-', '_')
-    for ours, others in OTHER_NAMES.items():
-        if name in others.split() and re.match(r'\w+', ours)[0] in settings:
-            return f'; use {ours}'
-    every = f"; 'python {sys.argv[0]} --help=all' lists every key"
-    return suggestion(name, settings) or every
-
-
-def suggest_file(path):
+class Given(dict):
     """
-    Return the config file whose name is nearest to that of `path`, with or without .py, as a
-    question. It may be in the folder of `path` or in config/.
+    {name: where} of the settings that were set. `history` is {name: [(value, where)]} of all
+    settings: every value that they had in turn, the default first.
     """
-    found = {}
-    for folder in os.path.relpath(CONFIG), os.path.dirname(path):
-        for file in glob.glob(os.path.join(glob.escape(folder), '*.py')):
-            found[stem(file)] = file
-    match = difflib.get_close_matches(stem(path), found, n=1, cutoff=0.7)
-    return f"; did you mean '{found[match[0]]}'?" if match else ''
+    def __init__(self, defaults):
+        super().__init__()
+        self.history = {name: [(value, 'by default')] for name, value in defaults.items()}
 
+    def put(self, name, value, where):
+        self[name] = where
+        self.history[name].append((value, where))
 
-def stem(path):
-    return os.path.basename(path).removesuffix('.py')
+    def flags(self):
+        """Return the settings that were set on the command line."""
+        return {name for name, where in self.items() if where == ON_COMMAND_LINE}
+
+    def without_flags(self):
+        """Return {name: value} of all settings after the override files and before the flags."""
+        return {name: [value for value, where in values if where != ON_COMMAND_LINE][-1]
+                for name, values in self.history.items()}
 
 
 def configure(script, *also, argv=None, convert=None):
     """
     Return (config, given): the settings of `script` after override files and flags. config is
-    {name: value} for every key, given is {name: where} for those that were set. Scripts in `also`
-    add the keys that `script` does not have itself.
+    {name: value} for every key, given is a Given. Scripts in `also` add the keys that `script` does
+    not have itself.
 
     Any mistake raises UserError, which sys.excepthook shows as one line. --help prints settings and
-    exits. convert(name, value, default, kind) returns the value to store, or raises ValueError with
-    what was expected; the default is coerce().
+    exits. convert(name, value, setting) returns the value to store, or raises ValueError with what
+    was expected; the default is coerce().
     """
     if argv is None:  # the script's own command line
         sys.excepthook = show_error
@@ -301,25 +242,25 @@ def configure(script, *also, argv=None, convert=None):
         if flag in ('-h', '--help'):
             show_help(script, own, settings, group)
             raise SystemExit(0)
-    convert = convert or (lambda name, *rest: coerce(*rest))
+    convert = convert or (lambda name, value, setting: coerce(value, setting))
     config = {name: setting.default for name, setting in settings.items()}
-    given = {}
+    given = Given(config)
 
     def put(name, value, where):
         if name not in settings:
             raise UserError(f"unknown key '{name}' {where}{suggest_key(name, settings)}")
         setting = settings[name]
         try:
-            config[name] = convert(name, value, setting.default, setting.kind)
+            config[name] = convert(name, value, setting)
         except ValueError as expected:
             word = value if isinstance(value, str) else shown(value)
-            hint = suggestion(word, map(str, choices(setting.kind)))
+            hint = suggestion(word, map(str, setting.choices()))
             if isinstance(value, (list, tuple)):
                 hint += '; several values are for compare.py'
             message = f'{name} {where} must be {expected}, not {shown(value)}{hint}'
             raise UserError(message) from None
         check_range(name, where, config[name], setting)
-        given[name] = where
+        given.put(name, config[name], where)
 
     files, flags = split_arguments(argv, settings)
     for path in files:
@@ -351,7 +292,7 @@ def malformed(arg, following, settings):
     name, equals, _ = arg.strip('-').partition('=')
     setting = settings.get(name)
     hint = '' if setting else suggest_key(name, settings)
-    takes_true = setting and (setting.kind is bool or True in choices(setting.kind))
+    takes_true = setting and (setting.kind is bool or True in setting.choices())
     if takes_true and following not in ('True', 'False'):
         hint = f', as in --{name}=True'
     elif arg.startswith('--') and not equals and not following.startswith('-'):
@@ -384,76 +325,3 @@ def run_file(path, config):
         if name in assigned or name not in config or value is not config[name]:
             changes[name] = value
     return changes
-
-
-# -------------------------------------------------------------------------------------------------
-# --help
-
-def show_help(script, own, settings, asked):
-    """
-    Print the settings that people use most. `asked` is the value of --help: '', a group, or 'all'.
-    """
-    groups = list(dict.fromkeys(group_name(s) for s in settings.values() if s.group))
-    if asked in groups:
-        names = [name for name, s in settings.items() if group_name(s) == asked]
-    elif asked == 'all':
-        names = list(settings)
-    elif asked == '':
-        names = [name for name, s in settings.items() if name in COMMON or not s.group]
-    else:
-        raise UserError(f"--help={asked}: there is no such group; choose from "
-                        f"{', '.join(['all', *groups])}")
-    width = terminal_width()
-    texts = []
-    if asked not in groups:
-        texts += introduction(script, asked == 'all', width)
-    texts += sections({name: own[name] for name in names if name in own}, width)
-    others = {name: settings[name] for name in names if name not in own}
-    if others:
-        texts += ['Settings of train.py, which override files may set:']
-        texts += sections(others, width)
-    if len(names) < len(settings):
-        more = (f'--help=all shows all {len(settings)} settings, --help=GROUP those of a group: '
-                f"{', '.join(groups)}")
-        texts += [textwrap.fill(more, width)]
-    with reader_may_exit():
-        print('\n\n'.join(texts))
-
-
-def group_name(setting):
-    return setting.group.partition(':')[0]
-
-
-def introduction(script, whole, width):
-    """
-    Return the paragraphs of a script's docstring and its usage. Without `whole`, only the first
-    paragraph and the launch lines, which are indented.
-    """
-    with tokenize.open(script) as f:
-        docstring = ast.get_docstring(ast.parse(f.read())) or ''
-    first, *rest = docstring.split('\n\n')
-    if not whole:
-        rest = itertools.takewhile(lambda paragraph: paragraph.startswith(' '), rest)
-    texts = [text if text.startswith(' ') else textwrap.fill(text, width)
-             for text in (first, *rest)]
-    program = os.path.basename(sys.argv[0])
-    return texts + [f'usage: python {program} [override_file.py ...] [--key=value ...]']
-
-
-def sections(settings, width):
-    """Return one text per group: its heading, and its settings in the order of the block."""
-    texts = []
-    for group, items in itertools.groupby(settings.items(), key=lambda item: item[1].group):
-        lines = [help_line(*item, width) for item in items]
-        texts.append('\n'.join([group, *lines] if group else lines))
-    return texts
-
-
-def help_line(name, setting, width):
-    kind = describe(setting.kind)
-    text = setting.comment or kind
-    if setting.comment and choices(setting.kind):
-        text += f' ({kind})'
-    key = f'  --{name}={setting.default!r}'
-    return textwrap.fill(text, width, initial_indent=f'{key:<36} ', subsequent_indent=' ' * 37,
-                         break_long_words=False, break_on_hyphens=False)

@@ -13,7 +13,7 @@ ckpt_prev.pt (the one before, used if ckpt.pt is damaged), ckpt_000500.pt and so
 --keep_interval), lock (held while it runs) and run_YYYYMMDD_HHMMSS.json (everything measured). With
 --init_from=auto the same command starts or resumes a run.
 """
-import contextlib
+import functools
 import math
 import os
 import signal
@@ -44,13 +44,17 @@ from configurator import (
 )
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
-from engine.checkpoint import State, is_ours, restore_optimizer, restore_tensors, restore_weights
-from engine.common import StopSignal, UserError
+from engine.batch_size import auto_batch_size
+from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
+from engine.checks import check_doc_mask, check_settings
+from engine.common import StopSignal
 from engine.compile import compile_model
 from engine.console import Console
+from engine.datasets import load_split, load_tokenizer, prepare_data, read_metas
 from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
+from engine.run_log import RunLog, numbers_in
 from engine.schedule import schedule
 from engine.startup_report import measure_costs, say_startup, startup_report
 
@@ -167,63 +171,55 @@ stop = StopSignal('finishing this iteration and saving; a signal after 2 more se
 if eval_only:  # the data set and batch size come from the checkpoint unless given
     config.update(start.settings_of_run(__file__, config, given))
     globals().update(config)
-for note in start.check_settings(config, given, parallel):
+for note in check_settings(config, given, parallel):
     console.say(note)
 device, dtype = machine.pick_device(parallel.own_device(device), dtype)
-if not eval_only:
-    start.check_accumulation(config, parallel.world_size)
-if device.type == 'cpu':
-    machine.keep_freed_memory()
-if device.type == 'cuda':
-    device = torch.device('cuda', device.index or 0)
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision('high')  # TF32, as in nanoGPT
-machine.skip_dynamo_imports()
+machine.prepare_to_train(device)
 parallel.connect(device, backend)
 config.update(device=str(device), dtype=dtype)
+autocast = functools.partial(machine.autocast, device, dtype)  # for forward passes
 
 # set-up: data
 data_sets = find_datasets(dataset)
-for name, _, folder in data_sets:
-    start.prepare_data(name, str(folder), config['vocab_size'], console, parallel)
+prepare_data(data_sets, config['vocab_size'], console, parallel)
 run_folder = RunFolder(out_dir, sharded_checkpoint, parallel)
 run_folder.lock()
-meta = start.read_metas(data_sets)
-tokenizer = start.load_tokenizer(meta, console, parallel)
+meta = read_metas(data_sets)
+tokenizer = load_tokenizer(meta, console, parallel)
 data_vocab = meta.get('vocab_size') if meta else 50257  # no meta.json: GPT-2's ids
-if doc_mask and getattr(tokenizer, 'eot', None) is None:
-    raise UserError('doc_mask needs an end-of-text token between documents, and the tokenizer of '
-                    f"data set '{dataset}' has none")
+check_doc_mask(config, tokenizer)
 
 # set-up: the model's config, and its weights unless they are new
 model_config, raw_model, loaded = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
 model_config.doc_mask_token = tokenizer.eot if doc_mask else None
-state = State() if loaded is None else State.from_dict(loaded)
-if not parallel.all_equal(-1 if loaded is None else state.iter_num):
-    raise UserError('processes found different checkpoints (this one: iteration '
-                    f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes share")
+state = start.starting_state(loaded, out_dir, parallel)
 if batch_size == 'auto':
-    batch_size, gradient_accumulation_steps = start.auto_batch_size(
-        __file__, config, model_config, loaded, console, parallel)
+    batch_size, gradient_accumulation_steps = auto_batch_size(
+        __file__, config, given, model_config, loaded, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 resuming = loaded is not None and not eval_only
-if resuming and (changed := start.changed_data(loaded, config)):
-    console.say(f'NOTE: resumed with {changed}: from here on the data is read otherwise, and some '
-                'windows may be read twice')
+if resuming:
+    start.say_changed_data(loaded, config, console)
 
-# set-up: data loaders
-train_loader = start.load_split('train', data_sets, model_config, device, seed=seed)
-# evaluations read the same windows in every run, whatever its seed
-eval_loaders = {split: start.load_split(split, data_sets, model_config, device, seed=0, shift=False)
-                for split in ('train', 'val')}
+# set-up: data loaders; evaluations read the same windows in every run, whatever its seed
+train_loader = load_split('train', data_sets, model_config, device, seed=seed)
+id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
+splits = {}
+for split in ('train', 'val'):
+    loader = load_split(split, data_sets, model_config, device, seed=0, shift=False)
+    splits[split] = Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
+# --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
+limited = given.get('eval_iters') in (ON_COMMAND_LINE, given.get('eval_only'))
+if eval_only and not limited:
+    splits['val'].n = splits['val'].loader.n_windows
 
 # set-up: how long to train
 config.update(schedule(__file__, config, given, data_sets, train_loader, console))
 max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
 warmup_iters = config['warmup_iters']
-if resuming and (changed := start.changed_schedule(loaded, config)):
-    console.say(f'NOTE: resumed with {changed}: the learning rate may jump here')
+if resuming:
+    start.say_changed_schedule(loaded, config, console)
 if resuming and state.last_eval_iter == state.iter_num >= max_iters:
     console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do; a higher --max_iters trains on')
@@ -261,15 +257,9 @@ if loaded is not None:
         compile = loaded['config'].get('compile', compile)
 del loaded  # free its memory
 
-# set-up: batches and evaluation
+# set-up: batches, and the prompt of the samples
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
                        parallel.world_size, state.iter_num)
-id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
-splits = {split: Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
-          for split, loader in eval_loaders.items()}
-# --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
-if eval_only and given.get('eval_iters') not in (ON_COMMAND_LINE, given.get('eval_only')):
-    splits['val'].n = eval_loaders['val'].n_windows
 if sample_interval and tokenizer:
     prompt = sample_prompt(sample_start, tokenizer, splits['val'], model_config.vocab_size)
 
@@ -277,23 +267,16 @@ if sample_interval and tokenizer:
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
                       state.iter_num, compile, parallel, console)
 compiled = config['compile'] = costs.compiled
-startup = startup_report(config, costs, raw_model, opt, batches, splits, data_sets, train_loader,
-                         tokenizer, state.iter_num, parallel)
-say_startup(startup, costs, out_dir, verbose, console)
+summary, details = startup_report(config, costs, raw_model, opt, batches, splits, data_sets,
+                                  train_loader, tokenizer, state.iter_num, parallel)
+say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs
-run_log = report.RunLog(out_dir, config, startup | costs.as_numbers(raw_model), state,
+run_log = RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model), state,
                         costs.tokens_per_iter, console)
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
                                           verbose)
-
-
-def autocast():
-    """Return the context of forward passes: torch.autocast to dtype, or nothing for float32."""
-    if dtype == 'float32':
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 def get_lr(it):
@@ -469,7 +452,7 @@ while True:
         if not all(math.isfinite(values['loss']) for values in evaluated.values()):
             run_log.not_finite('train or val loss')
             break
-        losses = {split: report.numbers_in(values) for split, values in evaluated.items()}
+        losses = {split: numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
         report_evaluation(evaluated, best, lr)
         save = save or best or always_save_checkpoint

@@ -11,8 +11,12 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of the scripts
+GIB = 2 ** 30
 
 
 class UserError(ValueError):
@@ -236,6 +240,12 @@ def end_with_parent():
     if sys.platform == 'linux':
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_script(script, *flags):
+    """Run a Python script, which ends when this process does. Return its exit status."""
+    command = [sys.executable, script, *flags]
+    return subprocess.run(command, preexec_fn=end_with_parent).returncode
 
 
 class StopSignal:

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from engine.common import GIB
 from engine.run_report import markdown_table, save_picture
 from engine.statistics import fit_power_law
 from engine.study import AXES
@@ -37,7 +38,7 @@ def table_line(row, baseline, confidence):
         f"{row['flops_per_token'] / 1e6:,.4g}",
         f"{row['tokens_per_sec']:,.0f}",
         '-' if row['peak_source'].startswith('measured') else f"{row['mfu_percent']:.1f}%",
-        f"{row['peak_bytes'] / 2**30:.2f} GiB",
+        f"{row['peak_bytes'] / GIB:.2f} GiB",
         plus_minus(row['val_loss'], row['interval']),
         differences['end'],
         by_seed,

@@ -23,12 +23,21 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import PositiveInt, Share, configure
 from data.loader import prepare_facts, read_meta
-from engine.common import UserError, duration, first_line, printable, replacing, user_errors
+from engine.common import (
+    GIB,
+    ROOT,
+    UserError,
+    duration,
+    first_line,
+    printable,
+    replacing,
+    user_errors,
+)
 from engine.machine import (
     DATASHEETS,
     FLOAT16_ONLY,
-    GIB,
     USABLE_MEMORY,
+    autocast,
     check_memory,
     datasheet_peak,
     find_gpu,
@@ -41,7 +50,6 @@ from engine.parallel import MODES
 from engine.schema import shown
 from model import GPT, GPTConfig
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TRAIN = os.path.join(ROOT, 'train.py')
 
 
@@ -136,16 +144,13 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
     """
     Run the forward and backward passes of a step. Return (model, bytes of its weights, peak bytes).
     """
-    autocast = contextlib.nullcontext()
-    if dtype != 'float32':
-        autocast = torch.autocast(device.type, getattr(torch, dtype))
     fake = fake_tensors(config, batch_size, dtype, device)
     with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
         weights = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         for _ in range(min(accumulation, 2)):  # gradients exist during a second forward pass
-            with autocast:
+            with autocast(device, dtype):
                 value = loss(model, idx, idx)
             value.backward()
     return model, weights, live.peak
@@ -236,7 +241,7 @@ def describe(model, settings, device, dtype, gpu=''):
     title, sizes = training_memory(model, settings, device, dtype, gpu)
     lines += size_lines(title, sizes)
     if gpu:
-        lines += gpu_lines(model, settings, dtype, device, gpu)
+        lines += gpu_lines(model, settings, dtype, device, gpu, sizes)
     lines += sampling_memory_lines(model)
     return printable('\n'.join(lines))
 
@@ -293,17 +298,20 @@ def whole_batch_size(settings):
     return batch_size
 
 
-def gpu_lines(model, settings, dtype, device, gpu):
+def gpu_lines(model, settings, dtype, device, gpu, on_one):
     """
     Tell whether a training step fits GPUs of a kind, `gpus` of them in settings, and how long it
-    takes at the MFU in settings.
+    takes at the MFU in settings. `on_one` is {part: bytes} of the step on one GPU.
     """
     n, gib, peak = settings['gpus'], DATASHEETS[gpu][1], datasheet_peak(gpu, dtype)
     lines = [f'on {n} x {gpu}, by the datasheet']
     for mode, name in MODES.items():
-        if (mode == 'none') == (n == 1):
+        if (mode == 'none') != (n == 1):
+            continue
+        sizes = on_one
+        if n > 1:
             sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
-            lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
+        lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
     mfu, max_iters = settings['mfu'], settings['max_iters']

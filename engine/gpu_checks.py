@@ -9,9 +9,9 @@ import os
 import shutil
 from typing import NamedTuple
 
-from engine.common import UserError
+from engine.common import ROOT, UserError
 from engine.machine_commands import START, run_log, train_flags
-from engine.machine_rows import ROOT, Row, command_line, run
+from engine.machine_rows import Row, command_line, run
 
 ITERS = 10
 SIZE = (

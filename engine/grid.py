@@ -13,7 +13,7 @@ from typing import NamedTuple
 from configurator import ON_COMMAND_LINE, coerce
 from data.loader import find_datasets, prepare_facts, read_meta
 from engine.common import UserError
-from engine.schedule import fit_schedule, flags_in, schedule_note
+from engine.schedule import fit_schedule, schedule_note
 from engine.study import Run
 
 
@@ -33,16 +33,16 @@ class Range(NamedTuple):
         return round(value) if isinstance(self.low, int) else float(f'{value:.4g}')
 
 
-def several(name, value, default, kind):
+def several(name, value, setting):
     """
     Convert a key's value like configurator.coerce(), but 'a,b' or (a, b) becomes a list, and
     'low..high' a Range.
     """
     def one(text):
-        if kind is str:
-            return coerce(None if text == 'None' else text, default, kind)
-        return coerce(literal(text), default, kind)
-    if isinstance(value, str) and '..' in value and kind is not str and name != 'seed':
+        if setting.kind is str:
+            return coerce(None if text == 'None' else text, setting)
+        return coerce(literal(text), setting)
+    if isinstance(value, str) and '..' in value and setting.kind is not str and name != 'seed':
         low, _, high = value.partition('..')
         found = Range(one(low), one(high))
         if isinstance(found.low, bool) or not found.low < found.high:
@@ -102,7 +102,7 @@ def check_named_cells(named, axes, given, block):
             if key in axes or given.get(key) == ON_COMMAND_LINE:
                 raise UserError(f"cell '{name}' sets {key} itself, so --{key} has no effect there")
             try:
-                own[key] = coerce(value, *block[key][:2])
+                own[key] = coerce(value, block[key])
             except ValueError as expected:
                 message = f"cell '{name}': {key} must be {expected}, not {value!r}"
                 raise UserError(message) from None
@@ -136,7 +136,7 @@ def make_runs(config, given, block, cells, usual_iters=0):
         for cell, own in cells.items():
             chosen = shared | own | {'seed': seed}
             # here, because halving starts runs with a smaller max_iters and the same schedule
-            flags = flags_in(given) | own.keys()
+            flags = given.flags() | own.keys()
             fitted = fit_schedule(config | chosen, flags, usual_iters)
             notes.append(schedule_note(config | chosen, fitted))
             chosen |= fitted
@@ -176,13 +176,17 @@ def match_windows(cell, chosen, config, expected):
     return expected
 
 
-def ladder(config, given, base, block):
+def ladder(config, given, block):
     """
-    Return the Runs of a ladder of widths. Heads keep their size and d_ff its proportion, as in
-    `base`, the settings of the config file alone. tokens_per_param determines the number of
-    iterations.
+    Return the Runs of a ladder of widths. Heads keep their size and d_ff its proportion, as in the
+    config file without flags. tokens_per_param determines the number of iterations.
     """
     from engine.cost import meta_model
+    base = given.without_flags()
+    for key in ('n_embd', 'n_head'):
+        if not isinstance(base[key], int):
+            raise UserError(f"'{config['scaling']}' must have one {key}, whose proportions the "
+                            'ladder keeps; widths are a flag, as in --n_embd=64,96,128')
     head_dim = base['n_embd'] // base['n_head']
     widths = ladder_widths(config, given, base['n_head'], head_dim)
     vocab_size = known_vocab_size(config)

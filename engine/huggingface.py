@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from data.tokenizer import BYTE_CHARS, find_tokenizer, get_tokenizer, to_hugging_face
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import checkpoints_in, is_sharded, load_checkpoint, no_checkpoint
 from engine.common import UserError, first_line, optional
 from engine.families import (
     ACTIVATIONS,
@@ -52,19 +52,30 @@ def load_weights(name, block_size=None):
     Load the checkpoint that init_from names: a run, a checkpoint file, a Hugging Face folder or a
     hub id.
     """
-    exists = os.path.exists(name)
-    if exists:
-        pretrained = os.path.exists(os.path.join(name, 'config.json'))
-    else:
-        gpt2 = r'(distil)?gpt2|gpt2-(medium|large|xl)'
-        hub_id = re.fullmatch(rf'{gpt2}|[\w.-]+/[\w.-]+', name)
-        pretrained = hub_id and not name.endswith('.pt')
-    if pretrained:
+    check_weights_exist(name)
+    if is_pretrained(name):
         return load_pretrained(name, block_size)
-    if not exists:
+    return load_checkpoint(name)
+
+
+def is_pretrained(name):
+    """Return whether a name is a Hugging Face folder or, if nothing here has it, a hub id."""
+    if os.path.exists(name):
+        return os.path.exists(os.path.join(name, 'config.json'))
+    gpt2 = r'(distil)?gpt2|gpt2-(medium|large|xl)'
+    hub_id = re.fullmatch(rf'{gpt2}|[\w.-]+/[\w.-]+', name)
+    return bool(hub_id) and not name.endswith('.pt')
+
+
+def check_weights_exist(name):
+    """Raise UserError if load_weights(name) would find nothing here and `name` is no hub id."""
+    if is_pretrained(name):
+        return
+    if not os.path.exists(name):
         raise UserError(f"no checkpoint at '{name}', and it is neither 'resume', a Hugging Face "
                         'folder nor a hub id such as gpt2')
-    return load_checkpoint(name)
+    if os.path.isdir(name) and not is_sharded(name) and not checkpoints_in(name):
+        raise UserError(no_checkpoint(os.path.join(name, 'ckpt.pt')))
 
 
 def from_pretrained(name, dtype, overrides):

@@ -12,25 +12,24 @@ import time
 
 import torch
 
-from engine.common import UserError, first_line, out_of_memory
-
-GIB = 2 ** 30
+from engine.common import GIB, UserError, first_line, out_of_memory
 
 
 def pick_device(device='auto', dtype='auto'):
     """Return (torch.device, dtype name). 'auto' picks the fastest that this machine has."""
     if device == 'auto':
         device = fastest_device()
+    remedy = '--device=auto chooses the fastest available'
+    if not re.fullmatch(r'(cuda|mps|cpu)(:\d+)?', str(device)):
+        raise UserError(f"device '{device}' is none of cuda, mps and cpu; {remedy}")
     try:
-        if not re.fullmatch(r'(cuda|mps|cpu)(:\d+)?', str(device)):
-            raise RuntimeError('it is none of cuda, mps and cpu')
         device = torch.device(device)
         torch.empty(0, device=device)
         if device.type == 'cuda':
             device = torch.device('cuda', device.index or 0)  # torch.cuda.set_device needs it
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f"device '{device}' is not available here: {first_line(e)[:120]}; "
-                        '--device=auto chooses the fastest available') from e
+                        f'{remedy}') from e
     if dtype == 'auto':
         dtype = fastest_dtype(device)
     return device, dtype
@@ -318,6 +317,23 @@ def never_compiled(function):
     original = inspect.unwrap(function)
     original.__dynamo_disable = original
     return function
+
+
+def prepare_to_train(device):
+    """Set up this process for training on a device."""
+    skip_dynamo_imports()
+    if device.type == 'cpu':
+        keep_freed_memory()
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32, as in nanoGPT
+
+
+def autocast(device, dtype):
+    """Return the context of forward passes: torch.autocast to dtype, or nothing for float32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 def skip_dynamo_imports():

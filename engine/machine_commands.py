@@ -10,9 +10,10 @@ import statistics
 import torch
 
 from configurator import configure, read_block
+from engine.common import GIB, ROOT
 from engine.cost import TRAIN, add_process, memory_estimate, meta_model
-from engine.machine import GIB, free_memory
-from engine.machine_rows import ROOT, Row, command_line, run, spread
+from engine.machine import free_memory
+from engine.machine_rows import Row, command_line, run, spread
 from model import GPTConfig
 
 BENCH = os.path.join(ROOT, 'bench.py')

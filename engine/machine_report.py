@@ -8,9 +8,9 @@ import statistics
 
 import torch
 
-from engine.common import UserError
+from engine.common import GIB, ROOT, UserError
 from engine.gpu_checks import failed_checks, gpu_checks
-from engine.machine import GIB, copy_times, machine_facts, matmul_times, peak_flops
+from engine.machine import copy_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (
     FEW,
     START,
@@ -26,7 +26,7 @@ from engine.machine_commands import (
     train_row,
 )
 from engine.machine_pictures import draw_pictures
-from engine.machine_rows import ROOT, Report, Row, command_line, measure_rows, spread, write
+from engine.machine_rows import Report, Row, command_line, measure_rows, spread, write
 
 QUICK, LARGE = 'config/preset_quick_test.py', 'config/full_gpt2_124m.py'
 PRESETS = (QUICK, 'config/preset_small.py', LARGE, 'config/preset_350m.py',

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.common import UserError, end_with_parent, printable, replacing
+from engine.common import ROOT, UserError, end_with_parent, printable, replacing
 from engine.run_report import markdown_table
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class Row(NamedTuple):

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from engine.common import optional
+from engine.common import GIB, optional
 from engine.cost import memory_estimate
-from engine.machine import GIB, free_memory
+from engine.machine import free_memory
 from engine.side import Side
 from model import GPT
 

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from engine.common import duration, printable, replacing
+from engine.common import GIB, duration, printable, replacing
 
 BLOCKS = '▁▂▃▄▅▆▇█'
 
@@ -160,7 +160,7 @@ def cost_table(result, costs):
         ['tokens', f'{last.tokens:,}'],
         ['FLOPs', f'{million:,.4g} million per token, {last.flops:.3g} in all'],
         ['speed', f"{costs['tokens_per_sec']:,.0f} tokens/s"],
-        ['peak memory', f"{costs['peak_bytes'] / 2**30:.2f} GiB"],
+        ['peak memory', f"{costs['peak_bytes'] / GIB:.2f} GiB"],
         ['time', f"{duration(costs['seconds'])}, without evaluations"],
         ['device', result.startup_info['device'].replace('|', '\\|')]])
 

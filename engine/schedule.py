@@ -1,8 +1,7 @@
 """How long a run trains, and the learning rate schedule that goes with it."""
 import math
-import sys
 
-from configurator import ON_COMMAND_LINE, check_value, configure
+from configurator import check_value
 
 
 def schedule(script, config, given, data_sets, train_loader, console):
@@ -12,26 +11,20 @@ def schedule(script, config, given, data_sets, train_loader, console):
     """
     tokens_per_iter = (config['batch_size'] * config['gradient_accumulation_steps']
                        * train_loader.block_size)
-    flags = flags_in(given)
+    flags = given.flags()
     if config['epochs'] and 'max_iters' not in flags:
         max_iters = max(1, math.ceil(config['epochs'] * train_loader.n_tokens / tokens_per_iter))
         max_iters = check_value(script, 'max_iters', max_iters, f"of epochs={config['epochs']:g}")
         config = config | {'max_iters': max_iters}
-        if 'epochs' in flags:
+        if 'epochs' in flags:  # as if --max_iters had been given
             flags.add('max_iters')
-    files = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
-    fitted = fit_schedule(config, flags, configure(script, argv=files)[0]['max_iters'])
+    fitted = fit_schedule(config, flags, usual_iters=given.without_flags()['max_iters'])
     if not config['eval_only']:
         notes = [schedule_note(config, fitted)]
         notes += epochs_notes(data_sets, train_loader, config['max_iters'] * tokens_per_iter)
         for note in filter(None, notes):
             console.say(note)
     return {'max_iters': config['max_iters']} | fitted
-
-
-def flags_in(given):
-    """Return the keys that were set on the command line."""
-    return {key for key, where in given.items() if where == ON_COMMAND_LINE}
 
 
 def fit_schedule(config, flags, usual_iters):

@@ -1,137 +1,23 @@
-"""
-Start a run: check the settings, prepare the data, and provide a model that is new, another run's,
-or resumed.
-"""
-import glob
-import json
-import math
+"""Where a run starts: a new model, the weights of another run, or a checkpoint to resume."""
 import os
-import shlex
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, fields
 
-from configurator import check_value, configure, suggestion
-from data.loader import Loader, Mixture, find_trained_on, prepare_facts, read_meta
-from data.tokenizer import get_tokenizer
-from engine import optim
+from configurator import check_value
+from data.loader import find_trained_on
 from engine.checked_file import reading
 from engine.checkpoint import (
-    checkpoints_in,
+    State,
     is_ours,
     is_sharded,
     load_checkpoint,
     newest_checkpoint,
-    no_checkpoint,
     read_facts,
 )
-from engine.common import (
-    UserError,
-    end_with_parent,
-    first_line,
-    optional,
-    printable,
-    user_errors,
-)
+from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
-from engine.schedule import flags_in
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-# -------------------------------------------------------------------------------------------------
-# settings
-
-def check_settings(config, given, parallel):
-    """
-    Raise UserError for settings that contradict each other. Return notes on settings that have no
-    effect.
-    """
-    for key in ('dataset', 'out_dir', 'init_from'):
-        if not config[key]:
-            raise UserError(f'{key} must not be empty')
-    own = config['init_from'] == 'resume' and not config['ckpt']
-    if own and not checkpoints_in(config['out_dir']):
-        raise UserError(no_checkpoint(config['out_dir']))
-    if config['arch_preset'] not in PRESETS:
-        raise UserError(f"unknown arch_preset '{config['arch_preset']}'; choose from "
-                        f"{', '.join(PRESETS)}")
-    optim.check_name(config['optimizer'])
-    if config['use_zero1'] and config['use_fsdp']:
-        raise UserError('use_zero1 and use_fsdp cannot be combined: FSDP already shards the '
-                        'moments, weights and gradients')
-    both = config['epochs'] and 'max_iters' in given
-    if both and len(flags_in(given) & {'epochs', 'max_iters'}) != 1:
-        raise UserError('epochs and max_iters both say how long to train: leave one of them out')
-    if config['ckpt'] and config['init_from'] not in ('resume', 'auto'):
-        raise UserError(f"--ckpt={config['ckpt']} resumes with --init_from=resume; "
-                        f"--init_from={config['ckpt']} alone starts from its weights")
-    if config['ckpt'] and not os.path.exists(config['ckpt']):
-        raise UserError(no_checkpoint(config['ckpt']))
-    for key in ('use_fsdp', 'use_zero1', 'sharded_checkpoint'):
-        if config[key] and not parallel.distributed:
-            raise UserError(f'{key} needs several processes; run: '
-                            f"torchrun --standalone --nproc_per_node=N {' '.join(sys.argv)}")
-    if config['tensorboard_log']:
-        optional('tensorboard', 'tensorboard_log=True')
-    return notes(config, given, parallel)
-
-
-def check_accumulation(config, n):
-    """Raise UserError if n processes cannot share the micro-batches of an iteration evenly."""
-    steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
-    from_checkpoint = batch_size == 'auto' and config['init_from'] in ('resume', 'auto')
-    if steps % n == 0 or from_checkpoint:  # which auto_batch_size() checks
-        return
-    remedy = f'--gradient_accumulation_steps={math.ceil(steps / n) * n}'
-    if batch_size != 'auto':
-        sequences = steps * batch_size
-        same = [k for k in range(n, sequences + 1, n) if sequences % k == 0 and k >= steps]
-        if same:
-            remedy = (f'--batch_size={sequences // same[0]} --gradient_accumulation_steps='
-                      f'{same[0]}, which keep the tokens per iteration')
-    raise UserError(f'gradient_accumulation_steps={steps} must be a multiple of the {n} processes '
-                    f'that share it; try {remedy}')
-
-
-def notes(config, given, parallel):
-    """Return notes on flags that have no effect because another setting is missing."""
-    one_process, flags = 'in one process', flags_in(given)
-    no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
-    schedule, init_from = config['lr_schedule'], config['init_from']
-    continues = init_from in ('resume', 'auto') and not config['ckpt']
-    useless = [
-        ('fsdp_shard_size', not config['use_fsdp'], no_fsdp),
-        ('fsdp_reshard_after_forward', not config['use_fsdp'], no_fsdp),
-        ('fsdp_min_num_params', not config['use_fsdp'], no_fsdp),
-        ('backend', not parallel.distributed, one_process),
-        ('attention_chunk_size',
-         config['attention_backend'] != 'chunked' and init_from == 'scratch',
-         'without --attention_backend=chunked'),
-        ('muon_learning_rate', config['optimizer'] != 'muon', 'without --optimizer=muon'),
-        ('muon_momentum', config['optimizer'] != 'muon', 'without --optimizer=muon'),
-        ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
-        ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
-        ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
-        ('overwrite', continues and config['overwrite'], f'with --init_from={init_from}'),
-    ]
-    lines = [f'NOTE: --{key} does nothing {why}' for key, is_useless, why in useless
-             if is_useless and key in flags]
-    if config['wandb_artifacts'] and not config['wandb_log']:
-        lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
-    rate, min_lr = config['learning_rate'], config['min_lr']
-    only_adamw = 'learning_rate' in flags and 'muon_learning_rate' not in flags
-    if config['optimizer'] == 'muon' and only_adamw:
-        lines.append('NOTE: --learning_rate is for embeddings, head and norms; Muon trains the '
-                     f"other matrices with --muon_learning_rate={config['muon_learning_rate']:g}")
-    if config['decay_lr'] and schedule != 'constant' and min_lr > rate:
-        lines.append(f'NOTE: min_lr ({min_lr:g}) is above learning_rate ({rate:g}), so the '
-                     'learning rate will rise to it')
-    return lines
 
 
 def settings_of_run(script, config, given):
@@ -164,168 +50,6 @@ def settings_of_run(script, config, given):
             for key in keys if key in saved}
 
 
-def previous_of(out_dir, newest):
-    """Return the path of the checkpoint before the newest one."""
-    sharded = os.path.isdir(newest or '')
-    return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
-
-
-# -------------------------------------------------------------------------------------------------
-# data
-
-def prepare_data(name, folder, vocab_size, console, parallel):
-    """
-    Prepare a data set if necessary, on the first process of each node, by its own prepare.py or,
-    for a text file, by data/prepare.py. Raise UserError if it does not exist, or with the command
-    to run if it is a large download. vocab_size is the model's, or None if it is the data set's.
-    """
-    prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
-    if parallel.local_rank == 0 and not prepared:
-        if os.path.isfile(name):
-            prepare_file(name, folder, console)
-        else:
-            run_recipe(name, folder, vocab_size, console)
-    parallel.barrier()
-
-
-def prepare_file(name, folder, console):
-    # Bytes suit any text and keep a small model small; a large text is worth GPT-2's vocabulary.
-    tokenizer = 'gpt2' if os.path.getsize(name) > 20e6 else 'byte'
-    console.say(f"preparing '{name}' once, with tokenizer {tokenizer}; another choice: python "
-                f'data/prepare.py {shlex.quote(name)} --tokenizer=... --out=NAME, then '
-                '--dataset=NAME')
-    script = os.path.join(ROOT, 'data', 'prepare.py')
-    flags = [f'--input={name}', f'--out={folder}', f'--tokenizer={tokenizer}']
-    if run_script(script, *flags):
-        raise SystemExit(2)  # prepare.py has printed the error
-
-
-def run_recipe(name, folder, vocab_size, console):
-    script = os.path.join(folder, 'prepare.py')
-    if not os.path.isdir(folder):
-        recipes = glob.glob(os.path.join(ROOT, 'data', '*', 'prepare.py'))
-        names = sorted(os.path.basename(os.path.dirname(path)) for path in recipes)
-        shares = ' (several need shares, as in a:0.7,b:0.3)' if ',' in name else ''
-        files = [file for file in os.listdir() if os.path.isfile(file)]
-        raise UserError(f"there is no data set or file '{name}'{shares}"
-                        f"{suggestion(name, names + files)}. The data sets are "
-                        f"{', '.join(names)} (--dataset=pystdlib needs no download). A folder "
-                        f"data/{name} with nanoGPT's or llm.c's train*.bin and val*.bin also works")
-    if not os.path.exists(script):
-        source = shlex.quote(name if os.path.isdir(name) else folder)
-        raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "
-                        f'data/prepare.py --input={source} --out=NAME, then --dataset=NAME')
-    facts = prepare_facts(script)
-    megabytes, command = facts['download_mb'], f'python {shlex.quote(os.path.relpath(script))}'
-    check_vocabulary(name, facts, vocab_size, command)
-    if megabytes > 100:
-        raise UserError(f"data set '{name}' is not prepared; to prepare it, with "
-                        f'{download_of(megabytes)}: {command}; {TRY_AT_ONCE}')
-    if facts['needs_flags']:
-        raise UserError(f"data set '{name}' is not prepared; to prepare it: {command} "
-                        f"{facts['needs_flags']}")
-    if not is_recipe(script):
-        raise UserError(f"data set '{name}' is not prepared, and only the prepare.py of folders in "
-                        f'{os.path.join(ROOT, "data")} are run; to run this one: {command}')
-    console.say(f"preparing data set '{name}' by {command} ({download_of(megabytes)}): "
-                f"{facts['about']}")
-    if run_script(script):
-        raise UserError(f"data set '{name}' could not be prepared, see above; to try again: "
-                        f'{command}')
-
-
-TRY_AT_ONCE = ('to try this config at once, without a download: --dataset=pystdlib; a small model '
-               'instead: config/preset_quick_test.py')
-
-
-def download_of(megabytes):
-    if not megabytes:
-        return 'no download'
-    size = f'{megabytes / 1000:,.3g} GB' if megabytes > 100 else f'{megabytes:g} MB'
-    return f'a download of {size}'
-
-
-def check_vocabulary(name, facts, vocab_size, command):
-    """
-    Raise UserError, before anybody waits for the download, if a recipe makes more ids than
-    vocab_size, the model's. The commands in the message make them fit.
-    """
-    n_ids = facts['vocab_size']
-    if not (n_ids and vocab_size and n_ids > vocab_size):
-        return
-    remedy = f'add --vocab_size={GPTConfig.from_settings({}, n_ids).vocab_size} here'
-    if facts['takes_tokenizer']:
-        remedy = (f'prepare it by {command} --tokenizer=PATH/tokenizer.json, with a tokenizer of '
-                  f"at most {vocab_size:,} ids such as LLaMA's; or by {command}, and {remedy}")
-    raise UserError(f"data set '{name}' ({download_of(facts['download_mb'])}) is not prepared, and "
-                    f'its {n_ids:,} ids would not fit vocab_size={vocab_size}: {remedy}; '
-                    f'{TRY_AT_ONCE}')
-
-
-def run_script(script, *flags):
-    """Run a Python script, which ends when this process does. Return its exit status."""
-    command = [sys.executable, script, *flags]
-    return subprocess.run(command, preexec_fn=end_with_parent).returncode
-
-
-def is_recipe(script):
-    """
-    Return whether a prepare.py is in data/. Any other is foreign code, and naming a data set is not
-    asking for a script to be run.
-    """
-    data = os.path.join(ROOT, 'data')
-    return os.path.commonpath([data, os.path.abspath(script)]) == data
-
-
-def read_metas(data_sets):
-    """
-    Return the first data set's meta.json. Raise UserError if the others have another tokenizer.
-    """
-    metas = [read_meta(folder) for _, _, folder in data_sets]
-    for (name, _, _), meta in zip(data_sets, metas):
-        if any(meta.get(key) != metas[0].get(key) for key in ('tokenizer', 'vocab_size')):
-            raise UserError(f"data sets '{data_sets[0][0]}' and '{name}' have different "
-                            'tokenizers, so their ids do not match; prepare one of them again')
-    return metas[0]
-
-
-def load_tokenizer(meta, console, parallel):
-    """
-    Return the tokenizer of a data set. If it is unknown or some process cannot load it, warn and
-    return None. Without meta.json the ids are GPT-2's, as in nanoGPT.
-    """
-    tokenizer = None
-    if 'tokenizer' in meta or not meta:
-        try:
-            tokenizer = get_tokenizer(meta.get('tokenizer', 'gpt2'))
-        except (ValueError, ImportError) as e:
-            if parallel.local_rank == 0:  # it may be missing on this node only
-                print("WARNING: the data set's tokenizer cannot be loaded, so there are no samples "
-                      f'and no bits per byte: {printable(first_line(e))}', flush=True)
-    missing = parallel.all_max(int(tokenizer is None))
-    if missing and tokenizer:  # all processes must evaluate and sample alike
-        console.say('WARNING: a process cannot load the tokenizer of this data set, so there are '
-                    'no samples and no bits per byte')
-    return None if missing else tokenizer
-
-
-def load_split(split, data_sets, model_config, device, **kwargs):
-    """Return the Loader of a split, or a Mixture of several."""
-    kwargs |= dict(vocab_size=model_config.vocab_size, device=device)
-    loaders = [Loader(folder, split, model_config.block_size, **kwargs)
-               for _, _, folder in data_sets]
-    if len(loaders) == 1:
-        return loaders[0]
-    return Mixture(loaders, [share for _, share, _ in data_sets])
-
-
-# -------------------------------------------------------------------------------------------------
-# the model
-
-# Keys of the model that may differ from the checkpoint's. All others are fixed by training.
-FREE = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
-
-
 def starting_point(config, given, folder, data_vocab, tokenizer, console):
     """
     Return (config, model, checkpoint): (config, None, None) for a new model, (config, model, None)
@@ -336,7 +60,8 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if init_from == 'auto' and used and not config['eval_only']:
         path = ''  # this run has come further than the file that it started from
     resuming = init_from == 'resume' or init_from == 'auto' and bool(used or path)
-    if used and (path or not resuming) and not config['eval_only']:
+    starts_new_run = not resuming or path  # rather than continuing the one in out_dir
+    if used and starts_new_run and not config['eval_only']:
         check_overwrite(config, given, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
         with user_errors():
@@ -356,15 +81,37 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if (data_vocab or 0) > model.config.vocab_size:
         raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, but the checkpoint "
                         f"'{ckpt['path']}' has only {model.config.vocab_size}")
-    if tokenizer and ckpt.get('tokenizer') not in (None, tokenizer.spec):
-        message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
-                   f"{ckpt['tokenizer']['name']}, not with that of data set "
-                   f"'{config['dataset']}', {tokenizer.name}")
-        if resuming:
-            raise UserError(message)
-        console.say(f'WARNING: {message}: its ids mean something else here')
+    check_tokenizer(ckpt, tokenizer, config['dataset'], resuming, console)
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     return model.config, model, ckpt if resuming else None
+
+
+def check_tokenizer(ckpt, tokenizer, dataset, resuming, console):
+    """
+    If the data set has another tokenizer than the checkpoint, raise UserError for a resumed run,
+    and warn if a run only takes the weights.
+    """
+    if not tokenizer or ckpt.get('tokenizer') in (None, tokenizer.spec):
+        return
+    message = (f"the checkpoint '{ckpt['path']}' was trained with tokenizer "
+               f"{ckpt['tokenizer']['name']}, not with that of data set '{dataset}', "
+               f'{tokenizer.name}')
+    if resuming:
+        raise UserError(message)
+    console.say(f'WARNING: {message}: its ids mean something else here')
+
+
+def starting_state(ckpt, out_dir, parallel):
+    """
+    Return the State of a checkpoint dict, or that of a new run for None. Raise UserError if
+    processes found different checkpoints.
+    """
+    state = State() if ckpt is None else State.from_dict(ckpt)
+    if not parallel.all_equal(-1 if ckpt is None else state.iter_num):
+        raise UserError('processes found different checkpoints (this one: iteration '
+                        f"{state.iter_num}): out_dir '{out_dir}' must be a folder that all nodes "
+                        'share')
+    return state
 
 
 def check_overwrite(config, given, used, console):
@@ -373,7 +120,7 @@ def check_overwrite(config, given, used, console):
     file sets it for the file's own out_dir only.
     """
     for_own_folder = given.get('overwrite') == given.get('out_dir')
-    if not config['overwrite'] or 'overwrite' not in flags_in(given) and not for_own_folder:
+    if not config['overwrite'] or 'overwrite' not in given.flags() and not for_own_folder:
         shown = ', '.join(used[:4] + ['...'] * (len(used) > 4))
         raise UserError(f"out_dir '{config['out_dir']}' holds a run ({shown}): "
                         '--init_from=resume or --init_from=auto continues it, another --out_dir '
@@ -420,10 +167,20 @@ def by_rows(folder):
     return folder.parallel.mode == 'fsdp'
 
 
+def previous_of(out_dir, newest):
+    """Return the path of the checkpoint before the newest one."""
+    sharded = os.path.isdir(newest or '')
+    return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
+
+
 def restore_scaler(scaler, ckpt):
     with reading(ckpt['path']):
         check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
         scaler.load_state_dict(ckpt['scaler'])
+
+
+# Keys of the model that may differ from the checkpoint's. All others are fixed by training.
+FREE = {'dropout', 'attention_backend', 'attention_chunk_size', 'activation_checkpointing'}
 
 
 def fit_model(ckpt, config, given, resuming):
@@ -471,25 +228,27 @@ SCHEDULE_SETTINGS = ('learning_rate', 'muon_learning_rate', 'min_lr', 'lr_schedu
                      'lr_decay_iters', 'warmup_iters')
 
 
-def changed_schedule(ckpt, config):
-    """Return, as text, the settings that change the learning rate of a resumed run; '' if none."""
+def say_changed_schedule(ckpt, config, console):
+    """Print a NOTE if settings change the learning rate of a resumed run."""
     saved = ckpt['config'] if is_ours(ckpt) else {}
-    return ', '.join(f'{key}={config[key]} instead of {saved[key]}' for key in SCHEDULE_SETTINGS
-                     if key in saved and saved[key] != config[key])
+    changed = [f'{key}={config[key]} instead of {saved[key]}' for key in SCHEDULE_SETTINGS
+               if key in saved and saved[key] != config[key]]
+    if changed:
+        console.say(f"NOTE: resumed with {', '.join(changed)}: the learning rate may jump here")
 
 
-def changed_data(ckpt, config):
-    """
-    Return, as text, the settings that make a resumed run read its data otherwise; '' if none do.
-    """
+def say_changed_data(ckpt, config, console):
+    """Print a NOTE if settings make a resumed run read its data otherwise."""
     if not is_ours(ckpt):  # nanoGPT's data order is random anyway
-        return ''
+        return
     changed = []
     for name, value in data_settings(config).items():
         before = data_settings(ckpt['config'])[name]
         if value != before:
             changed.append(f'{name} {value} instead of {before}')
-    return ', '.join(changed)
+    if changed:
+        console.say(f"NOTE: resumed with {', '.join(changed)}: from here on the data is read "
+                    'otherwise, and some windows may be read twice')
 
 
 DATA_SETTINGS = 'dataset', 'seed', 'batch_size', 'gradient_accumulation_steps'
@@ -499,55 +258,3 @@ def data_settings(config):
     sequences = config['batch_size'] * config['gradient_accumulation_steps']
     return {'dataset': config['dataset'], 'seed': config['seed'],
             'doc_mask': config.get('doc_mask', False), 'sequences per iteration': sequences}
-
-
-# -------------------------------------------------------------------------------------------------
-# batch_size='auto'
-
-def auto_batch_size(script, config, model_config, ckpt, console, parallel):
-    """
-    Return (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's if
-    there is one, otherwise the largest micro-batch that bench.py finds, with as many sequences per
-    iteration as the settings give without 'auto'. Rank 0 searches and all processes use its answer.
-    """
-    saved = (ckpt or {}).get('config') or {}
-    if 'gradient_accumulation_steps' in saved:
-        steps, n = saved['gradient_accumulation_steps'], parallel.world_size
-        if steps % n:
-            raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
-                            f'{steps}, which must be a multiple of the {n} processes that share '
-                            'it; give both keys for as many tokens per iteration: '
-                            f"{saved['batch_size'] * steps} sequences")
-        return (check_value(script, 'batch_size', saved['batch_size'], f"in '{ckpt['path']}'"),
-                steps)
-    flags = [arg for arg in sys.argv[1:] if arg != '--batch_size=auto']
-    batch_size = configure(script, argv=flags)[0]['batch_size']
-    if batch_size == 'auto':  # in a config file
-        batch_size = configure(script, argv=[])[0]['batch_size']
-    accumulation_steps = config['gradient_accumulation_steps']
-    found = 0
-    if parallel.master:
-        console.say("batch_size='auto': looking for the largest micro-batch that fits, for the "
-                    f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
-                    f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
-        settings = {key: value for key, value in asdict(model_config).items() if key in config}
-        settings |= {key: config[key] for key in ('dataset', 'device', 'dtype', 'optimizer')}
-        settings |= dict(batch_size=batch_size,
-                         gradient_accumulation_steps=accumulation_steps // parallel.world_size)
-        found = largest_that_fits(settings)
-    found = parallel.all_max(found)
-    if not found:
-        raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
-    return found, accumulation_steps * batch_size // found
-
-
-def largest_that_fits(settings):
-    """Return the batch size that bench.py finds, or 0 if there is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'found.json')
-        flags = [f'--{key}={value}' for key, value in settings.items()]
-        bench = os.path.join(ROOT, 'bench.py')
-        if run_script(bench, '--find_batch_size=True', f'--json={path}', *flags):
-            return 0
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)['batch_size']

@@ -3,10 +3,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.common import UserError, duration, first_line
+from engine.common import GIB, UserError, duration, first_line
 from engine.compile import choose_compile
 from engine.cost import add_process, memory_estimate
-from engine.machine import GIB, device_name, memory, peak_flops, total_memory
+from engine.machine import device_name, memory, peak_flops, total_memory
 from engine.optim import describe
 from engine.parallel import MODES
 from model import REGISTRY
@@ -74,18 +74,16 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
 def startup_report(settings, costs, model, opt, batches, splits, data_sets, train_loader,
                    tokenizer, iter_num, parallel):
     """
-    Return {title: text} about the model, the data, the expected speed and the cost. The first
-    N_SHORT entries are a summary of the others.
+    Return (summary, details), two dicts {title: text} about the model, the data, the expected speed
+    and the cost. Every run prints the summary, and with --verbose=True the details too.
     """
-    c, max_iters = model.config, settings['max_iters']
-    sequences = batches.batch_size * batches.accumulation_steps
+    c, device, max_iters = model.config, parallel.device, settings['max_iters']
     tokens = costs.tokens_per_iter
     epochs = max_iters * tokens / train_loader.n_tokens
     n_params = model.get_num_params(False)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
-    at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
-    device = parallel.device
+    memory_here = total_memory(device) / GIB
     resumed = f' from {iter_num} on' if iter_num else ''
     training = (f'{max(0, max_iters - iter_num):,} iterations{resumed}, {tokens:,} tokens each, '
                 f'{describe(opt)}, {schedule}')
@@ -95,8 +93,7 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
     processes = f' x {parallel.world_size}, {MODES[parallel.mode]}' if parallel.distributed else ''
     if parallel.n_replicas > 1:
         processes += f' in groups of {parallel.shard_size}'
-    memory_here = total_memory(device) / GIB
-    return {
+    summary = {
         'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
         'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
@@ -107,6 +104,10 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
                    f'{batches.batch_size} sequences x {batches.per_rank}',
         'cost': f"about {costs.estimate['peak'] / GIB:.2f} of {memory_here:.0f} GiB, "
                 f'roughly {duration(costs.expected_seconds)}',
+    }
+    sequences = batches.batch_size * batches.accumulation_steps
+    at_half_peak = 0.5 * costs.peak_flops * parallel.world_size / costs.flops_per_token
+    details = {
         'start': f"iteration {iter_num} of {max_iters} ({settings['init_from']})",
         'data sets': data_line(data_sets, train_loader, splits['val'].loader, max_iters * tokens),
         'architecture': architecture_line(c, costs.flex),
@@ -129,15 +130,16 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
         'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: '
                     f'{duration(costs.expected_seconds)} for the run with its evaluations',
     }
+    return summary, details
 
 
-N_SHORT = 5  # lines of the start-up report that every run prints
-
-
-def say_startup(startup, costs, out_dir, verbose, console):
+def say_startup(summary, details, costs, out_dir, verbose, console):
     """Print the start-up report, in short or as a whole, and what may go wrong."""
-    n_shown, width, more = (None, 16, '') if verbose else (N_SHORT, 9, '; more: --verbose=True')
-    for title, text in [*list(startup.items())[:n_shown], ('out_dir', out_dir + more)]:
+    if verbose:
+        lines, width = summary | details | {'out_dir': out_dir}, 16
+    else:
+        lines, width = summary | {'out_dir': f'{out_dir}; more: --verbose=True'}, 9
+    for title, text in lines.items():
         console.say(f'{title:<{width}} {text}')
     if costs.too_large:
         console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.common import (
+    CLEAR_LINE,
     Locked,
     UserError,
     duration,
@@ -26,7 +27,7 @@ from engine.common import (
 )
 from engine.schema import Between, check, read_json
 
-CLEAR = '\r\033[K' if sys.stdout.isatty() else ''  # erases the progress line of a terminal
+CLEAR = CLEAR_LINE if sys.stdout.isatty() else ''
 
 MAX_LOSS = 3.5e38  # losses are computed in float32
 LOSS = Between(-MAX_LOSS, MAX_LOSS)

@@ -10,10 +10,12 @@ from test_checkpoint import nanogpt_checkpoint
 from test_config import CONFIGS
 from test_configurator import refusal
 
-from configurator import COMMON, OTHER_NAMES, RANGES, choices, configure, read_block, suggest_key
+from configurator import RANGES, configure, read_block
 from conftest import ROOT, command, refused
 from engine.common import UserError
 from engine.cost import memory_estimate
+from engine.help import COMMON
+from engine.hints import OTHER_NAMES, WITH_ADVICE, suggest_key
 from model import SIZES, GPTConfig
 from tests.warm import HANGS
 
@@ -41,11 +43,12 @@ def test_help_without_a_group_is_short():
 def test_other_names_lead_to_settings_that_exist():
     """A hint that leads to a setting that was renamed, or that claims a name which is itself a setting."""
     blocks = [read_block(str(ROOT / script)) for script in ('train.py', 'sample.py')]
-    firsts = {ours: re.match(r'\w+', ours)[0] for ours in OTHER_NAMES}
-    assert all(any(first in block for block in blocks) for first in firsts.values())
+    assert all(any(ours in block for block in blocks) for ours in OTHER_NAMES)
     for block in blocks:
-        names = ' '.join(others for ours, others in OTHER_NAMES.items() if firsts[ours] in block).split()
+        names = ' '.join(others for ours, others in OTHER_NAMES.items() if ours in block).split()
         assert len(names) == len(set(names)) and not block.keys() & set(names)
+    for name, advice in WITH_ADVICE.items():
+        assert name in OTHER_NAMES[re.match(r'\w+', advice)[0]].split()
 
 
 @pytest.mark.parametrize('script, name, ours', [
@@ -109,7 +112,7 @@ def test_defaults_are_in_their_ranges(script):
 def test_every_number_has_a_range(script):
     """--norm_eps=18446744073709551616 and --temperature=1e308 were accepted, since their keys had no range."""
     for name, setting in read_block(str(ROOT / script)).items():
-        numeric = {int, float} & {setting.kind, *choices(setting.kind)}
+        numeric = {int, float} & {setting.kind, *setting.choices()}
         assert bool(setting.range) == bool(numeric), name
 
 

@@ -87,7 +87,7 @@ def logs(folder):
 ])
 def test_values_of_a_key(name, value, expected):
     """1,2 stays a string, or a mixture of data sets is taken apart."""
-    assert convert(name, value, *read_block(compare.TRAIN)[name][:2]) == expected
+    assert convert(name, value, read_block(compare.TRAIN)[name]) == expected
 
 
 @pytest.mark.parametrize('name, value', [
@@ -101,7 +101,7 @@ def test_values_of_a_key(name, value, expected):
 def test_values_that_are_none(name, value):
     """A range of a switch, or from high to low, found out by train.py in every run."""
     with pytest.raises(ValueError):
-        convert(name, value, *read_block(compare.TRAIN)[name][:2])
+        convert(name, value, read_block(compare.TRAIN)[name])
 
 
 def test_a_range_is_drawn_from_evenly():
@@ -289,12 +289,14 @@ def test_runs_that_differ_in_their_seed_are_one_cell(grid, tmp_path, capsys):
     assert len(results(tmp_path)['rows']) == 1 and 'better' not in console and 'worse' not in console
 
 
-def test_runs_before_and_after_an_edit_of_the_code_are_cells(grid, tmp_path):
-    """The README's recipe for an edited model.py ended in 'repeats the config and seed of another'."""
+def test_runs_before_and_after_an_edit_of_the_code_are_cells(grid, tmp_path, capsys):
+    """The README's recipe for an edited model.py failed; then other runs lost their mean over seeds unsaid."""
     before, after = folders_of(grid[0])[0], str(tmp_path / 'after')
     shutil.copytree(before, after)
     assert compare.main([before, after, f'--out_dir={tmp_path / "both"}']) == 0
     assert [(row['cell'], row['seeds']) for row in results(tmp_path / 'both')['rows']] == [(before, [1]), (after, [1])]
+    note = f"NOTE: '{before}' and '{after}' have the same settings and seed, so every folder is a cell"
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_finished_runs_that_cannot_be_compared(grid, text_set, tmp_path, capsys):
@@ -567,6 +569,13 @@ def test_scaling_trains_a_ladder_at_the_same_tokens_per_parameter(text_set, tmp_
         assert 0.2 * row['params'] <= row['iterations'] * 64 < 0.2 * row['params'] + 64
     assert found['fit']['alpha_interval'] > 0 and 'alpha' in done.stdout
     assert (tmp_path / 'out/scaling.png').exists()
+
+
+def test_a_ladder_takes_its_proportions_from_one_model(tmp_path):
+    """A traceback, because the size of a head was computed from several widths."""
+    (tmp_path / 'base.py').write_text('n_embd, n_head = [64, 96, 128], 2\n')
+    with pytest.raises(UserError, match="base.py' must have one n_embd"):
+        compare.plan(*compare.settings([f'--scaling={tmp_path}/base.py']))
 
 
 # refusals

@@ -251,6 +251,14 @@ def test_an_override_file_sets_what_it_assigns(configured, text, changes):
     assert set(changes) <= set(given)
 
 
+def test_what_files_say_is_known_beside_the_flags(configured):
+    """The schedule and batch_size='auto' executed the files a second time to learn it."""
+    config, given = configured('a.py', '--count=5', '--count=6', files={'a.py': 'count = 4\nrate = 0.5\n'})
+    assert given.without_flags() == config | dict(count=4) and config['count'] == 6
+    assert [value for value, where in given.history['count']] == [3, 4, 5, 6]
+    assert given.flags() == {'count'} and given['rate'] == "in 'a.py'"
+
+
 def test_setting_a_key_to_its_default_counts_as_set(configured):
     """A preset may fill only what nobody set."""
     given = configured('file.py', '--flag=False', files={'file.py': 'count = 3\n'})[1]

@@ -107,8 +107,8 @@ def test_only_notes_warnings_and_errors_have_a_colour(terminal, monkeypatch, tex
 
 
 DRAW_AT_ONCE = """
-import engine.report
-engine.report.WORTH_A_PICTURE = 0
+import engine.run_log
+engine.run_log.WORTH_A_PICTURE = 0
 """
 
 

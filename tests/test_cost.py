@@ -9,9 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import command, run_logs, succeeded, train
-from engine.common import UserError
+from engine import cost
+from engine.common import GIB, UserError
 from engine.cost import describe, fit, memory_estimate, meta_model
-from engine.machine import DATASHEETS, GIB, datasheet_peak, find_gpu, peak_flops, pick_device
+from engine.machine import DATASHEETS, datasheet_peak, find_gpu, peak_flops, pick_device
 from engine.parallel import Parallel
 from engine.report import gradient_statistics
 from model import GPTConfig
@@ -234,6 +235,14 @@ def test_several_gpus_are_described_in_each_mode():
     assert 'memory, one process' in one and 'DDP' not in one
     needed = [float(re.search(rf'memory, {mode} +fits: ([\d.]+) GiB', eight)[1]) for mode in ('DDP', 'ZeRO-1', 'FSDP')]
     assert needed == sorted(needed, reverse=True)
+
+
+def test_one_gpu_takes_one_trace_of_the_step(monkeypatch):
+    """The step of a large model was traced for the table, and again for the line of the GPU."""
+    trace, traced = cost.trace_step, []
+    monkeypatch.setattr(cost, 'trace_step', lambda *args: traced.append(args) or trace(*args))
+    described('H100', 'bfloat16', **GPU_SETTINGS)
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize('states, activations, words', [

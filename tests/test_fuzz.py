@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configurator import choices, read_block
+from configurator import read_block
 from conftest import ROOT, TINY, command, succeeded, train
 
 pytestmark = pytest.mark.soak
@@ -41,7 +41,7 @@ FREE = {'device', 'out_dir', 'init_from', 'dataset', 'start'}  # these have test
 
 
 def is_number(setting):
-    kinds = {type(choice) for choice in choices(setting.kind)} | {setting.kind} | set(choices(setting.kind))
+    kinds = {type(choice) for choice in setting.choices()} | {setting.kind} | set(setting.choices())
     return int in kinds or float in kinds
 
 
@@ -49,12 +49,12 @@ def random_flag(rng, block):
     """Return (flag, whether a script must refuse it)."""
     name = rng.choice([name for name in block if name not in LONG or rng.random() < 0.3])
     setting = block[name]
-    if setting.kind is str and not choices(setting.kind):
+    if setting.kind is str and not setting.choices():
         return f'--{name}={rng.choice(TEXTS)}', False
     if is_number(setting) and name not in LONG and rng.random() < 0.5:
         return f'--{name}={rng.choice(NUMBERS)}', False
     value = rng.choice(NOT_A_NUMBER)
-    return f'--{name}={value}', value not in map(str, choices(setting.kind))
+    return f'--{name}={value}', value not in map(str, setting.choices())
 
 
 def complaint(done, must_fail=False):

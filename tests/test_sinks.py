@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import assert_equal_states, checkpoint, refused, run_logs, succeeded, train
-from engine import report
+from engine import run_log
 from engine.checkpoint import State
 from engine.console import Console
 from tests.warm import HANGS
@@ -167,7 +167,7 @@ def test_wandb_without_a_reason_names_the_server(text_set, tmp_path):
 
 def test_only_rank_0_waits_for_a_free_log_name(tmp_path, monkeypatch):
     """Every rank waits for a name of the log that only rank 0 writes."""
-    monkeypatch.setattr(report.time, 'strftime', lambda form: '20260101_000000')
-    monkeypatch.setattr(report.time, 'sleep', pytest.fail)
+    monkeypatch.setattr(run_log.time, 'strftime', lambda form: '20260101_000000')
+    monkeypatch.setattr(run_log.time, 'sleep', pytest.fail)
     (tmp_path / 'run_20260101_000000.json').touch()
-    report.RunLog(str(tmp_path), {}, {}, State(), 1, Console(speaks=False))
+    run_log.RunLog(str(tmp_path), {}, {}, State(), 1, Console(speaks=False))

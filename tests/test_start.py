@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import compare
+from configurator import configure
 from conftest import (
     ROOT,
     command,
@@ -24,9 +25,11 @@ from conftest import (
 )
 from data.loader import find_datasets, read_meta
 from engine import machine
+from engine.batch_size import check_accumulation
+from engine.checks import check_settings
 from engine.common import UserError
+from engine.parallel import Parallel
 from engine.schedule import epochs_notes, fit_schedule
-from engine.start import check_accumulation
 
 
 @pytest.mark.gpu
@@ -43,6 +46,19 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
     done = train(tmp_path, tmp_path / 'out', '--wandb_artifacts=True')
     refused(done, f'python data/prepare.py --input={tmp_path} --out=NAME')
     assert 'NOTE: --wandb_artifacts' in done.stdout
+
+
+@pytest.mark.parametrize('init_from, message', [
+    ('out-typo', "no checkpoint at 'out-typo', and it is neither 'resume'"),
+    ('notes', "no checkpoint at 'notes/ckpt.pt', and none in the folders here"),
+])
+def test_missing_weights_are_said_before_the_data_is_prepared(tmp_path, monkeypatch, init_from, message):
+    """A misspelt --init_from was noticed after a data set had been prepared for minutes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes').mkdir()
+    config, given = configure(str(ROOT / 'train.py'), argv=[f'--init_from={init_from}'])
+    with pytest.raises(UserError, match=message):
+        check_settings(config, given, Parallel())
 
 
 @pytest.mark.parametrize('steps, batch_size, n, remedy', [
@@ -110,28 +126,34 @@ device, dtype, compile, peak_tflops = 'cpu', 'float32', False, 1.0
     ('--epochs=0.3', 29, 2),  # 3,600 tokens in iterations of 128
 ])
 def test_a_run_that_is_shortened_by_a_flag_anneals_and_says_so(text_set, tmp_path, flag, iters, warmup):
-    """A short run of a long config never left its warmup, and `--epochs` did not exist."""
-    (tmp_path / 'small.py').write_text(SMALL.format(dataset=str(text_set)))
+    """A short run of a long config never left its warmup; the schedule executed the file again."""
+    executed = tmp_path / 'executed'
+    text = SMALL.format(dataset=str(text_set)) + f'open({str(executed)!r}, "a").write("once")\n'
+    (tmp_path / 'small.py').write_text(text)
     done = command('train.py', tmp_path / 'small.py', f'--out_dir={tmp_path / "out"}', flag)
     succeeded(done, f'NOTE: the learning rate schedule follows max_iters={iters}: lr_decay_iters={iters} instead of '
               f'600, warmup_iters={warmup} instead of 200', '--lr_decay_iters=600 --warmup_iters=200')
     rates = [entry['lr'] for entry in run_logs(tmp_path / 'out')[0]['training_iterations']]
     assert len(rates) == iters and rates[warmup] == 1e-3 and rates[-1] < 1.1e-4
+    assert executed.read_text() == 'once'
 
 
 def test_a_study_gives_its_runs_the_schedule_that_train_py_would(tmp_path):
-    """compare.py passes the keys of a file as flags, which would beat the rule; halving starts shorter runs."""
-    (tmp_path / 'small.py').write_text(SMALL.format(dataset='pystdlib'))
+    """compare.py passes the keys of a file as flags, which would beat the rule; it executed the file twice."""
+    executed = tmp_path / 'executed'
+    text = SMALL.format(dataset='pystdlib') + f'open({str(executed)!r}, "a").write("once ")\n'
+    (tmp_path / 'small.py').write_text(text)
 
     def schedules(*flags):
         argv = [str(tmp_path / 'small.py'), '--seed=1,2', *flags]
-        runs = compare.plan(*compare.settings(argv), argv)
+        runs = compare.plan(*compare.settings(argv))
         return {tuple(run.settings[key] for key in ('lr_decay_iters', 'warmup_iters')) for run in runs}
     assert schedules() == schedules('--search=4', '--learning_rate=1e-4..1e-2') == {(600, 200)}
     assert schedules('--max_iters=40,80') == {(40, 4), (80, 8)}
     assert schedules('--max_iters=40', '--lr_decay_iters=600') == {(600, 4)}
     with pytest.raises(UserError, match='--max_iters, not after --epochs'):
         schedules('--epochs=2')
+    assert executed.read_text() == 5 * 'once '
 
 
 def test_many_epochs_are_a_note():
@@ -239,6 +261,16 @@ def test_a_slow_machine_measures_its_peak_with_a_smaller_matmul(monkeypatch, flo
     monkeypatch.setattr(machine, 'matmul_time', lambda n, *_: 2 * n ** 3 / flops)
     measured, source = machine.peak_flops(torch.device('cpu'), 'float16')
     assert measured == pytest.approx(flops) and f' {size} x {size} ' in source
+
+
+@pytest.mark.parametrize('device, words', [
+    ('gpu', "device 'gpu' is none of cuda, mps and cpu; --device=auto"),
+    ('cuda:99', "device 'cuda:99' is not available here: .*; --device=auto"),
+])
+def test_a_device_that_cannot_be_used(device, words):
+    """A misspelt device was 'not available here', like a GPU that is missing."""
+    with pytest.raises(UserError, match=words):
+        machine.pick_device(device)
 
 
 def test_a_low_peak_is_not_shown_as_zero(text_set, tmp_path):

@@ -1,0 +1,81 @@
+"""
+Divide the sequences of an iteration into micro-batches: gradient_accumulation_steps that the
+processes can share, and batch_size='auto'.
+"""
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict
+
+from configurator import check_value
+from engine.common import ROOT, UserError, run_script
+
+
+def check_accumulation(config, n):
+    """Raise UserError if n processes cannot share the micro-batches of an iteration evenly."""
+    steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
+    from_checkpoint = batch_size == 'auto' and config['init_from'] in ('resume', 'auto')
+    if steps % n == 0 or from_checkpoint:  # which auto_batch_size() checks
+        return
+    remedy = f'--gradient_accumulation_steps={math.ceil(steps / n) * n}'
+    if batch_size != 'auto':
+        sequences = steps * batch_size
+        same = [k for k in range(n, sequences + 1, n) if sequences % k == 0 and k >= steps]
+        if same:
+            remedy = (f'--batch_size={sequences // same[0]} --gradient_accumulation_steps='
+                      f'{same[0]}, which keep the tokens per iteration')
+    raise UserError(f'gradient_accumulation_steps={steps} must be a multiple of the {n} processes '
+                    f'that share it; try {remedy}')
+
+
+def auto_batch_size(script, config, given, model_config, ckpt, console, parallel):
+    """
+    Return (batch_size, gradient_accumulation_steps) for batch_size='auto': the checkpoint's if
+    there is one, otherwise the largest micro-batch that bench.py finds, with as many sequences per
+    iteration as the settings give without 'auto'. Rank 0 searches and all processes use its answer.
+    """
+    saved = (ckpt or {}).get('config') or {}
+    if 'gradient_accumulation_steps' in saved:
+        return saved_batch_size(script, saved, ckpt['path'], parallel.world_size)
+    batch_size = [size for size, _ in given.history['batch_size'] if size != 'auto'][-1]
+    accumulation_steps = config['gradient_accumulation_steps']
+    found = 0
+    if parallel.master:
+        console.say("batch_size='auto': looking for the largest micro-batch that fits, for the "
+                    f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
+                    f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
+        settings = {key: value for key, value in asdict(model_config).items() if key in config}
+        settings |= {key: config[key] for key in ('dataset', 'device', 'dtype', 'optimizer')}
+        settings |= dict(batch_size=batch_size,
+                         gradient_accumulation_steps=accumulation_steps // parallel.world_size)
+        found = largest_that_fits(settings)
+    found = parallel.all_max(found)
+    if not found:
+        raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
+    return found, accumulation_steps * batch_size // found
+
+
+def saved_batch_size(script, saved, path, n):
+    """
+    Return (batch_size, gradient_accumulation_steps) of the config in a checkpoint, for n processes.
+    """
+    steps = saved['gradient_accumulation_steps']
+    if steps % n:
+        raise UserError("batch_size='auto' takes the checkpoint's gradient_accumulation_steps="
+                        f'{steps}, which must be a multiple of the {n} processes that share it; '
+                        'give both keys for as many tokens per iteration: '
+                        f"{saved['batch_size'] * steps} sequences")
+    return check_value(script, 'batch_size', saved['batch_size'], f"in '{path}'"), steps
+
+
+def largest_that_fits(settings):
+    """Return the batch size that bench.py finds, or 0 if there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'found.json')
+        flags = [f'--{key}={value}' for key, value in settings.items()]
+        bench = os.path.join(ROOT, 'bench.py')
+        if run_script(bench, '--find_batch_size=True', f'--json={path}', *flags):
+            return 0
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)['batch_size']
