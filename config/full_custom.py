@@ -79,7 +79,7 @@ verbose = False  # True: the whole start-up report; FLOP/s, memory and gradients
 always_save_checkpoint = True  # False: save only when val loss is the lowest so far
 save_interval = 0  # iterations between additional checkpoints; 0: none
 keep_interval = 0  # iterations between those that stay, as ckpt_000500.pt and so on; 0: none
-async_checkpoint = 'auto'  # write a checkpoint while training goes on; auto: large ones; True, False
+async_checkpoint = 'auto'  # write a checkpoint while training goes on; auto: large ones
 patience = 0  # stop after this many evaluations without a lower val loss; 0: never
 # scratch | resume | auto (resume if there is a checkpoint); to fine-tune: another run's out_dir,
 # or a Hugging Face folder or id
