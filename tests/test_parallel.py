@@ -8,6 +8,7 @@ import torch
 from conftest import (
     MUON,
     ROOT,
+    TORCHRUN,
     assert_equal_states,
     checkpoint,
     command,
