@@ -48,8 +48,23 @@ SMALL_DISK = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 """  # as `before`: no file can grow beyond 100 kB
-IMPORT_TORCH = 'train.py', 'sample.py', 'model.py', 'bench.py'  # scripts that warm.py can start faster
+LIMIT_DATA = """
+import resource
+from engine.machine import read_sizes
+limit = read_sizes('/proc/self/status')['VmData'] + {megabytes} * 10 ** 6
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+"""
 READ_AT_START = 'PYTHON', 'MALLOC'  # variables that have no effect once Python runs
+
+
+def limit_data(megabytes):
+    """Code for `before`: the memory of a process may grow by so much beyond its imports. Only Linux has this limit."""
+    return LIMIT_DATA.format(megabytes=megabytes)
+
+
+def missing(module):
+    """Code for `before`: importing this module fails as if it were not installed."""
+    return f'import sys; sys.modules[{module!r}] = None'
 
 
 def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher=None, text=True):
@@ -60,8 +75,7 @@ def command(script, *flags, cwd=ROOT, env=None, processes=1, before='', launcher
     """
     argv, added = [str(script), *map(str, flags)], env or {}
     env = os.environ | {'OMP_NUM_THREADS': '1'} | added
-    is_warm = os.path.basename(script) in IMPORT_TORCH and not any(name.startswith(READ_AT_START) for name in added)
-    if launcher is None and not is_warm:
+    if launcher is None and any(name.startswith(READ_AT_START) for name in added):
         launcher = PYTHON
     if launcher is None:
         return warm.run(argv, cwd, env, processes, before, text)
@@ -320,14 +334,6 @@ def tokenizer_named(name):
 def some_text():
     """English of a kind, for a tokenizer to learn from."""
     return Path(__file__).read_text(encoding='utf-8')[:20000]
-
-
-def paste_example_of_a_part(folder):
-    """Do in a copy of this repository what docs/parts.md says about the example of a part."""
-    part = (ROOT / 'docs/parts.md').read_text().split('```python\n')[1].split('```')[0]
-    source = (folder / 'model.py').read_text()
-    end_of_class = source.index('\n\n\n', source.index('class SwiGLU'))
-    (folder / 'model.py').write_text(source[:end_of_class] + '\n\n\n' + part + source[end_of_class:])
 
 
 def llama_json(metaspace=False):

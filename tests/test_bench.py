@@ -6,7 +6,7 @@ import pytest
 
 from bench import largest_that_fits
 from bench import main as bench_main
-from conftest import ROOT, TINY, checkpoint, command, losses, one_line, train
+from conftest import PYTHON, ROOT, TINY, checkpoint, command, limit_data, losses, one_line, train
 from engine.common import UserError
 from engine.plan import memory_figure
 from engine.side import PARTS
@@ -327,7 +327,7 @@ def test_memory_of_fsdp_counts_what_is_gathered():
     A plan for 64 ranks that forgets the embeddings: on torch's fake process group the rest is next to nothing.
     The tolerance is for what malloc loses.
     """
-    done = command('-c', FSDP_MEMORY)
+    done = command('-c', FSDP_MEMORY, launcher=PYTHON)
     assert done.returncode == 0, done.stderr
     measured, estimated = map(int, done.stdout.split())
     assert estimated == pytest.approx(measured, rel=0.5)
@@ -350,10 +350,9 @@ def test_the_search_finds_the_largest_batch_size(monkeypatch, fitting, limit):
 @pytest.mark.skipif(sys.platform != 'linux', reason="only Linux limits a process's data")
 def test_the_largest_batch_size_is_found(tmp_path):
     """A search that counts on the kernel's killer."""
-    limited = ('bash', '-c', 'ulimit -d 1500000; exec "$0" "$@"', sys.executable)
-    large = '--block_size=1024', '--attention_backend=manual', '--n_head=8'
+    large = '--block_size=512', '--attention_backend=manual', '--n_head=8'
     batch = '--batch_size=32', '--gradient_accumulation_steps=3'
-    out, result = bench(tmp_path, '--find_batch_size=True', *large, *batch, launcher=limited)
+    out, result = bench(tmp_path, '--find_batch_size=True', *large, *batch, before=limit_data(600))
     largest, batch_size = result['largest'], result['batch_size']
     assert 1 <= largest < 32 and batch_size <= largest
     assert batch_size * result['gradient_accumulation_steps'] == 96

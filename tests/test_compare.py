@@ -18,7 +18,7 @@ from scipy import stats
 import compare
 from compare import convert, losses_at
 from configurator import configure, read_block
-from conftest import ROOT, command, one_line, refused
+from conftest import ROOT, children, command, missing, one_line, refused
 from data.loader import write_dataset
 from engine.common import UserError
 from engine.compare_report import verdict
@@ -197,17 +197,13 @@ def test_a_grid_is_runs_of_train_py(grid, text_set, tmp_path):
     assert (out_dir / 'compare.png').read_bytes()[:4] == b'\x89PNG'
 
 
-@pytest.mark.parametrize('flops, p, expected', [
-    (100, 0.01, 'better'),
-    (125, 0.01, 'better, 1.25x FLOPs'),
-    (80, 0.5, 'no difference, 0.80x FLOPs'),
-    (101, 0.5, 'no difference'),
-])
-def test_a_verdict_says_what_it_cost(flops, p, expected):
+def test_a_verdict_says_what_it_cost():
     """A gated FFN with a quarter more compute is called better, and nothing beside it says why."""
-    end = {'difference at end': dict(difference=-0.1, p=p)}
-    row = dict(iterations=10, flops_per_token=flops) | end
-    assert verdict(row, dict(iterations=10, flops_per_token=100), 0.95) == expected
+    def said(flops, p):
+        row = {'iterations': 10, 'flops_per_token': flops, 'difference at end': dict(difference=-0.1, p=p)}
+        return verdict(row, dict(iterations=10, flops_per_token=100), 0.95)
+    assert (said(100, 0.01), said(125, 0.01)) == ('better', 'better, 1.25x FLOPs')
+    assert (said(101, 0.5), said(80, 0.5)) == ('no difference', 'no difference, 0.80x FLOPs')
 
 
 def test_differences_are_paired_and_from_the_baseline(grid):
@@ -481,18 +477,14 @@ def test_batch_sizes_are_compared_on_the_same_windows(text_set, tmp_path):
 
 # kills
 
-LONG = '--n_head=1,2', '--seed=5', '--max_iters=120', '--lr_decay_iters=120', '--save_interval=5'
+LONG = '--n_head=1,2', '--seed=5', '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=40'
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(text_set, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('whole') / 'out'
     study(text_set, out_dir, *LONG, '--jobs=2')
-    return results(out_dir)['rows']
-
-
-def children(pid):
-    return [int(child) for path in Path(f'/proc/{pid}/task').glob('*/children') for child in path.read_text().split()]
+    return out_dir
 
 
 def start_and_kill(text_set, out_dir, sent):
@@ -523,11 +515,12 @@ def start_and_kill(text_set, out_dir, sent):
 ])
 def test_killed_anywhere_the_same_command_resumes(text_set, tmp_path, uninterrupted, sent, status):
     """A kill costs more than the active run, leaves its train.py running, or changes a result."""
+    shutil.copytree(uninterrupted / 'n_head=1,seed=5', tmp_path / 'n_head=1,seed=5')
     assert start_and_kill(text_set, tmp_path, sent) == status
     console = study(text_set, tmp_path, *LONG)
     assert '2 runs, 1 of them finished' in console
     rows = results(tmp_path)['rows']
-    assert [row['val_loss'] for row in rows] == [row['val_loss'] for row in uninterrupted]
+    assert [row['val_loss'] for row in rows] == [row['val_loss'] for row in results(uninterrupted)['rows']]
     assert [row['iterations'] for row in rows] == [120, 120]
     assert len(logs(tmp_path / 'n_head=1,seed=5')) == 1
 
@@ -612,11 +605,9 @@ def test_what_cannot_be_compared_is_one_line(flags, parts, tmp_path, capsys, mon
 
 def test_a_missing_library_is_named_before_the_first_run(text_set, tmp_path):
     """The library for the picture found missing after the last run."""
-    (tmp_path / 'matplotlib.py').write_text('raise ImportError')
-    done = command('compare.py', *TINY, f'--dataset={text_set}', '--seed=1,2', f'--out_dir={tmp_path / "out"}',
-                   env={'PYTHONPATH': str(tmp_path)})
-    refused(done, 'pip install matplotlib')
-    assert not list(tmp_path.glob('out/*/run_*.json'))
+    flags = f'--dataset={text_set}', '--seed=1,2', f'--out_dir={tmp_path}'
+    refused(command('compare.py', *TINY, *flags, before=missing('matplotlib')), 'pip install matplotlib')
+    assert not list(tmp_path.glob('*/run_*.json'))
 
 
 def test_one_out_dir_is_for_one_comparison(grid, capsys):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from conftest import BYTE, ROOT, command, llama_json, paste_example_of_a_part, succeeded
+from conftest import BYTE, ROOT, TINY, command, llama_json, losses, succeeded
 from data.loader import write_dataset
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
@@ -37,12 +37,6 @@ SHORT = {
     r'data/prepare\.py': '--overwrite',
     r'data/prepare\.py(?!.*--tokenizer)': '--tokenizer=byte',
 }
-# {script: code that it runs first}: bench.py forks its processes, which saves each two seconds of imports
-BEFORE = {'bench.py': '''
-import multiprocessing
-fork = multiprocessing.get_context('fork')
-multiprocessing.get_context = lambda method: fork
-'''}
 # appended to the studies among the config files: two of their cells, as long as a flag says
 SHORT_STUDY = '''
 cells = {name: {key: cells[name][key] for key in cells[name] if key != 'max_iters'} for name in [*cells][:2]}
@@ -109,6 +103,14 @@ def add_texts(here, text):
         (here / 'llama/tokenizer.json').write_text(llama_json())
 
 
+def paste_example_of_a_part(folder):
+    """Do in a copy of this repository what docs/parts.md says about the example of a part."""
+    part = (ROOT / 'docs/parts.md').read_text().split('```python\n')[1].split('```')[0]
+    source = (folder / 'model.py').read_text()
+    end_of_class = source.index('\n\n\n', source.index('class SwiGLU'))
+    (folder / 'model.py').write_text(source[:end_of_class] + '\n\n\n' + part + source[end_of_class:])
+
+
 @pytest.fixture(scope='module')
 def workspace(tmp_path_factory):
     """A folder with the scripts, and small stand-ins for everything that the commands of the docs read."""
@@ -150,8 +152,16 @@ def test_a_documented_command_runs(line, workspace, tmp_path):
         words, processes = [asked.training_script, *asked.training_script_args], 2
     short = [flag for pattern, flags in SHORT.items() if re.search(pattern, line) for flag in flags.split()]
     here, env = shutil.copytree(workspace.parent, tmp_path / 'copy') / 'plainGPT', {'WANDB_MODE': 'offline'}
-    before = BEFORE.get(words[0], '')
-    succeeded(command(*words, *short, cwd=here, env=env, processes=processes, before=before))
+    succeeded(command(*words, *short, cwd=here, env=env, processes=processes))
+
+
+def test_the_example_of_a_part_learns(text_set, workspace, tmp_path):
+    """The example of a new part in docs/parts.md has stopped working."""
+    assert any('--ffn_type=maxout' in line for line in documented())
+    flags = *TINY, '--ffn_type=maxout', '--learning_rate=1e-2', f'--dataset={text_set}', f'--out_dir={tmp_path}'
+    succeeded(command('train.py', *flags, cwd=workspace), 'maxout')
+    first, *_, last = losses(tmp_path).values()
+    assert last < first - 1
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configurator import configure
-from conftest import ROOT, command, one_line, refused, some_text, tokenizer_named
+from conftest import ROOT, command, missing, one_line, refused, some_text, tokenizer_named
 from data.tokenizer import get_tokenizer
 from engine.checkpoint import load_checkpoint
 from engine.cost import export_checkpoint
@@ -494,7 +494,6 @@ def test_onnx_gives_our_logits_at_any_batch_and_length(tmp_path, settings):
     ('--export=hf', 'safetensors'), ('--export=x.onnx', 'onnxscript'), ('--export=hf', 'tokenizers')])
 def test_a_missing_library_is_named(tmp_path, flag, library):
     saved_checkpoint(tmp_path / 'run', build(vocab_size=256), tokenizer={'name': 'byte'})
-    (tmp_path / f'{library}.py').write_text('raise ImportError("not here")')
-    done = command(ROOT / 'model.py', '--ckpt=run', flag, cwd=tmp_path, env={'PYTHONPATH': str(tmp_path)})
+    done = command(ROOT / 'model.py', '--ckpt=run', flag, cwd=tmp_path, before=missing(library))
     refused(done, f'pip install {library}')
     assert not (tmp_path / 'hf').exists() and not (tmp_path / 'x.onnx').exists()

@@ -15,7 +15,7 @@ from bench import main as bench_main
 from conftest import PYTHON, ROOT, children, command, one_line, succeeded
 from engine import machine_report
 from engine.common import UserError
-from engine.gpu_checks import failed_checks, gpu_checks, worst_difference
+from engine.gpu_checks import failed_checks, verdict, worst_difference
 from engine.machine import pick_device
 from engine.machine_commands import fitted_row, step_figures
 from engine.machine_rows import Report, Row, exponent, fits, measure_rows, run
@@ -53,38 +53,39 @@ def works(pid):
         return False
 
 
-def test_one_command_writes_a_report(tmp_path):
-    """There was no such command."""
-    folder = tmp_path / 'report'
-    done = command('bench.py', f'--report={folder}', '--sections=loader', *SMALL)
-    succeeded(done, 'loader, preset_quick_test', 'which is complete')
-    facts, text = written(folder)
-    (row,) = facts['rows']
-    assert facts['ended'] == 'complete' and facts['machine']['torch'].startswith(torch.__version__)
-    assert 0 < row['numbers']['waiting_share'] < 1 and row['numbers']['sides'][0]['times']['reading']
-    assert f"```\n{row['command']}\n```" in text and row['command'].startswith('python bench.py config/')
-    assert '## Loader' in text and '% of the steps' in text
+FIRST_ROWS = """
+import itertools
+from engine import machine_report
+measure_rows = machine_report.measure_rows
+machine_report.measure_rows = lambda report, rows: measure_rows(report, itertools.islice(rows, {n}))
+"""
+COLUMNS = {
+    'training': {'parameters', 'tokens', 'step', 'MFU', 'memory', 'estimated'},
+    'parts': {'matmuls', 'attention', 'head and loss', 'optimizer', 'waiting for data', 'the rest'},
+    'generation': {'share of the limit'},
+    'loader': {'waiting'},
+    'checkpoint': {'of a step', 'every 1000 steps'},
+    'growth': {'step', 'memory'},
+    'processes': {'iteration', 'memory of each'},
+    'versus': {'ours', 'theirs', 'ratio'},
+}
 
 
-@pytest.mark.parametrize('section, columns', [
-    ('training', {'parameters', 'tokens', 'step', 'MFU', 'memory', 'estimated'}),
-    ('parts', {'matmuls', 'attention', 'head and loss', 'optimizer', 'waiting for data', 'the rest'}),
-    ('generation', {'share of the limit'}),
-    ('checkpoint', {'of a step', 'every 1000 steps'}),
-    ('growth', {'step', 'memory'}),
-    ('processes', {'iteration', 'memory of each'}),
-    ('versus', {'ours', 'theirs', 'ratio'}),
-])
-def test_each_section_measures_its_rows(tmp_path, section, columns):
-    """A section that nobody has run, or flags that its script does not know."""
+def test_one_command_measures_each_section(tmp_path):
+    """There was no such command; a section that nobody has run, or flags that its script does not know."""
     (tmp_path / 'model.py').write_text(NANOGPT_LIKE)
-    report = new_report(tmp_path, versus=str(tmp_path / 'model.py'))
-    row = next(machine_report.SECTIONS[section](report))
-    assert row.section == section and 'config/' in row.command
-    cells, numbers = row.measure(HANGS)
-    assert columns <= set(cells) and json.dumps(numbers)
-    if section == 'parts':
-        assert sum(numbers['shares'].values()) == pytest.approx(1)
+    asked = f'--report={tmp_path}', f'--sections={",".join(COLUMNS)}', f'--versus={tmp_path}'
+    succeeded(command('bench.py', *asked, *SMALL, before=FIRST_ROWS.format(n=1)), 'loader, preset_quick_test')
+    facts, text = written(tmp_path)
+    assert facts['ended'] == 'complete' and facts['machine']['torch'].startswith(torch.__version__)
+    rows = {row['section']: row for row in facts['rows']}
+    assert rows.keys() == COLUMNS.keys()
+    for section, row in rows.items():
+        assert COLUMNS[section] <= row['cells'].keys() and row['numbers'] and 'config/' in row['command'], section
+        assert f"\n{row['command']}\n" in text and f'## {section.capitalize()}\n' in text, section
+    assert sum(rows['parts']['numbers']['shares'].values()) == pytest.approx(1)
+    loader = rows['loader']['numbers']
+    assert 0 < loader['waiting_share'] < 1 and loader['sides'][0]['times']['reading']
     assert not {'run', 'row.json'} & set(os.listdir(tmp_path))
 
 
@@ -131,7 +132,8 @@ def test_a_row_that_fails_is_a_note(tmp_path):
 def test_a_report_that_is_cut_short_is_a_shorter_report(tmp_path):
     """Ctrl-C lost what had been measured, or left a measurement behind."""
     folder = tmp_path / 'report'
-    process = subprocess.Popen([*PYTHON, 'bench.py', f'--report={folder}', '--sections=training', *SMALL],
+    process = subprocess.Popen([*PYTHON, 'bench.py', f'--report={folder}', '--sections=training',
+                                '--peak_tflops=1', *SMALL],
                                cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith('training, preset_quick_test')
     while len(children(process.pid)) < 2:  # the next row's bench.py, which has started its side
@@ -202,15 +204,14 @@ def test_a_wrong_use_is_one_line(tmp_path, monkeypatch, flags, words):
 
 def test_a_check_compares_losses_with_its_reference(tmp_path):
     """A check that passes whatever the losses are."""
-    report = new_report(tmp_path, sections={'correctness': 'Losses.'}, flags=SMALL[:7])
-    rows = gpu_checks(report)
-    measure_rows(report, [next(rows), next(rows)])
-    reference, same = report.rows
-    assert same['numbers']['difference'] == 0 and same['numbers']['passed'] and same['cells']['passed'] == 'yes'
-    assert len(reference['numbers']['losses']) == 10 and failed_checks(report.rows) == []
-    reference['numbers']['losses'].update({3: 1e9})
-    measure_rows(report, [next(rows)])
-    assert not report.rows[-1]['numbers']['passed'] and failed_checks(report.rows) == ['bfloat16']
+    asked = f'--report={tmp_path}', '--sections=correctness', '--peak_tflops=1', *SMALL[:7]
+    succeeded(command('bench.py', *asked, before=FIRST_ROWS.format(n=3)))
+    rows = written(tmp_path)[0]['rows']
+    reference, same, rough = (row['numbers'] for row in rows)
+    assert rows[1]['cells']['passed'] == 'yes' and same['difference'] == 0 and len(reference['losses']) == 10
+    assert rough['difference'] == worst_difference(rough['losses'], reference['losses']) > 0 and rough['passed']
+    rows[2]['numbers'] = verdict('with float32', rough['difference'], rough['difference'] / 2)[1]
+    assert failed_checks(rows) == ['bfloat16']
 
 
 def test_the_worst_difference_is_relative():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import assert_equal_states, checkpoint, refused, run_logs, succeeded, train
+from conftest import assert_equal_states, checkpoint, missing, refused, run_logs, succeeded, train
 from engine import run_log
 from engine.checkpoint import State
 from engine.console import Console
@@ -41,11 +41,6 @@ def logged(out_dir):
         for name in BOOKKEEPING & values.keys():
             del values[name]
     return steps
-
-
-def missing(module):
-    """Code for `before`: importing this module fails as if it were not installed."""
-    return f'import sys; sys.modules[{module!r}] = None'
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,4 @@
-"""The start of a run: data sets that are files, folders or not prepared yet; flags without effect; an example."""
+"""The start of a run: data sets that are files, folders or not prepared yet; flags without effect."""
 import os
 import re
 import shlex
@@ -16,8 +16,6 @@ from conftest import (
     ROOT,
     command,
     ids_of,
-    losses,
-    paste_example_of_a_part,
     refused,
     run_logs,
     succeeded,
@@ -239,20 +237,6 @@ def test_an_empty_file_of_text_is_refused(tmp_path):
     """A traceback for an empty file."""
     (tmp_path / 'empty.txt').touch()
     refused(train(tmp_path / 'empty.txt', tmp_path / 'out'), 'data/prepare.py', tmp_path / 'empty.txt', 'is empty')
-
-
-def test_the_example_of_a_part_runs_as_printed(tmp_path):
-    """The example of a new part in docs/parts.md has stopped working, since nobody has run it."""
-    page = (ROOT / 'docs/parts.md').read_text()
-    lines = [line for line in page.splitlines() if line.startswith('python train.py') and '--ffn_type=maxout' in line]
-    copy = tmp_path / 'copy'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'out*', '__pycache__', 'wandb'))
-    paste_example_of_a_part(copy)
-    # float32, because a CPU without bfloat16 takes minutes to emulate it
-    done = command(*lines[0].split()[1:], '--out_dir=out', '--dtype=float32', cwd=copy)
-    succeeded(done, 'maxout')
-    first, *_, last = losses(copy / 'out').values()
-    assert last < first - 1
 
 
 @pytest.mark.parametrize('flops, size', [(1e12, 2048), (1e9, 512), (1e6, 64), (1e3, 64)])

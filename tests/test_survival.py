@@ -14,7 +14,6 @@ import torch
 
 from conftest import (
     BYTE,
-    LIMITED,
     PYTHON,
     ROOT,
     SMALL_DISK,
@@ -31,6 +30,7 @@ from conftest import (
     copy_run,
     copy_sharded,
     launcher_of,
+    limit_data,
     losses,
     one_line,
     refused,
@@ -100,17 +100,19 @@ def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up_for(tm
         assert checkpoint(out_dir)['last_eval_iter'] == 15
 
 
-def test_a_signal_to_a_whole_torchrun_job_saves(text_set, tmp_path):
+def test_a_signal_to_a_whole_torchrun_job_saves(text_set, modes, tmp_path):
     """
     torchrun passes on the signal that its workers have received already; two signals end a run without
-    a checkpoint.
+    a checkpoint. Other tests of two processes set torchrun's variables themselves; torchrun sets others.
     """
-    process = start(text_set, tmp_path, launcher=TORCHRUN)
+    process = start(text_set, tmp_path, '--dropout=0.0', launcher=TORCHRUN)
     os.killpg(process.pid, signal.SIGTERM)
     rest = process.communicate(timeout=HANGS)[0]
     summary = run_logs(tmp_path)[0]['summary']
     assert process.returncode != 0 and 'saved' in rest
     assert checkpoint(tmp_path)['iter_num'] == summary['iter_num'] >= 6 and summary['outcome'] == 'SIGTERM'
+    expected = losses(modes('ddp')[0])
+    assert [losses(tmp_path)[it] for it in range(6)] == [expected[it] for it in range(6)]
 
 
 @linux_only
@@ -430,24 +432,7 @@ def test_an_id_past_the_vocabulary_ends_the_run(tmp_path, split):
 # memory
 
 BIG = ('--block_size=512 --n_head=8 --attention_backend=manual --batch_size=12 --gradient_accumulation_steps=2 '
-       '--max_iters=2 --dropout=0 --eval_iters=1').split()
-
-
-SIZE_OF_IMPORTS = """
-import engine.start, torch.distributed.fsdp
-from engine.machine import read_sizes
-print(read_sizes('/proc/self/status')['VmData'] // 1024)
-"""
-
-
-def limit_data(launcher=PYTHON, growth=400_000):
-    """
-    A launcher for processes whose data segments may grow by `growth` kB after their imports, which are of different
-    sizes on different machines. Without any waste, BIG takes 470 MB with its own batch size and 250 MB with half of it.
-    """
-    done = command('-c', SIZE_OF_IMPORTS)
-    succeeded(done)
-    return 'bash', '-c', LIMITED.format('d', int(done.stdout) + growth), *launcher
+       '--max_iters=1 --dropout=0 --eval_iters=1').split()  # 470 MB, and 250 MB with half of its batch size
 
 
 @linux_only
@@ -458,7 +443,7 @@ def test_out_of_memory_shrinks_the_micro_batch_and_not_the_step(text_set, tmp_pa
     the limit.
     """
     limited, free = tmp_path / 'limited', tmp_path / 'free'
-    done = train(text_set, limited, *BIG, launcher=limit_data())
+    done = train(text_set, limited, *BIG, before=limit_data(400))
     succeeded(done)
     (log,) = run_logs(limited)
     events = [(e['iter'], e['batch_size'], e['gradient_accumulation_steps']) for e in log['out_of_memory']]
@@ -478,10 +463,10 @@ def test_out_of_memory_that_cannot_be_helped_is_one_line(text_set, tmp_path):
     """The allocator's traceback is shown, or ranks wait for one that has ended."""
     one, two = tmp_path / 'one', tmp_path / 'two'
     long = '--block_size=2048', '--batch_size=1', '--gradient_accumulation_steps=2'
-    refused(train(text_set, one, *BIG, *long, launcher=limit_data()),
+    refused(train(text_set, one, *BIG, *long, before=limit_data(400)),
             'out of memory', '--activation_checkpointing=True', '--block_size')
-    more = limit_data(TORCHRUN, 660_000)  # ranks have more threads
-    done = train(text_set, two, *BIG, '--batch_size=24', launcher=more)
+    more = limit_data(660)  # ranks have more threads
+    done = train(text_set, two, *BIG, '--batch_size=24', processes=2, before=more)
     assert done.returncode and '--batch_size=12 --gradient_accumulation_steps=4' in done.stderr
     assert contents(one) == contents(two) == {}
 
@@ -531,7 +516,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(listens):
 def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
     """A signal waits until a text is prepared, or leaves prepare.py at work alone."""
     book = tmp_path / 'book.txt'
-    book.write_bytes(b'all work and no play makes a dull line\n' * 4_000_000)
+    book.write_bytes(b'all work and no play makes a dull line\n' * 1_000_000)
     folder = find_datasets(str(book))[0][2]
     process = begin(book, tmp_path / 'out')
     try:
@@ -550,9 +535,13 @@ def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize('mode', ['one', 'ddp'])
-def test_a_signal_before_the_first_step_leaves_the_checkpoint_as_it_is(text_set, finished, tmp_path, signum, mode):
+@pytest.mark.parametrize('mode, signum', [
+    ('one', signal.SIGINT),
+    ('ddp', signal.SIGTERM),
+    pytest.param('one', signal.SIGTERM, marks=pytest.mark.soak),
+    pytest.param('ddp', signal.SIGINT, marks=pytest.mark.soak),
+])
+def test_a_signal_before_the_first_step_leaves_the_checkpoint_as_it_is(text_set, finished, tmp_path, mode, signum):
     """A run saves a second time what it has just loaded, or waits for its first evaluation."""
     out_dir = copy_run(finished[0], tmp_path / 'out')
     before = contents(out_dir)

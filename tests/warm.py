@@ -1,7 +1,8 @@
 """
-Start scripts fast. A server process imports torch once and forks itself for every command, which
-saves the two seconds that a new Python takes for the same imports. Each command is still a process
-of its own, with its own arguments, environment, output and exit status.
+Start scripts fast. A server process imports torch and our modules once and forks itself for every
+command, which saves the two seconds that a new Python takes for the same imports. Each command is
+still a process of its own, with its own arguments, environment, output and exit status. The scripts
+that it starts, such as the runs of compare.py, are forks of it.
 
     warm.run(['train.py', '--max_iters=3'], processes=2)
 """
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -20,8 +22,13 @@ import sys
 import tempfile
 import threading
 
+import torch.distributed
+
 HANGS = 300  # a process that takes more seconds is stuck, however busy the machine is
-PRELOAD = 'numpy', 'torch', 'torch.distributed.fsdp', 'torch.distributed.optim'
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PRELOAD = ('numpy.random', 'torch.distributed.fsdp', 'torch.distributed.optim', 'bench', 'compare',
+           'engine.attention_map', 'engine.start', 'engine.startup_report', 'engine.text_metrics')
+OURS = 'bench', 'compare', 'configurator', 'data', 'engine', 'model'
 
 
 def run(argv, cwd, env, processes=1, before='', text=True, timeout=HANGS):
@@ -29,7 +36,12 @@ def run(argv, cwd, env, processes=1, before='', text=True, timeout=HANGS):
     Run a script, or several processes of it as torchrun would; each runs the Python code in `before`
     first. Returns what subprocess.run returns, with the output of one process after the other.
     """
-    jobs = [Job(argv, cwd, env | variables, before) for variables in torchrun_variables(processes)]
+    store = None
+    if processes > 1:  # torchrun's agent holds it, too
+        store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    compiler = processes > 1 or '--compile=True' in argv
+    jobs = [Job(argv, cwd, env | torchrun_variables(rank, processes, store), before, compiler)
+            for rank in range(processes)]
     returncode = wait(jobs, timeout)
     out, err = (b''.join(job.written(stream) for job in jobs) for stream in ('out', 'err'))
     if text:
@@ -37,24 +49,23 @@ def run(argv, cwd, env, processes=1, before='', text=True, timeout=HANGS):
     return subprocess.CompletedProcess(argv, returncode, out, err)
 
 
-def torchrun_variables(processes):
-    """The environment variables that torchrun would set, for each process; none for a single one."""
+def torchrun_variables(rank, processes, store):
+    """The environment variables that torchrun would set for a rank; none for a single process."""
     if processes == 1:
-        return [{}]
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = str(free.getsockname()[1])
-    common = dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    return [common | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+        return {}
+    return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+                MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE='True',
+                TORCHELASTIC_RESTART_COUNT='0')
 
 
 class Job:
     """A process that the server forks. `answers` delivers its pid, then its exit status."""
-    def __init__(self, argv, cwd, env, before):
+    def __init__(self, argv, cwd, env, before, compiler):
         self.answers, answer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         message = json.dumps(dict(argv=argv, cwd=str(cwd), env=env, before=before)).encode()
         with answer:
-            socket.send_fds(server(), [message], [self.out.fileno(), self.err.fileno(), answer.fileno()])
+            socket.send_fds(server(compiler), [message], [self.out.fileno(), self.err.fileno(), answer.fileno()])
         self.pid = int(self.answers.recv(100))
 
     def written(self, stream):
@@ -90,12 +101,17 @@ def wait(jobs, timeout):
 
 
 @functools.cache
-def server():
-    """Start the server. Returns our end of the socket to it; the server ends when this end is closed."""
+def server(compiler):
+    """
+    Start a server, perhaps one with the part of torch's compiler that DDP and FSDP import, too. Returns our end of the
+    socket to it; the server ends when this end is closed.
+    """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    preload = [*PRELOAD, 'torch._dynamo'] if compiler else PRELOAD
     with its:
         env = os.environ | {'OMP_NUM_THREADS': '1'}
-        subprocess.Popen([sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()], env=env)
+        subprocess.Popen([sys.executable, __file__, str(its.fileno()), *preload], pass_fds=[its.fileno()], env=env,
+                         stdout=subprocess.DEVNULL)  # engine/study.py looks for a terminal when it is imported
     return ours
 
 
@@ -125,14 +141,61 @@ def next_command(requests):
     return json.loads(message)
 
 
-def exit_status(script):
+class ForkingPopen(subprocess.Popen):
     """
-    Run a script as `python SCRIPT` would. The caller ends with os._exit, since an orderly exit of the
+    Popen for warm processes: a Python script runs in a fork of this process. It does so in
+    `preexec_fn`, which never returns, so that the Python that was asked for never starts.
+    """
+    def __init__(self, args, *, env=None, preexec_fn=None, **kwargs):
+        if args[0] == sys.executable and args[1].endswith('.py'):
+            preexec_fn = functools.partial(begin_anew, args[1:], env or os.environ, preexec_fn or int)
+        super().__init__(args, env=env, preexec_fn=preexec_fn, **kwargs)
+
+
+def begin_anew(argv, env, before):
+    """In a forked process, drop what a new Python would not have, and become a script."""
+    gc.enable()  # Popen has disabled it
+    atexit._clear()
+    sys.excepthook = sys.__excepthook__
+    os.closerange(3, os.sysconf('SC_OPEN_MAX'))  # among them the pipe by which Popen waits for exec()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    become(argv, dict(env), before)
+
+
+def become(argv, env, before):
+    """Call before(), and be what `python *ARGV` is from here on."""
+    os.environ.clear()
+    os.environ.update(env)
+    sys.stdout = open(1, 'w', closefd=False)
+    sys.stderr = open(2, 'w', buffering=1, errors='backslashreplace', closefd=False)
+    script = os.path.abspath(argv[0])
+    sys.argv, sys.path[0] = argv[:1] + argv[2:] if argv[0] == '-c' else argv, os.path.dirname(script)
+    if not script.startswith(ROOT + os.sep):  # a copy of this repository has modules of its own
+        for name in [name for name in sys.modules if name.split('.')[0] in OURS]:
+            del sys.modules[name]
+    fork = multiprocessing.get_context('fork')
+    subprocess.Popen, multiprocessing.get_context = ForkingPopen, lambda method: fork
+    before()
+    status = exit_status(argv)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def exit_status(argv):
+    """
+    Run `python *ARGV`, of a script or of -c CODE. The caller ends with os._exit, since an orderly exit of the
     interpreter touches all memory that is shared with the server, and copying it takes a second.
     """
     try:
         try:
-            runpy.run_path(script, run_name='__main__')
+            if argv[0] == '-c':
+                exec(argv[1], {'__name__': '__main__'})
+            else:
+                runpy.run_path(argv[0], run_name='__main__')
         except Exception:
             sys.excepthook(*sys.exc_info())
             return 1
@@ -145,19 +208,11 @@ def exit_status(script):
 
 
 if __name__ == '__main__':
-    for name in PRELOAD:
+    sys.path[0] = ROOT
+    for name in sys.argv[2:]:
         __import__(name)
     gc.collect()
     gc.freeze()
     command = next_command(socket.socket(fileno=int(sys.argv[1])))
     os.chdir(command['cwd'])
-    os.environ.clear()
-    os.environ.update(command['env'])
-    sys.argv = command['argv']
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    exec(command['before'], {})
-    status = exit_status(sys.argv[0])
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(status)
+    become(command['argv'], command['env'], functools.partial(exec, command['before'], {}))
