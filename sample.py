@@ -4,6 +4,7 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
+    python sample.py --out_dir=out --prompts=prompts.txt    # one per line, continued together
     python sample.py --out_dir=out --interactive=True
     python sample.py --init_from=gpt2
     python sample.py --out_dir=out --metrics=True           # compare samples with real text
@@ -32,7 +33,8 @@ from model import GPT
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
 init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
-num_samples: PositiveInt = 10  # samples, drawn together in one batch; interactive: 1
+prompts = ''  # instead of start: a file with one prompt per line, all continued in one batch
+num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts and interactive: 1
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
@@ -63,15 +65,29 @@ if attention:
     optional('matplotlib', '--attention')
 if metrics:
     optional('scipy', '--metrics')
-if interactive and 'num_samples' not in given:
+if prompts and (metrics or interactive or attention or 'start' in given):
+    raise UserError('--prompts continues the lines of a file: leave out --start, --metrics, '
+                    '--attention and --interactive')
+if (prompts or interactive) and 'num_samples' not in given:
     num_samples = 1
-if start.startswith('FILE:'):
-    path = start.removeprefix('FILE:')
+
+def read_prompt_file(path):
     try:
         with open(path, encoding='utf-8') as f:
-            start = f.read()
+            return f.read()
     except OSError as e:
         raise UserError(f"the prompt file '{path}' cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"the prompt file '{path}' is not text in UTF-8: {e.reason}") from e
+
+
+starts = [start]
+if start.startswith('FILE:'):
+    starts = [read_prompt_file(start.removeprefix('FILE:'))]
+if prompts:
+    starts = [line for line in read_prompt_file(prompts).split('\n') if line]
+    if not starts:
+        raise UserError(f"the prompt file '{prompts}' is empty; write one prompt per line")
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
 
@@ -107,24 +123,29 @@ say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize 
     f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
 
 
-def generate(prompt):
+def generate(starts):
     """
-    Print num_samples continuations, the first one token by token, and the metrics. A character that
-    is cut off at the end is left out.
+    Print num_samples continuations of each prompt, the first one token by token, and the metrics. A
+    character that is cut off at the end is left out.
     """
-    ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
+    starts = [prompt for prompt in starts for _ in range(num_samples)]
+    ids = [prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in starts]
+    longest = max(map(len, ids))
+    padding = [longest - len(row) for row in ids]
+    padded = [[0] * n + row for n, row in zip(padding, ids)]
     eot = tokenizer.eot if stop else None
-    check_sampling_fits(model.config, num_samples, len(ids), max_new_tokens, device,
+    check_sampling_fits(model.config, len(ids), longest, max_new_tokens, device,
                         getattr(torch, dtype).itemsize)
     new_decoder = codecs.getincrementaldecoder('utf-8')
-    steps = model.stream(torch.tensor([ids] * num_samples, device=device), max_new_tokens,
-                         temperature, top_k or None, top_p, seed, eot, slide=slide)
+    steps = model.stream(torch.tensor(padded, device=device), max_new_tokens, temperature,
+                         top_k or None, top_p, seed, eot, slide=slide,
+                         left_padding=torch.tensor(padding))
     with user_errors():  # the stream checks its arguments before its first step
         first_step = list(itertools.islice(steps, 1))
 
-    rows = [[] for _ in range(num_samples)]
+    rows = [[] for _ in ids]
     shown = new_decoder('replace')
-    say(prompt, end='')
+    say(starts[0], end='')
     for step in itertools.chain(first_step, steps):
         for row, token in zip(rows, step.tolist()):
             if not row or row[-1] != eot:
@@ -133,12 +154,12 @@ def generate(prompt):
             text = shown.decode(tokenizer.decode_bytes(rows[0][-1:]))
             say(text, end='')
     print()
-    for row in rows[1:]:
+    for prompt, row in zip(starts[1:], rows[1:]):
         tokens = [token for token in row if token != eot]
         text = new_decoder('replace').decode(tokenizer.decode_bytes(tokens))
         say(f'---------------\n{prompt}{text}')
     if metrics:
-        print(f'---------------\n{compare_with_real_text(ids, rows)}')
+        print(f'---------------\n{compare_with_real_text(ids[0], rows)}')
 
 
 def compare_with_real_text(prompt, rows):
@@ -168,7 +189,7 @@ def ask():
     """Answer one prompt after another. A mistake in one does not end the session."""
     while True:
         try:
-            generate(input('\n> '))
+            generate([input('\n> ')])
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as e:
@@ -178,8 +199,8 @@ def ask():
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
 with reader_may_exit():
     if attention:
-        draw(start)
+        draw(starts[0])
     elif interactive:
         ask()
     else:
-        generate(start)
+        generate(starts)

@@ -1287,6 +1287,42 @@ def test_generation_with_and_without_cache_is_the_naive_loop(position, norm_posi
             assert torch.equal(ours, expected), (slide, use_cache)
 
 
+def padded_left(prompts):
+    """Return rows of the same length, padded with ids that must not be seen, and the padding of each."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    rows = [torch.cat((torch.full((n,), 3), prompt)) for n, prompt in zip(padding.tolist(), prompts)]
+    return torch.stack(rows), padding
+
+
+@pytest.mark.parametrize('doc_mask_token', [None, 3])
+@every_combination
+def test_a_batch_of_prompts_continues_each_as_it_does_alone(parts, doc_mask_token):
+    """Padding that is seen, positions that count it, windows that all move with that of the longest prompt."""
+    model = shaken(doc_mask_token=doc_mask_token, **parts)
+    prompts = [ids(1, n, seed=n)[0] for n in (1, 9, 16, 20)]  # block_size is 16
+    idx, padding = padded_left(prompts)
+    for slide, use_cache in ((1, False), (5, True)):
+        options = dict(temperature=0, slide=slide, use_cache=use_cache)
+        together = model.generate(idx, 8, left_padding=padding, **options)
+        for row, n, prompt in zip(together, padding, prompts):
+            assert torch.equal(row[n:], model.generate(prompt[None], 8, **options)[0]), (slide, use_cache)
+
+
+def test_prompts_of_different_lengths_draw_from_their_own_probabilities():
+    """One generator draws for the whole batch: its rows' draws are those from each prompt's own logits."""
+    model, generator = shaken(position_encoding='rope'), torch.Generator().manual_seed(7)
+    rows = [ids(1, n, seed=n) for n in (1, 4, 6)]
+    idx, padding = padded_left([row[0] for row in rows])
+    together = model.generate(idx, 8, temperature=1.5, top_k=20, seed=7, left_padding=padding)
+    for _ in range(8):
+        logits = torch.cat([model(row)[0][:, -1] for row in rows])
+        drawn = sample_token(logits, 1.5, 20, generator=generator)
+        rows = [torch.cat((row, token.view(1, 1)), dim=1) for row, token in zip(rows, drawn)]
+    for row, n, expected in zip(together, padding, rows):
+        assert torch.equal(row[n:], expected[0])
+
+
 @every_combination
 def test_every_combination_generates_the_same_with_and_without_cache(parts):
     """A part written for sequences could fail on one token at a time."""
@@ -1436,6 +1472,13 @@ def test_a_bad_argument_of_generation_is_named(options, name):
         model.generate(ids(B, 4), **{'max_new_tokens': 3} | options)
     one_line(e.value, name, *options.values())
     assert model.training
+
+
+@pytest.mark.parametrize('padding', [[0, 4, 0], [0, -1, 0], [0]], ids=str)
+def test_padding_that_leaves_no_prompt_is_refused(padding):
+    """A row of nothing but padding has no token to predict from."""
+    with pytest.raises(ValueError, match='left_padding'):
+        shaken().generate(ids(3, 4), 3, left_padding=torch.tensor(padding))
 
 
 def test_an_empty_prompt_is_refused():
