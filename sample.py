@@ -23,6 +23,7 @@ from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional, printable, reader_may_exit, user_errors
 from engine.cost import check_sampling_fits
+from engine.fast_linear import prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
 from engine.machine import pick_device
 from engine.text_metrics import measure, metrics_table, real_texts
@@ -47,8 +48,8 @@ interactive = False  # ask for prompt after prompt, until Ctrl-D
 metrics = False  # also print diversity, repetition, perplexity of samples and val (needs scipy)
 attention = ''  # instead of samples: a file such as map.png for each head's attention to the prompt
 device = 'auto'  # cuda, mps or cpu
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
-quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory; slower above 4 samples
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of weights; auto: the fastest
+quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory of 16 bits
 raw = False  # print control characters, such as a terminal's escapes, instead of escaping them
 compile = False  # nanoGPT's key; does nothing: generation has a KV cache instead
 config, given = configure(__file__)
@@ -97,7 +98,7 @@ def say(text, end='\n', file=None):
 
 
 # the model
-device, dtype = pick_device(device, dtype)
+device, _ = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
 with user_errors():
     model = GPT.from_dict(ckpt)
@@ -111,16 +112,16 @@ if tokenizer is None:
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
-if quantize:
-    model.quantize_int8()
-model.to(device, getattr(torch, dtype))
+weights, dtype, trial = prepare_to_generate(
+    model, device, dtype, quantize, rows=num_samples * len(starts))
 
-weights = {*model.parameters(), *model.buffers()}
-megabytes = sum(t.numel() * t.element_size() for t in weights) / 1e6
+megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
 ignored = '; compile=True is ignored, see --help' if compile else ''
-say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
+say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {weights}"
     f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
+if trial:
+    say(trial, file=sys.stderr)
 
 
 def generate(starts):

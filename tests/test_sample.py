@@ -71,8 +71,8 @@ def test_each_line_of_a_prompt_file_is_continued_as_it_is_alone(finished, traine
     for prompt in prompts:
         ids = torch.tensor([trained.tokenizer.encode(prompt)])
         text = trained.tokenizer.decode(trained.model.generate(ids, 50, temperature=0)[0].tolist())
-        texts += [text + '\n'] * 2
-    assert done.stdout.decode().split('---------------\n') == texts
+        texts += [text.rstrip('\ufffd')] * 2  # a character that is cut off at the end is left out
+    assert [text.rstrip('\ufffd\n') for text in done.stdout.decode().split('---------------\n')] == texts
 
 
 @pytest.fixture(scope='module')
