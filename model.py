@@ -775,8 +775,7 @@ class GPT(nn.Module):
         all_logits=True returns logits (B, T, V) in either case; beside a loss they cost another
         matmul with the head. All logits are after the softcap. reduction='none', only inside
         torch.no_grad(): the loss is per token, (B, T), 0 where ignored. cache is a list from
-        new_cache(); idx continues it. left_padding (B,): the number of ids at the start of each row
-        (of its cache, if there is one) that attention ignores; positions count from their end.
+        new_cache(); idx continues it. The first left_padding (B,) ids of each row are ignored.
         """
         B, T = idx.size()
         start = cache[0].length if cache else 0
@@ -1009,9 +1008,8 @@ class GPT(nn.Module):
         Yield (B,) int64 ids that continue idx (B, T). temperature 0 is greedy. top_k keeps the k
         likeliest tokens. top_p keeps the fewest likeliest tokens whose probabilities add up to it.
         seed makes the draws of the batch repeatable. After a row draws `stop` it only repeats it;
-        the stream ends when all rows have stopped. Padding ids are never drawn. Shorter prompts
-        start with left_padding (B,) ids, any ids, that are ignored. Raise ValueError if an argument
-        is out of range.
+        the stream ends when all rows have stopped. Padding ids are never drawn. left_padding (B,)
+        ids, of any value, precede shorter prompts. Raise ValueError if an argument is out of range.
 
         Past block_size the model sees only the last block_size tokens, at positions from 0, as in
         nanoGPT. Every position then changes with each token, so the cache is useless and each token
@@ -1038,7 +1036,7 @@ class GPT(nn.Module):
         self.eval()
         try:
             for n in range(T, T + max_new_tokens):
-                # the start of each row's window
+                # where each row's window starts
                 first = [p + max(0, math.ceil((n - p - block_size) / slide) * slide) for p in pads]
                 context = tokens[:, min(first):n]
                 if cache and first == previous:

@@ -95,7 +95,7 @@ def documented():
 def add_texts(here, text):
     """Write the text files that the commands of the docs read."""
     for name in ('path/to/book.txt', 'book.txt', 'corpus.txt', '1GB.txt', 'FILE', 'notes/note.txt',
-                 '.peers/tinyshakespeare.txt'):
+                 'prompts.txt', '.peers/tinyshakespeare.txt'):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
     paragraphs = text.split('\n\n')
