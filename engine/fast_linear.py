@@ -14,6 +14,7 @@ from engine.machine import fastest_dtype
 
 TRIED_WEIGHTS = 2 ** 24  # in a trial, about
 FEWEST_WEIGHTS = 2 ** 23  # of a model that is worth a trial
+MOST_ROWS = 64  # in a trial
 
 
 class OneDNNLinear(nn.Module):
@@ -54,7 +55,8 @@ def kernels_here(dtype):
     found = [Kernel('float32', 'float32', 'float32')]
     if fastest_dtype(torch.device('cpu')) == 'bfloat16':
         found.append(Kernel('bfloat16', 'bfloat16', 'bfloat16'))
-        found.append(Kernel('bfloat16 by oneDNN', 'bfloat16', 'bfloat16', OneDNNLinear))
+        if torch.backends.mkldnn.is_available():
+            found.append(Kernel('bfloat16 by oneDNN', 'bfloat16', 'bfloat16', OneDNNLinear))
     if 'fbgemm' in torch.backends.quantized.supported_engines:
         found.append(Kernel('float16 by FBGEMM', 'float16', 'float32', Float16Linear))
     if dtype == 'float16':  # not with 'auto', because activations may overflow
@@ -94,7 +96,7 @@ def choose_kernel(model, dtype, rows):
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     total = sum(linear.weight.numel() for linear in linears)
-    kernels = kernels_here(dtype)
+    kernels, rows = kernels_here(dtype), min(rows, MOST_ROWS)
     if total < FEWEST_WEIGHTS or len(kernels) < 2:
         return None, ''
     part, size = [], 0

@@ -95,9 +95,10 @@ def documented():
 def add_texts(here, text):
     """Write the text files that the commands of the docs read."""
     for name in ('path/to/book.txt', 'book.txt', 'corpus.txt', '1GB.txt', 'FILE', 'notes/note.txt',
-                 'prompts.txt', '.peers/tinyshakespeare.txt'):
+                 '.peers/tinyshakespeare.txt'):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
+    (here / 'prompts.txt').write_text('def main(\nimport os\n')
     paragraphs = text.split('\n\n')
     lines = '\n'.join(json.dumps({'text': paragraph}) for paragraph in paragraphs)
     (here / 'more.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
