@@ -175,6 +175,7 @@ def plan_sides(config, device, dtype, scratch):
         check_length(config, model.config)
         side = asked | dict(
             versus='', quantize='', fused=True, device=str(device), dtype=dtype,
+            asked_dtype=config['dtype'],
             compile=compiled and config['what'] != 'generate',  # generation is never compiled
             model=asdict(model.config),
             data_dir=find_data(asked['dataset'], config['what'], model, f'{scratch}/{name}'))
@@ -340,13 +341,14 @@ def figures(side, model, peak, bandwidth):
 
 def size_figures(side):
     s, parameters = side.s, side.info['parameters']
+    dtype = side.info.get('weights', s['dtype'])
     if s['what'] == 'generate':
         batch = f"{s['num_samples']} x {s['prompt_tokens']} tokens of prompt"
     else:
         batch = f"{s['batch_size']} x {s['model']['block_size']} tokens"
     if trains(s) and s['accumulation'] > 1:
         batch += f" x {s['accumulation']}"
-    rows = {'parameters': f'{parameters:,}', 'dtype, compile': f"{s['dtype']}, {s['compile']}",
+    rows = {'parameters': f'{parameters:,}', 'dtype, compile': f"{dtype}, {s['compile']}",
             'batch': batch}
     note = dict(note=side.info['note']) if side.info['note'] else {}
     return rows, dict(parameters=parameters) | note
@@ -384,11 +386,9 @@ def decoding_figures(side, model, bandwidth):
     the KV caches, which are taken at their average length.
     """
     s, c, n = side.s, model.config, side.s['num_samples']
-    size = getattr(torch, s['dtype']).itemsize
+    size = getattr(torch, side.info['activations']).itemsize
     length = s['prompt_tokens'] + s['new_tokens'] / 2
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    weights = sum(linear.weight.numel() for linear in linears)
-    read = (1 if s['quantize'] else size) * weights + n * cache_bytes(c, length, size)
+    read = side.info['matrix_bytes'] + n * cache_bytes(c, length, size)
     limit = n * bandwidth / read
     decode = n * (s['new_tokens'] - 1) / (side.median('whole') - side.median('prefill'))
     rows = {

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 NORMALIZATION = {}
 # elementwise function
 ACTIVATION = {}
-# Module(config); forward: x (B, T, C), pos (T,) -> x, rotate
+# Module(config); forward: x (B, T, C), pos (T,) or (B, T) -> x, rotate
 # rotate is None or a function that rotates q or k, (B, H or K, T, D) -> same shape
 POSITION_ENCODING = {}
 # function(q, k, v, dropout, config, mask=None) -> (B, H, T, D), for q (B, H, T, D) and
@@ -326,7 +326,7 @@ class RoPE(nn.Module):
 
     def forward(self, x, pos):
         # float32, because bfloat16 cannot represent 257
-        angle = pos.float()[:, None] * self.frequencies(x.device)  # (T, D/2)
+        angle = pos.float()[..., None, :, None] * self.frequencies(x.device)  # (..., 1, T, D/2)
         cos, sin = angle.cos(), angle.sin()
 
         def rotate(q):
@@ -762,7 +762,8 @@ class GPT(nn.Module):
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean'):
+    def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean',
+                left_padding=None):
         """
         idx (B, T) int64 -> (logits, loss). Raise ValueError if idx and the cache together are
         longer than block_size.
@@ -774,7 +775,7 @@ class GPT(nn.Module):
         all_logits=True returns logits (B, T, V) in either case; beside a loss they cost another
         matmul with the head. All logits are after the softcap. reduction='none', only inside
         torch.no_grad(): the loss is per token, (B, T), 0 where ignored. cache is a list from
-        new_cache(); idx continues it.
+        new_cache(); idx continues it. The first left_padding (B,) ids of each row are ignored.
         """
         B, T = idx.size()
         start = cache[0].length if cache else 0
@@ -782,9 +783,11 @@ class GPT(nn.Module):
             raise ValueError(f'cannot forward a sequence of length {start + T}: '
                              f'block_size is {self.config.block_size}')
         pos = torch.arange(start, start + T, device=idx.device)
-        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
+        if left_padding is not None:
+            pos = pos - left_padding[:, None]  # (B, T), negative in the padding
+        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos.clamp(min=0))
         x = self.transformer.drop(x)
-        mask = self.make_mask(idx, cache)
+        mask = self.make_mask(idx, cache, pos)
         for i, block in enumerate(self.transformer.h):
             if self.config.activation_checkpointing and torch.is_grad_enabled() and not cache:
                 # keep only the block's input and recompute the rest in backward
@@ -804,16 +807,18 @@ class GPT(nn.Module):
             logits = cap_logits(logits, softcap) if softcap else logits
         return logits, loss
 
-    def make_mask(self, idx, cache):
+    def make_mask(self, idx, cache, pos):
         """
-        Return the attention mask of a forward pass: by documents if doc_mask_token is set,
-        otherwise None. An end-of-text token belongs to the document that it opens. With a cache,
-        this also appends to the cached document numbers. Positions do not restart with a document;
-        only learned positions depend on that.
+        Return the attention mask of a forward pass: by documents if doc_mask_token is set or rows
+        are padded, otherwise None. An end-of-text token belongs to the document that it opens. With
+        a cache, this also appends to the cached document numbers. Positions do not restart with a
+        document; only learned positions depend on that.
         """
-        if self.config.doc_mask_token is None:
+        token = self.config.doc_mask_token
+        if token is None and pos.dim() == 1:
             return None
-        doc = (idx == self.config.doc_mask_token).cumsum(1)  # (B, T), numbered within the row
+        doc = (idx == (-1 if token is None else token)).cumsum(1)  # (B, T), numbered within the row
+        doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
         if cache:
             doc = cache[0].continue_documents(doc)
         compiled = torch.compiler.is_compiling() and not cache
@@ -998,13 +1003,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-               stop=None, use_cache=True, slide=1):
+               stop=None, use_cache=True, slide=1, left_padding=None):
         """
         Yield (B,) int64 ids that continue idx (B, T). temperature 0 is greedy. top_k keeps the k
         likeliest tokens. top_p keeps the fewest likeliest tokens whose probabilities add up to it.
-        seed makes the draws repeatable. After a row draws `stop` it only repeats it; the stream
-        ends when all rows have stopped. Padding ids are never drawn. Raise ValueError if an
-        argument is out of range.
+        seed makes the draws of the batch repeatable. After a row draws `stop` it only repeats it;
+        the stream ends when all rows have stopped. Padding ids are never drawn. left_padding (B,)
+        ids, of any value, precede shorter prompts. Raise ValueError if an argument is out of range.
 
         Past block_size the model sees only the last block_size tokens, at positions from 0, as in
         nanoGPT. Every position then changes with each token, so the cache is useless and each token
@@ -1021,23 +1026,28 @@ class GPT(nn.Module):
         require_range('top_k', top_k, top_k is None or top_k > 0)
         require_range('top_p', top_p, top_p is None or 0 < top_p <= 1)
         require_range('slide', slide, 1 <= slide <= block_size)
+        pads = [0] * B if left_padding is None else left_padding.tolist()
+        require_range('left_padding', pads, len(pads) == B and all(0 <= pad < T for pad in pads))
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
         cache = self.new_cache(B, min(block_size, T + max_new_tokens)) if use_cache else None
-        was_training = self.training
+        was_training, previous = self.training, None
         self.eval()
         try:
             for n in range(T, T + max_new_tokens):
-                first = max(0, math.ceil((n - block_size) / slide) * slide)  # start of the window
-                context = tokens[:, first:n]
-                if cache and cache[0].length == n - 1 - first:
-                    context = context[:, -1:]  # the cache already holds the rest of the window
-                elif cache:
-                    for layer in cache:
+                # where each row's window starts
+                first = [p + max(0, math.ceil((n - p - block_size) / slide) * slide) for p in pads]
+                context = tokens[:, min(first):n]
+                if cache and first == previous:
+                    context = context[:, -1:]  # the cache already holds the rest of the windows
+                else:
+                    previous = first
+                    padding = idx.new_tensor(first) - min(first) if max(pads) else None
+                    for layer in cache or ():
                         layer.length = 0
                 # .forward, because a compiled __call__ would recompile for each shape
-                logits, _ = self.forward(context, cache=cache)
+                logits, _ = self.forward(context, cache=cache, left_padding=padding)
                 logits = logits[:, -1, :n_ids].float()
                 token = sample_token(logits, temperature, top_k, top_p, generator)
                 if stop is not None:

@@ -4,6 +4,7 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
+    python sample.py --out_dir=out --prompts=prompts.txt    # one per line, continued together
     python sample.py --out_dir=out --interactive=True
     python sample.py --init_from=gpt2
     python sample.py --out_dir=out --metrics=True           # compare samples with real text
@@ -22,6 +23,7 @@ from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional, printable, reader_may_exit, user_errors
 from engine.cost import check_sampling_fits
+from engine.fast_linear import prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
 from engine.machine import pick_device
 from engine.text_metrics import measure, metrics_table, real_texts
@@ -32,7 +34,8 @@ from model import GPT
 out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as out/ckpt_best.pt
 init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
-num_samples: PositiveInt = 10  # samples, drawn together in one batch; interactive: 1
+prompts = ''  # instead of start: a file with one prompt per line, all continued in one batch
+num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts and interactive: 1
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
@@ -45,8 +48,8 @@ interactive = False  # ask for prompt after prompt, until Ctrl-D
 metrics = False  # also print diversity, repetition, perplexity of samples and val (needs scipy)
 attention = ''  # instead of samples: a file such as map.png for each head's attention to the prompt
 device = 'auto'  # cuda, mps or cpu
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
-quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory; slower above 4 samples
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of weights; auto: the fastest
+quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory of 16 bits
 raw = False  # print control characters, such as a terminal's escapes, instead of escaping them
 compile = False  # nanoGPT's key; does nothing: generation has a KV cache instead
 config, given = configure(__file__)
@@ -63,15 +66,29 @@ if attention:
     optional('matplotlib', '--attention')
 if metrics:
     optional('scipy', '--metrics')
-if interactive and 'num_samples' not in given:
+if prompts and (metrics or interactive or attention or 'start' in given):
+    raise UserError('--prompts continues the lines of a file: leave out --start, --metrics, '
+                    '--attention and --interactive')
+if (prompts or interactive) and 'num_samples' not in given:
     num_samples = 1
-if start.startswith('FILE:'):
-    path = start.removeprefix('FILE:')
+
+def read_prompt_file(path):
     try:
         with open(path, encoding='utf-8') as f:
-            start = f.read()
+            return f.read()
     except OSError as e:
         raise UserError(f"the prompt file '{path}' cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"the prompt file '{path}' is not text in UTF-8: {e.reason}") from e
+
+
+starts = [start]
+if start.startswith('FILE:'):
+    starts = [read_prompt_file(start.removeprefix('FILE:'))]
+if prompts:
+    starts = [line for line in read_prompt_file(prompts).split('\n') if line]
+    if not starts:
+        raise UserError(f"the prompt file '{prompts}' is empty; write one prompt per line")
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
 
@@ -81,7 +98,7 @@ def say(text, end='\n', file=None):
 
 
 # the model
-device, dtype = pick_device(device, dtype)
+device, _ = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
 with user_errors():
     model = GPT.from_dict(ckpt)
@@ -95,36 +112,41 @@ if tokenizer is None:
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
-if quantize:
-    model.quantize_int8()
-model.to(device, getattr(torch, dtype))
+weights, dtype, trial = prepare_to_generate(
+    model, device, dtype, quantize, rows=num_samples * len(starts))
 
-weights = {*model.parameters(), *model.buffers()}
-megabytes = sum(t.numel() * t.element_size() for t in weights) / 1e6
+megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
 ignored = '; compile=True is ignored, see --help' if compile else ''
-say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {quantize or dtype}"
+say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {weights}"
     f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
+if trial:
+    say(trial, file=sys.stderr)
 
 
-def generate(prompt):
+def generate(starts):
     """
-    Print num_samples continuations, the first one token by token, and the metrics. A character that
-    is cut off at the end is left out.
+    Print num_samples continuations of each prompt, the first one token by token, and the metrics. A
+    character that is cut off at the end is left out.
     """
-    ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
+    starts = [prompt for prompt in starts for _ in range(num_samples)]
+    ids = [prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in starts]
+    longest = max(map(len, ids))
+    padding = [longest - len(row) for row in ids]
+    padded = [[0] * n + row for n, row in zip(padding, ids)]
     eot = tokenizer.eot if stop else None
-    check_sampling_fits(model.config, num_samples, len(ids), max_new_tokens, device,
+    check_sampling_fits(model.config, len(ids), longest, max_new_tokens, device,
                         getattr(torch, dtype).itemsize)
     new_decoder = codecs.getincrementaldecoder('utf-8')
-    steps = model.stream(torch.tensor([ids] * num_samples, device=device), max_new_tokens,
-                         temperature, top_k or None, top_p, seed, eot, slide=slide)
+    steps = model.stream(torch.tensor(padded, device=device), max_new_tokens, temperature,
+                         top_k or None, top_p, seed, eot, slide=slide,
+                         left_padding=torch.tensor(padding))
     with user_errors():  # the stream checks its arguments before its first step
         first_step = list(itertools.islice(steps, 1))
 
-    rows = [[] for _ in range(num_samples)]
+    rows = [[] for _ in ids]
     shown = new_decoder('replace')
-    say(prompt, end='')
+    say(starts[0], end='')
     for step in itertools.chain(first_step, steps):
         for row, token in zip(rows, step.tolist()):
             if not row or row[-1] != eot:
@@ -133,12 +155,12 @@ def generate(prompt):
             text = shown.decode(tokenizer.decode_bytes(rows[0][-1:]))
             say(text, end='')
     print()
-    for row in rows[1:]:
+    for prompt, row in zip(starts[1:], rows[1:]):
         tokens = [token for token in row if token != eot]
         text = new_decoder('replace').decode(tokenizer.decode_bytes(tokens))
         say(f'---------------\n{prompt}{text}')
     if metrics:
-        print(f'---------------\n{compare_with_real_text(ids, rows)}')
+        print(f'---------------\n{compare_with_real_text(ids[0], rows)}')
 
 
 def compare_with_real_text(prompt, rows):
@@ -168,7 +190,7 @@ def ask():
     """Answer one prompt after another. A mistake in one does not end the session."""
     while True:
         try:
-            generate(input('\n> '))
+            generate([input('\n> ')])
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as e:
@@ -178,8 +200,8 @@ def ask():
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
 with reader_may_exit():
     if attention:
-        draw(start)
+        draw(starts[0])
     elif interactive:
         ask()
     else:
-        generate(start)
+        generate(starts)

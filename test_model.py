@@ -23,10 +23,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import one_line
-from engine import optim
+from engine import fast_linear, optim
 from engine.attention_map import attention_weights
 from engine.common import UserError
+from engine.fast_linear import kernels_here, matrix_bytes, prepare_to_generate
 from engine.int8 import Int8Linear
+from engine.machine import fastest_dtype
 from model import (
     ACTIVATION,
     ATTENTION_BACKEND,
@@ -1287,6 +1289,42 @@ def test_generation_with_and_without_cache_is_the_naive_loop(position, norm_posi
             assert torch.equal(ours, expected), (slide, use_cache)
 
 
+def padded_left(prompts):
+    """Return rows of the same length, padded with ids that must not be seen, and the padding of each."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    rows = [torch.cat((torch.full((n,), 3), prompt)) for n, prompt in zip(padding.tolist(), prompts)]
+    return torch.stack(rows), padding
+
+
+@pytest.mark.parametrize('doc_mask_token', [None, 3])
+@every_combination
+def test_a_batch_of_prompts_continues_each_as_it_does_alone(parts, doc_mask_token):
+    """Padding that is seen, positions that count it, windows that all move with that of the longest prompt."""
+    model = shaken(doc_mask_token=doc_mask_token, **parts)
+    prompts = [ids(1, n, seed=n)[0] for n in (1, 9, 16, 20)]  # block_size is 16
+    idx, padding = padded_left(prompts)
+    for slide, use_cache in ((1, False), (5, True)):
+        options = dict(temperature=0, slide=slide, use_cache=use_cache)
+        together = model.generate(idx, 8, left_padding=padding, **options)
+        for row, n, prompt in zip(together, padding, prompts):
+            assert torch.equal(row[n:], model.generate(prompt[None], 8, **options)[0]), (slide, use_cache)
+
+
+def test_prompts_of_different_lengths_draw_from_their_own_probabilities():
+    """One generator draws for the whole batch: its rows' draws are those from each prompt's own logits."""
+    model, generator = shaken(position_encoding='rope'), torch.Generator().manual_seed(7)
+    rows = [ids(1, n, seed=n) for n in (1, 4, 6)]
+    idx, padding = padded_left([row[0] for row in rows])
+    together = model.generate(idx, 8, temperature=1.5, top_k=20, seed=7, left_padding=padding)
+    for _ in range(8):
+        logits = torch.cat([model(row)[0][:, -1] for row in rows])
+        drawn = sample_token(logits, 1.5, 20, generator=generator)
+        rows = [torch.cat((row, token.view(1, 1)), dim=1) for row, token in zip(rows, drawn)]
+    for row, n, expected in zip(together, padding, rows):
+        assert torch.equal(row[n:], expected[0])
+
+
 @every_combination
 def test_every_combination_generates_the_same_with_and_without_cache(parts):
     """A part written for sequences could fail on one token at a time."""
@@ -1438,6 +1476,13 @@ def test_a_bad_argument_of_generation_is_named(options, name):
     assert model.training
 
 
+@pytest.mark.parametrize('padding', [[0, 4, 0], [0, -1, 0], [0]], ids=str)
+def test_padding_that_leaves_no_prompt_is_refused(padding):
+    """A row of nothing but padding has no token to predict from."""
+    with pytest.raises(ValueError, match='left_padding'):
+        shaken().generate(ids(3, 4), 3, left_padding=torch.tensor(padding))
+
+
 def test_an_empty_prompt_is_refused():
     """There is no token to predict from; the slice [:, -1] would be an index error."""
     with pytest.raises(ValueError, match='prompt'):
@@ -1445,6 +1490,10 @@ def test_an_empty_prompt_is_refused():
 
 
 # int8 weights
+
+def linears(model):
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+
 
 @pytest.mark.parametrize('settings', [
     dict(),
@@ -1456,7 +1505,7 @@ def test_an_int8_model_is_the_model_of_its_rounded_weights(settings):
     ours = GPT(GPTConfig.from_settings(TINY | settings)).eval()
     quantized = copy.deepcopy(ours).quantize_int8()
     with torch.no_grad():
-        for m in [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]:
+        for m in linears(ours):
             step = m.weight.abs().amax(1, keepdim=True) / 127
             rounded = (m.weight / step).round() * step
             assert ((rounded - m.weight).abs() <= step / 2 * 1.001).all()
@@ -1465,7 +1514,7 @@ def test_an_int8_model_is_the_model_of_its_rounded_weights(settings):
     expected = ours.generate(ids(B, 5), 20, seed=1)
     for use_cache in (True, False):
         assert torch.equal(quantized.generate(ids(B, 5), 20, seed=1, use_cache=use_cache), expected)
-    matrices = sum(m.weight.numel() for m in ours.modules() if isinstance(m, torch.nn.Linear))
+    matrices = sum(m.weight.numel() for m in linears(ours))
     assert sum(b.numel() for b in quantized.buffers() if b.dtype == torch.int8) == matrices
 
 
@@ -1478,6 +1527,48 @@ def test_int8_kernels_agree(rows):
     quantized = Int8Linear(linear)
     expected = x.bfloat16().double() @ (quantized.weight * quantized.scale[:, None]).double().T + linear.bias.double()
     close(quantized.bfloat16()(x.bfloat16()).double(), expected, 0.03)
+
+
+# weights in the form that a CPU multiplies fastest
+
+@torch.no_grad()
+@pytest.mark.parametrize('rows', [1, 3, 40])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('kernel', kernels_here('auto'), ids=lambda kernel: kernel.name)
+def test_a_kernel_multiplies_by_the_weights_it_was_given(kernel, bias, rows):
+    """A bias lost, a transposed weight, or more rounding than that of its dtypes."""
+    torch.manual_seed(0)
+    linear, dtype = torch.nn.Linear(768, 96, bias=bias), getattr(torch, kernel.dtype)
+    x = torch.randn(rows, 1, 768).to(dtype)
+    made = kernel.make(linear) if kernel.make else copy.deepcopy(linear).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), linear.weight.double())
+    expected += linear.bias.double() if bias else 0
+    assert made(x).dtype == dtype
+    close(made(x).double(), expected, 0.02 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_a_prepared_model_generates_as_before(monkeypatch):
+    """Packed weights that lose the tied embedding, or a dtype that the person named and does not get."""
+    monkeypatch.setattr(fast_linear, 'FEWEST_WEIGHTS', 1)
+    ours, cpu = shaken(), torch.device('cpu')
+    expected = ours.generate(ids(B, 5), 10, temperature=0)
+    for asked in ('auto', 'float32', 'bfloat16', 'float16'):
+        names = [kernel.name for kernel in kernels_here(asked)] or [asked]
+        model = copy.deepcopy(ours)
+        name, dtype, said = prepare_to_generate(model, cpu, asked, '', rows=B)
+        assert name in names and all(p.dtype == getattr(torch, dtype) for p in model.parameters())
+        assert all(name in said for name in names) or len(names) == 1 and not said
+        assert (matrix_bytes(model) == 4 * sum(m.weight.numel() for m in linears(ours))) == (name == 'float32')
+        assert name != 'float32' or torch.equal(model.generate(ids(B, 5), 10, temperature=0), expected)
+        close(model(ids(B, T))[0].float(), ours(ids(B, T))[0], 0.1 if dtype == 'bfloat16' else 0.02)
+
+
+def test_a_small_model_has_no_trial():
+    """A trial that takes longer than the sample."""
+    model = shaken()
+    name, dtype, said = prepare_to_generate(model, torch.device('cpu'), 'auto', '', rows=1)
+    assert name == dtype == fastest_dtype(torch.device('cpu')) and not said
+    assert len(linears(model)) == len(linears(shaken()))
 
 
 # the file alone

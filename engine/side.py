@@ -2,7 +2,7 @@
 Time one side of bench.py: a model in its own process.
 
 `s` holds the settings of train.py and bench.py, with these resolved or added: device, dtype,
-compile, what, versus, quantize, fused, model (a dict for GPTConfig), data_dir.
+asked_dtype, compile, what, versus, quantize, fused, model (a dict for GPTConfig), data_dir.
 """
 import contextlib
 import importlib
@@ -25,6 +25,7 @@ import torch
 import model as our_model
 from data.loader import Loader
 from engine.common import UserError, end_with_parent, first_line, out_of_memory
+from engine.fast_linear import matrix_bytes, prepare_to_generate
 from engine.machine import limit_memory, memory, synchronize
 from engine.parallel import Parallel
 from engine.report import gradient_statistics
@@ -193,8 +194,13 @@ def generate_step(model, s):
     Return a function that continues prompts as sample.py does, with weights in dtype. Its part
     'prefill' is the time to the first token.
     """
-    model = model.quantize_int8() if s['quantize'] else model
-    model = model.to(getattr(torch, s['dtype'])).eval()
+    weights = dtype = s['dtype']
+    if s['versus']:
+        model.to(getattr(torch, dtype))
+    else:
+        weights, dtype, _ = prepare_to_generate(
+            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'])
+    model.eval()
     shape = (s['num_samples'], s['prompt_tokens'])
     idx = torch.randint(s['model']['vocab_size'], shape, device=s['device'])
 
@@ -204,6 +210,7 @@ def generate_step(model, s):
         model.generate(idx, 1 if parts else s['new_tokens'], top_k=200)
         watch.lap('prefill' if parts else 'whole')
         return watch.times
+    step.info = dict(weights=weights, activations=dtype, matrix_bytes=matrix_bytes(model))
     return step
 
 
@@ -266,7 +273,8 @@ def serve(pipe, s, t_spawn):
             s = s | dict(optimizer='adamw')
         parameters = sum(p.numel() for p in model.parameters())
         step = STEPS[s['what']](model, s)
-        pipe.send(dict(parameters=parameters, note=note, setup=time.time() - t_spawn, base=base))
+        pipe.send(dict(parameters=parameters, note=note, setup=time.time() - t_spawn, base=base)
+                  | getattr(step, 'info', {}))
         while (request := pipe.recv()) is not None:
             if request == 'profile':
                 pipe.send(profile(step, s))

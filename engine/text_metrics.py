@@ -70,7 +70,7 @@ def perplexity(model, ids, n):
     Return the perplexity of the last n ids. Each is predicted from all ids before it or, past
     block_size, from at least the last block_size / 2.
     """
-    ids = torch.tensor(ids, device=model.lm_head.weight.device)
+    ids = torch.tensor(ids, device=next(model.parameters()).device)
     x, y = ids[:-1], ids[1:]
     T, losses, done = model.config.block_size, [], 0
     while done < len(y):

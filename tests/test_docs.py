@@ -92,6 +92,7 @@ def add_texts(here, text):
                  '.peers/tinyshakespeare.txt'):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
+    (here / 'prompts.txt').write_text('def main(\nimport os\n')
     paragraphs = text.split('\n\n')
     lines = '\n'.join(json.dumps({'text': paragraph}) for paragraph in paragraphs)
     (here / 'more.jsonl.gz').write_bytes(gzip.compress(lines.encode()))

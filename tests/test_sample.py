@@ -60,6 +60,21 @@ def test_streamed_text_is_the_generated_text(finished, trained):
     assert done.stdout.decode() == trained.tokenizer.decode(ids) + '\n'
 
 
+def test_each_line_of_a_prompt_file_is_continued_as_it_is_alone(finished, trained, tmp_path):
+    """There was no way to continue several prompts; a blank line must not be one, nor padding be seen."""
+    prompts = ['line 7 says', 'x', 'über allen Gipfeln ist Ruh']  # the last exceeds block_size
+    (tmp_path / 'prompts.txt').write_text('\n\n'.join(prompts) + '\n', encoding='utf-8')
+    done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, f'--prompts={tmp_path / "prompts.txt"}',
+                   '--temperature=0', '--num_samples=2', '--raw=True', text=False)
+    assert done.returncode == 0, done.stderr
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([trained.tokenizer.encode(prompt)])
+        text = trained.tokenizer.decode(trained.model.generate(ids, 50, temperature=0)[0].tolist())
+        texts += [text.rstrip('\ufffd')] * 2  # a character that is cut off at the end is left out
+    assert [text.rstrip('\ufffd\n') for text in done.stdout.decode().split('---------------\n')] == texts
+
+
 @pytest.fixture(scope='module')
 def nameless(tmp_path_factory):
     """A checkpoint as nanoGPT writes it, of 65 ids, beside a data set that has their characters."""
@@ -294,6 +309,11 @@ def test_a_missing_library_is_one_line(finished, library, flag):
     (['--slide=17'], ['slide']),
     (['--num_samples=0'], ['num_samples']),
     (['--start=FILE:nowhere.txt'], ['nowhere.txt']),
+    (['--prompts=nowhere.txt'], ['nowhere.txt']),
+    (['--prompts=/dev/null'], ['/dev/null', 'one prompt per line']),
+    (['--start=FILE:/bin/true'], ['/bin/true', 'UTF-8']),
+    (['--prompts=README.md', '--start=a'], ['--start']),
+    (['--prompts=README.md', '--interactive=True'], ['--interactive']),
     (['--out_dir=nowhere'], ['nowhere']),
     (['--device=tpu'], ['tpu']),
 ])

@@ -1,0 +1,154 @@
+"""
+Linears for generation on a CPU. A step multiplies every matrix by one row or a few, so it takes as
+long as reading the matrices takes. How close torch's kernels come to the memory's bandwidth depends
+on the CPU, so a short trial chooses among them.
+"""
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from engine.int8 import Int8Linear
+from engine.machine import fastest_dtype
+
+TRIED_WEIGHTS = 2 ** 24  # in a trial, about
+FEWEST_WEIGHTS = 2 ** 23  # of a model that is worth a trial
+MOST_ROWS = 64  # in a trial
+
+
+class OneDNNLinear(nn.Module):
+    """A bfloat16 Linear whose weight is stored in the blocked layout of oneDNN."""
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().bfloat16()
+        self.nbytes = weight.nbytes
+        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+class Float16Linear(nn.Module):
+    """A Linear with float16 weights and float32 activations and sums, multiplied by FBGEMM."""
+    def __init__(self, linear):
+        super().__init__()
+        self.nbytes = 2 * linear.weight.numel()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class Kernel(NamedTuple):
+    """One way to store and multiply the matrices of a model."""
+    name: str
+    weights: str  # dtype of the matrices
+    dtype: str  # of activations and of everything that is not a matrix
+    make: type | None = None  # what replaces a Linear; None: nothing does
+
+
+def kernels_here(dtype):
+    """Return the kernels of this CPU for weights in a dtype, or in any if it is 'auto'."""
+    found = [Kernel('float32', 'float32', 'float32')]
+    if fastest_dtype(torch.device('cpu')) == 'bfloat16':
+        found.append(Kernel('bfloat16', 'bfloat16', 'bfloat16'))
+        if torch.backends.mkldnn.is_available():
+            found.append(Kernel('bfloat16 by oneDNN', 'bfloat16', 'bfloat16', OneDNNLinear))
+    if 'fbgemm' in torch.backends.quantized.supported_engines:
+        found.append(Kernel('float16 by FBGEMM', 'float16', 'float32', Float16Linear))
+    if dtype == 'float16':  # not with 'auto', because activations may overflow
+        found.append(Kernel('float16', 'float16', 'float16'))
+    return [kernel for kernel in found if dtype in ('auto', kernel.weights)]
+
+
+def copy_linear(linear, dtype):
+    """Return a Linear with the same weights in another dtype."""
+    with torch.device('meta'):
+        copied = type(linear)(linear.in_features, linear.out_features, bias=False)
+    copied.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+    return copied
+
+
+@torch.no_grad()
+def time_kernel(kernel, linears, rows):
+    """Return the seconds that the kernel takes for `linears` and inputs of so many rows."""
+    dtype = getattr(torch, kernel.dtype)
+    made = [kernel.make(linear) if kernel.make else copy_linear(linear, dtype)
+            for linear in linears]
+    inputs = [torch.randn(rows, 1, linear.in_features, dtype=dtype) for linear in linears]
+    times = []
+    for _ in range(4):  # the first one also sets the kernel up
+        t0 = time.perf_counter()
+        for linear, x in zip(made, inputs):
+            linear(x)
+        times.append(time.perf_counter() - t0)
+    return min(times)
+
+
+def choose_kernel(model, dtype, rows):
+    """
+    Return (kernel, text) for the fastest kernel for `rows` prompts at a time, by a trial on a part
+    of the model's Linears. The text says what the trial found. Return (None, '') if the model is
+    small or there is no choice.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    total = sum(linear.weight.numel() for linear in linears)
+    kernels, rows = kernels_here(dtype), min(rows, MOST_ROWS)
+    if total < FEWEST_WEIGHTS or len(kernels) < 2:
+        return None, ''
+    part, size = [], 0
+    while size < min(total, TRIED_WEIGHTS):
+        part.append(linears[len(part)])
+        size += part[-1].weight.numel()
+    seconds = {kernel: time_kernel(kernel, part, rows) for kernel in kernels}
+    ordered = sorted(kernels, key=seconds.get)
+    times = (f'{k.name} {1000 * total / size * seconds[k]:.1f} ms' for k in ordered)
+    return ordered[0], f"weights: {', '.join(times)} per step of {rows}; the first is used"
+
+
+def prepare_to_generate(model, device, dtype, quantize, rows):
+    """
+    Move a model to the device with weights in a dtype or, with 'auto', in the fastest for `rows`
+    prompts at a time. Return (the name of the weights, the dtype of the activations, what a trial
+    found or '').
+    """
+    kernel, text = None, ''
+    if quantize:
+        model.quantize_int8()
+    elif device.type == 'cpu':
+        kernel, text = choose_kernel(model, dtype, rows)
+    if kernel is None:
+        dtype = fastest_dtype(device) if dtype == 'auto' else dtype
+        kernel = Kernel(quantize or dtype, dtype, dtype)
+    if kernel.make:
+        replace_linears(model, kernel.make)
+    model.to(device, getattr(torch, kernel.dtype))
+    return kernel.name, kernel.dtype, text
+
+
+def replace_linears(model, make):
+    """Replace every Linear with make(it), in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, make(child))
+
+
+def matrix_bytes(model):
+    """Return the bytes of the matrices, which every step reads."""
+    linears = nn.Linear, Int8Linear
+    return packed_bytes(model) + sum(
+        module.weight.nbytes for module in model.modules() if isinstance(module, linears))
+
+
+def stored_bytes(model):
+    """Return the bytes of all weights."""
+    return packed_bytes(model) + sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+
+
+def packed_bytes(model):
+    packed = OneDNNLinear, Float16Linear
+    return sum(module.nbytes for module in model.modules() if isinstance(module, packed))
