@@ -818,7 +818,8 @@ class GPT(nn.Module):
         if token is None and pos.dim() == 1:
             return None
         doc = (idx == (-1 if token is None else token)).cumsum(1)  # (B, T), numbered within the row
-        doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
+        if pos.dim() == 2:
+            doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
         if cache:
             doc = cache[0].continue_documents(doc)
         compiled = torch.compiler.is_compiling() and not cache

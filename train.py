@@ -273,7 +273,7 @@ say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs
 run_log = RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model), state,
-                        costs.tokens_per_iter, console)
+                 costs.tokens_per_iter, console)
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
                                           verbose)

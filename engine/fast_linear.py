@@ -3,6 +3,8 @@ Linears for generation on a CPU. A step multiplies every matrix by one row or a 
 long as reading the matrices takes. How close torch's kernels come to the memory's bandwidth depends
 on the CPU, so a short trial chooses among them.
 """
+import copy
+import math
 import time
 from typing import NamedTuple
 
@@ -64,49 +66,50 @@ def kernels_here(dtype):
     return [kernel for kernel in found if dtype in ('auto', kernel.weights)]
 
 
-def copy_linear(linear, dtype):
-    """Return a Linear with the same weights in another dtype."""
-    with torch.device('meta'):
-        copied = type(linear)(linear.in_features, linear.out_features, bias=False)
-    copied.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
-    return copied
+def use_kernel(module, kernel):
+    """Store the matrices of a module as the kernel needs them, and the rest in its dtype."""
+    if kernel.make:
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, kernel.make(child))
+    return module.to(getattr(torch, kernel.dtype))
 
 
 @torch.no_grad()
-def time_kernel(kernel, linears, rows):
-    """Return the seconds that the kernel takes for `linears` and inputs of so many rows."""
-    dtype = getattr(torch, kernel.dtype)
-    made = [kernel.make(linear) if kernel.make else copy_linear(linear, dtype)
-            for linear in linears]
-    inputs = [torch.randn(rows, 1, linear.in_features, dtype=dtype) for linear in linears]
-    times = []
-    for _ in range(4):  # the first one also sets the kernel up
+def time_kernel(kernel, blocks, x):
+    """Return the seconds that x (rows, 1, C), a token of each row, takes in copies of Blocks."""
+    blocks = use_kernel(copy.deepcopy(blocks), kernel).eval()
+    x, times = x.to(getattr(torch, kernel.dtype)), []
+    for _ in range(8):  # the first one also sets the kernel up
         t0 = time.perf_counter()
-        for linear, x in zip(made, inputs):
-            linear(x)
+        for block in blocks:
+            block(x)
         times.append(time.perf_counter() - t0)
     return min(times)
 
 
 def choose_kernel(model, dtype, rows):
     """
-    Return (kernel, text) for the fastest kernel for `rows` prompts at a time, by a trial on a part
-    of the model's Linears. The text says what the trial found. Return (None, '') if the model is
-    small or there is no choice.
+    Return (kernel, text) for the fastest kernel for `rows` prompts at a time, by a trial on some of
+    the model's Blocks. The text says what the trial found. Return (None, '') if the model is small
+    or there is no choice.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    total = sum(linear.weight.numel() for linear in linears)
-    kernels, rows = kernels_here(dtype), min(rows, MOST_ROWS)
+    total, kernels = count_weights(model), kernels_here(dtype)
     if total < FEWEST_WEIGHTS or len(kernels) < 2:
         return None, ''
-    part, size = [], 0
-    while size < min(total, TRIED_WEIGHTS):
-        part.append(linears[len(part)])
-        size += part[-1].weight.numel()
-    seconds = {kernel: time_kernel(kernel, part, rows) for kernel in kernels}
+    blocks = model.transformer.h
+    blocks = blocks[:math.ceil(TRIED_WEIGHTS / count_weights(blocks[0]))]
+    rows, share = min(rows, MOST_ROWS), count_weights(blocks) / total
+    x = torch.randn(rows, 1, model.config.n_embd)
+    seconds = {kernel: time_kernel(kernel, blocks, x) / share for kernel in kernels}
     ordered = sorted(kernels, key=seconds.get)
-    times = (f'{k.name} {1000 * total / size * seconds[k]:.1f} ms' for k in ordered)
+    times = (f'{kernel.name} {1000 * seconds[kernel]:.1f} ms' for kernel in ordered)
     return ordered[0], f"weights: {', '.join(times)} per step of {rows}; the first is used"
+
+
+def count_weights(module):
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def prepare_to_generate(model, device, dtype, quantize, rows):
@@ -123,18 +126,8 @@ def prepare_to_generate(model, device, dtype, quantize, rows):
     if kernel is None:
         dtype = fastest_dtype(device) if dtype == 'auto' else dtype
         kernel = Kernel(quantize or dtype, dtype, dtype)
-    if kernel.make:
-        replace_linears(model, kernel.make)
-    model.to(device, getattr(torch, kernel.dtype))
+    use_kernel(model, kernel).to(device)
     return kernel.name, kernel.dtype, text
-
-
-def replace_linears(model, make):
-    """Replace every Linear with make(it), in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, make(child))
 
 
 def matrix_bytes(model):

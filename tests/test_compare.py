@@ -279,7 +279,7 @@ def test_finished_runs_are_compared_from_their_logs(grid, tmp_path, capsys):
 
 def test_runs_that_differ_in_their_seed_are_one_cell(grid, tmp_path, capsys):
     """Seeds of one config taken for two choices."""
-    same = [folder for folder in folders_of(grid[0]) if 'rope' in folder and '32' in folder]
+    same = [folder for folder in folders_of(grid[0]) if 'n_embd=32,_rope' in folder]
     assert compare.main([*same, f'--out_dir={tmp_path}']) == 0
     console = capsys.readouterr().out
     assert len(results(tmp_path)['rows']) == 1 and 'better' not in console and 'worse' not in console
