@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from engine.common import GIB, ROOT, UserError
+from engine.common import GIB, ROOT, UserError, printable
 from engine.gpu_checks import failed_checks, gpu_checks
 from engine.machine import copy_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (
@@ -64,7 +64,8 @@ def machine_report(config, argv, device, dtype):
     finally:
         draw_pictures(report)
         write(report)
-        print(f"wrote {os.path.join(report.folder, 'report.md')}, which is {report.ended}")
+        path = os.path.join(report.folder, 'report.md')
+        print(printable(f'wrote {path}, which is {report.ended}'))
     if failed := failed_checks(report.rows_of('correctness')):
         raise UserError(f"{len(failed)} checks of correctness failed: {'; '.join(failed)}")
 

@@ -117,7 +117,7 @@ def test_fuzz_command_lines(text_set, finished, tmp_path, trials, report, script
 
 # one changed field per file
 
-def nest(depth=2000):
+def nest(depth):
     value = 0
     for _ in range(depth):
         value = [value]
@@ -136,7 +136,7 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
-def change_field(content, rng):
+def change_field(content, rng, depth=2000):
     """
     Replace one random field of nested dicts and lists, in place, or remove it. Every part of a file
     has the same chance, however large it is. Return a description.
@@ -152,7 +152,7 @@ def change_field(content, rng):
         return f'{where} removed'
     value = copy.deepcopy(rng.choice(NONSENSE))
     if type(value) is type(holder[last]) and value == holder[last]:
-        value = nest()
+        value = nest(depth)
     holder[last] = value
     return f'{where} = {reprlib.repr(value)}'  # which is short, and not as deep as the value
 
@@ -188,7 +188,7 @@ def change_checkpoint(path, rng):
         content.pop('checksums')  # as somebody who changes a tensor would
         what = f'model.{name}, kind {kind}'
     else:
-        what = change_field(content, rng)
+        what = change_field(content, rng, depth=100)  # torch.save cannot write deeper ones
     torch.save({'model': weights} | content, path)
     return what
 

@@ -203,10 +203,13 @@ def test_a_wrong_use_is_one_line(tmp_path, monkeypatch, flags, words):
 # correctness on a GPU, tried on a CPU
 
 def test_a_check_compares_losses_with_its_reference(tmp_path):
-    """A check that passes whatever the losses are."""
-    asked = f'--report={tmp_path}', '--sections=correctness', '--peak_tflops=1', *SMALL[:7]
-    succeeded(command('bench.py', *asked, before=FIRST_ROWS.format(n=3)))
-    rows = written(tmp_path)[0]['rows']
+    """A check that passes whatever the losses are; or a folder's name that rewrites the terminal."""
+    folder = tmp_path / 'clears\x1b[2Jthe screen'
+    asked = f'--report={folder}', '--sections=correctness', '--peak_tflops=1', *SMALL[:7]
+    done = command('bench.py', *asked, before=FIRST_ROWS.format(n=3))
+    succeeded(done, 'wrote')
+    assert '\x1b' not in done.stdout + done.stderr
+    rows = written(folder)[0]['rows']
     reference, same, rough = (row['numbers'] for row in rows)
     assert rows[1]['cells']['passed'] == 'yes' and same['difference'] == 0 and len(reference['losses']) == 10
     assert rough['difference'] == worst_difference(rough['losses'], reference['losses']) > 0 and rough['passed']
