@@ -72,6 +72,7 @@ if prompts and (metrics or interactive or attention or 'start' in given):
 if (prompts or interactive) and 'num_samples' not in given:
     num_samples = 1
 
+
 def read_prompt_file(path):
     try:
         with open(path, encoding='utf-8') as f:
@@ -86,7 +87,7 @@ starts = [start]
 if start.startswith('FILE:'):
     starts = [read_prompt_file(start.removeprefix('FILE:'))]
 if prompts:
-    starts = [line for line in read_prompt_file(prompts).split('\n') if line]
+    starts = [line for line in read_prompt_file(prompts).split('\n') if line.strip()]
     if not starts:
         raise UserError(f"the prompt file '{prompts}' is empty; write one prompt per line")
 if tokenizer:

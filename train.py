@@ -425,7 +425,8 @@ if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
-# the loop. Between log lines, evaluations and checkpoints it never waits for a GPU.
+# the loop. It waits for a GPU only where it reads numbers: at log lines, gradient statistics,
+# evaluations and checkpoints, and in fp16's scaler.
 first_iter = state.iter_num
 loss_sum, gradients = torch.zeros((), device=device), {}
 first_bad = torch.tensor(max_iters, device=device)  # the first step not finite, if there is one

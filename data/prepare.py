@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from data.documents import TEXT, find_sources, kind_of
 from data.encode import RESUME
 from data.loader import DTYPES, HERE, dtype_for
-from data.parts import Join, Part, files_of
+from data.parts import Join, Part, files_of, folder_of
 from data.preparation import MAX_DOCUMENT_MB, Preparation, say
 from data.source import add_out_dir, hub_files, script_parser
 from data.tokenizer import tokenizer_by_name
@@ -167,8 +167,11 @@ def prepare_from_hub(args, repo, splits, tokens, download_mb):
         first, end = files_of(args.part or (1, 1), len(sources))
         own = sources[first:end]
         tokens *= sum(source.size for source in own) / 1e6 / download_mb
+        folder = folder_of(args.out_dir, *args.part) if args.part else args.out_dir
+        done = [folder / 'unfinished', folder / 'meta.json', args.out_dir / 'meta.json']
+        begun = any(path.exists() for path in done)  # and has taken some of the disk
         if not args.join:
-            check_disk(args.out_dir, repo, own, tokens, dtype_for(tokenizer.vocab_size))
+            check_disk(folder, repo, own, tokens, dtype_for(tokenizer.vocab_size), begun)
     prepare(args, sources, args.out_dir, tokenizer)
 
 
@@ -179,9 +182,10 @@ def given_sources(args, out, glob='*'):
     return train + find_sources(args.val_input, 'val', glob, out)
 
 
-def check_disk(out_dir, repo, sources, tokens, dtype):
+def check_disk(out_dir, repo, sources, tokens, dtype, begun):
     """
-    Print how much the download and the data set take. Raise UserError if the disk is too small.
+    Print how much the download and the data set take. Raise UserError if the disk is too small for
+    a preparation that has not begun.
     """
     sizes = sorted(source.size for source in sources)
     in_transit = sum(sizes[-2:])  # one file is encoded while the next one is downloaded
@@ -191,7 +195,7 @@ def check_disk(out_dir, repo, sources, tokens, dtype):
     say(f'{repo}: {len(sources):,} files, {sum(sizes) / 1e9:,.1f} GB to download, '
         f'about {needed / 1e9:,.0f} GB of disk in the end ({free / 1e9:,.0f} GB free), '
         f'{in_transit / 1e9:,.1f} GB of them for files in transit')
-    if free < needed and not (out_dir / 'unfinished').exists():
+    if free < needed and not begun:
         problem = f'{out_dir} has {free / 1e9:,.0f} GB free, and about {needed / 1e9:,.0f} GB'
         raise UserError(f'{problem} are needed: --out_dir takes another disk')
 

@@ -418,7 +418,8 @@ def inspect_checkpoint(source):
     print(describe(model_in(saved), config, *pick_device()))
     lines = [f"checkpoint {saved['path']}"]
     lines += [f"  {'iterations':<24} {saved.get('iter_num')}"]
-    lines += [f"  {'best val loss':<24} {saved.get('best_val_loss')}"]
+    best = saved.get('best_val_loss')
+    lines += [f"  {'best val loss':<24} {'no evaluation yet' if best == math.inf else best}"]
     for split, values in (saved.get('losses') or {}).items():
         numbers = ', '.join(f'{key} {v:.4f}' for key, v in values.items())
         lines.append(f'  {split:<24} {numbers}')

@@ -262,7 +262,10 @@ def free_memory(device):
         with open('/sys/fs/cgroup/memory.max') as f:
             limit = int(f.read())
         with open('/sys/fs/cgroup/memory.current') as f:
-            free = min(free, limit - int(f.read()))
+            used = int(f.read())
+        with open('/sys/fs/cgroup/memory.stat') as f:  # cached files, which are freed on demand
+            used -= sum(map(int, re.findall(r'^(?:in)?active_file (\d+)', f.read(), re.MULTILINE)))
+        free = min(free, limit - used)
     return free
 
 

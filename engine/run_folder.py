@@ -20,6 +20,7 @@ from engine.common import (
     create,
     first_line,
     link_or_copy,
+    print_error,
     sync_folder,
     try_lock,
 )
@@ -74,8 +75,7 @@ class RunFolder:
         self.origin = None  # the checkpoint that a new run starts from, if any
         self.lock_file, self.can_lock = None, True
         self.writing, self.group = None, None  # a Background save, and its process group
-        self.said_scarce = False
-        atexit.register(self._let_finish)
+        self.writes_beside, self.said_scarce, self.copied = False, False, 0
 
     def used(self):
         """Return the names of the checkpoints in the folder."""
@@ -126,14 +126,19 @@ class RunFolder:
         Return whether to copy these sets and write them while training goes on. They must be
         large, and the copy may take half of the free memory; if that is too little, say so once.
         """
-        tensors = [t for tensors in sets.values() for t in tensors.values()]
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        scarce = size > LARGE and free_memory(torch.device('cpu')) < 2 * size
-        if scarce and not self.said_scarce:
-            self.said_scarce = True
+        sizes = {kind: size_of(tensors) for kind, tensors in sets.items()}
+        if self.parallel.mode == 'zero1':  # each process has its own share of the moments
+            sizes['optimizer'] = sum(self.parallel.gather_objects(sizes['optimizer']))
+        size = sum(sizes.values())
+        # what the copy before took may be kept for the next one, and not count as free
+        free = free_memory(torch.device('cpu')) + self.copied
+        scarce = self.parallel.all_max(int(size > LARGE and free < 2 * size))
+        if scarce and not self.said_scarce and self.parallel.master:
             print('NOTE: training waits while checkpoints are written, because a copy of '
                   f'{size / GIB:.1f} GiB would take more than half of the free memory', flush=True)
-        return not self.parallel.all_max(int(size <= LARGE or scarce))
+        self.said_scarce = self.said_scarce or scarce
+        self.copied = size if size > LARGE and not scarce else 0
+        return self.copied > 0
 
     def save(self, sets, param_groups, facts, also, when_saved, background=False):
         """
@@ -175,6 +180,9 @@ class RunFolder:
             replace_newest()
             when_saved(time.time() - started)
             return
+        if not self.writes_beside:
+            self.writes_beside = True
+            atexit.register(self._let_finish)  # after the run log's, and so called before it
         self.writing = Background(replace_newest)
         seconds = time.time() - started
         self.report = lambda: when_saved(seconds)
@@ -200,8 +208,15 @@ class RunFolder:
 
     def _let_finish(self):
         """Let a checkpoint be completed when the process ends because of an error."""
-        if self.writing:  # which other processes may have left already
-            self.writing.join(timeout=20 if self.parallel.distributed else None)
+        if not self.writing:
+            return
+        # other processes may have ended already, and then it never completes
+        self.writing.join(timeout=20 if self.parallel.distributed else None)
+        if self.writing.done() and not self.writing.error:
+            self.report()
+        elif self.parallel.master:
+            print_error(f"checkpoint '{self.newest}' was not completed: "
+                        f'{self.writing.error or "other processes have ended"}')
 
     def _together(self, step):
         """
@@ -332,6 +347,12 @@ def link_folder(path, other):
     shutil.copytree(path, f'{other}.tmp', copy_function=link_or_copy)
     remove(other)
     os.replace(f'{other}.tmp', other)
+
+
+def size_of(tensors):
+    """Return the bytes of a dict of tensors. A tied one counts once."""
+    distinct = {id(t): t for t in tensors.values()}.values()
+    return sum(t.numel() * t.element_size() for t in distinct)
 
 
 def check_finite(tensors):

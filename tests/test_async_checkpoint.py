@@ -15,6 +15,7 @@ from conftest import (
     copy_run,
     copy_sharded,
     losses,
+    run_logs,
     succeeded,
     train,
     train_mode,
@@ -146,5 +147,53 @@ def test_it_must_be_large_and_leave_half_of_the_memory(tmp_path, monkeypatch, ca
     monkeypatch.setattr(run_folder, 'free_memory', lambda device: 8 * 10 ** 9)
     assert folder.worth_copying(large) and not folder.worth_copying(small)
     monkeypatch.setattr(run_folder, 'free_memory', lambda device: 8 * 10 ** 9 - 1)
+    folder.copied = 0
     assert not folder.worth_copying(large) and not folder.worth_copying(large)
     assert capsys.readouterr().out.count('NOTE: training waits') == 1
+
+
+def test_the_memory_of_the_copy_before_does_not_count_as_used(tmp_path, monkeypatch):
+    """malloc keeps it for the next copy, so the second checkpoint of a run finds too little and training waits."""
+    folder, large = RunFolder(str(tmp_path), False, Parallel()), {'model': {'wte': torch.empty(10 ** 9, device='meta')}}
+    for free in (8, 4, 4):
+        monkeypatch.setattr(run_folder, 'free_memory', lambda device, free=free: free * 10 ** 9)
+        assert folder.worth_copying(large)
+
+
+def test_zero1_copies_the_moments_of_all_processes(tmp_path, monkeypatch):
+    """Rank 0 counts its own share, copies all, and is killed at the first checkpoint."""
+    parallel = Parallel()
+    monkeypatch.setattr(parallel, 'mode', 'zero1')
+    monkeypatch.setattr(parallel, 'gather_objects', lambda value, group=None: 8 * [value])
+    weight, moment = (torch.empty(n, device='meta') for n in (10 ** 9, 25 * 10 ** 7))
+    sets = {'model': {'wte': weight, 'lm_head': weight}, 'optimizer': {'0/exp_avg': moment}}
+    for free, worth in ((24, True), (23, False)):  # the copy has 4 and 8 GB; a tied weight counts once
+        monkeypatch.setattr(run_folder, 'free_memory', lambda device, free=free: free * 10 ** 9)
+        assert RunFolder(str(tmp_path), False, parallel).worth_copying(sets) == worth
+
+
+FAILS_WHILE_IT_IS_WRITTEN = """
+import threading, time
+import torch
+from engine import run_folder
+write, embedding = run_folder.save_checked, torch.nn.functional.embedding
+
+def write_slowly(content, f):
+    time.sleep(0.5)
+    write(content, f)
+
+def fail_beside_it(*args, **kwargs):
+    if any(isinstance(t, run_folder.Background) for t in threading.enumerate()):
+        raise TypeError('a bug')
+    return embedding(*args, **kwargs)
+
+run_folder.save_checked, torch.nn.functional.embedding = write_slowly, fail_beside_it
+"""
+
+
+def test_an_error_lets_it_finish_and_the_log_says_so(text_set, tmp_path):
+    """A run that ends by an error in the next iteration loses the checkpoint, or leaves it out of its log."""
+    done = train(text_set, tmp_path, '--save_interval=5', ASYNC, before=FAILS_WHILE_IT_IS_WRITTEN)
+    assert done.returncode == 1 and 'a bug' in done.stderr
+    (log,) = run_logs(tmp_path)
+    assert [entry['iter'] for entry in log['checkpoints']] == [5] == [checkpoint(tmp_path)['iter_num']]

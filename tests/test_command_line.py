@@ -11,7 +11,7 @@ from test_config import CONFIGS
 from test_configurator import refusal
 
 from configurator import RANGES, configure, read_block
-from conftest import ROOT, command, refused
+from conftest import ROOT, checkpoint, command, refused
 from engine.common import UserError
 from engine.cost import memory_estimate
 from engine.help import COMMON
@@ -209,3 +209,6 @@ def test_model_inspects_a_checkpoint(tmp_path):
     for pattern in (rf'total +{matrices + 5 * 32:,}\n', r'iterations +7\n', r"best val loss .*1\.5", r"dataset +'x'\n",
                     re.escape(str(tmp_path))):
         assert re.search(pattern, result.stdout), pattern
+    rewritten = checkpoint(tmp_path) | dict(best_val_loss=torch.inf)
+    torch.save(rewritten, tmp_path / 'ckpt.pt')
+    assert 'best val loss            no evaluation yet' in command('model.py', f'--ckpt={tmp_path}').stdout
