@@ -77,6 +77,7 @@ class Join(Preparation):
     """Make a data set of its parts. The bytes are those of a Preparation without parts."""
 
     def __init__(self, sources, data_dir, *args, n_parts, **kwargs):
+        files_of((n_parts, n_parts), len(sources))  # refuses more parts than files
         super().__init__(sources, data_dir, *args, **kwargs)
         self.folders = [folder_of(data_dir, number, n_parts) for number in range(1, n_parts + 1)]
         self.identities = [identity_of(self.identity, number, n_parts)

@@ -521,6 +521,7 @@ PART_PROBLEMS = [
     ('--part=0/3', None, ['--part', 'such as 3/16']),
     ('--part=4/3', None, ['--part', 'such as 3/16']),
     ('--part=1/99', None, ['60', '--part=1/99', 'at most 60 parts']),
+    ('--join=99', None, ['60', 'at most 60 parts']),
     ('--join=2', None, ['1-of-2', 'is missing', '--part=1/2']),
     ('--join=3', lambda parts: shutil.rmtree(parts / '2-of-3'), ['part 2 of 3', 'is missing', '--part=2/3']),
     ('--join=3', lambda parts: (parts / '3-of-3/ids_00001.bin').unlink(), ['ids_00001.bin is missing', '--part=3/3']),

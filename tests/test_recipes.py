@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +19,11 @@ from conftest import (
     refused,
     shards,
 )
+from data import prepare as preparing
 from data.loader import Loader, prepare_facts, read_meta
 from data.source import download
 from data.tokenizer import get_tokenizer
+from engine.common import UserError
 
 T = 8  # block_size of the loader tests
 
@@ -171,6 +174,31 @@ def test_recipes_fetch_resume_and_read_local_samples_alike(prepare, tmp_path, hu
     if recipe != 'openwebtext':  # its val is drawn from the rest
         assert text == {'train': b''.join(documents[:50]), 'val': b''.join(documents[50:])}
     assert len(text['train']) + len(text['val']) == sum(map(len, documents))
+
+
+@pytest.mark.parametrize('part, begun', [
+    (None, 'unfinished'),
+    ((1, 2), 'parts/1-of-2/unfinished'),
+    ((1, 2), 'parts/1-of-2/meta.json'),
+    ((1, 2), 'meta.json'),
+])
+def test_what_has_begun_needs_no_more_disk(tmp_path, monkeypatch, part, begun):
+    """A part that is requeued when its own files fill the disk is refused."""
+    args = SimpleNamespace(tokenizer='byte', input=[], out_dir=tmp_path / 'out', part=part, join=None)
+    runs = []
+    monkeypatch.setattr(preparing, 'hub_files', lambda repo, splits: 4 * [SimpleNamespace(size=10 ** 9)])
+    monkeypatch.setattr(preparing.shutil, 'disk_usage', lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(preparing, 'prepare', lambda *args: runs.append(args))
+
+    def run():
+        preparing.prepare_from_hub(args, 'repo', {None: '*'}, tokens=10 ** 9, download_mb=4000)
+    with pytest.raises(UserError, match='--out_dir takes another disk'):
+        run()
+    path = tmp_path / 'out' / begun
+    path.parent.mkdir(parents=True)
+    path.touch()
+    run()
+    assert len(runs) == 1
 
 
 def test_recipes_take_llamas_tokenizer(prepare, tmp_path):
