@@ -57,7 +57,8 @@ def machine_report(config, argv, device, dtype):
         for name in names:
             measure_rows(report, SECTIONS[name](report))
         missing = sum(bool(row['note']) for row in report.rows)
-        report.ended = f'complete but for {missing} rows' if missing else 'complete'
+        left_out = f'{missing} row' + 's' * (missing > 1)
+        report.ended = f'complete but for {left_out}' if missing else 'complete'
     except KeyboardInterrupt:
         report.ended = 'cut short by Ctrl-C'
         raise
