@@ -75,7 +75,7 @@ class RunFolder:
         self.origin = None  # the checkpoint that a new run starts from, if any
         self.lock_file, self.can_lock = None, True
         self.writing, self.group = None, None  # a Background save, and its process group
-        self.writes_beside, self.said_scarce, self.copied = False, False, 0
+        self.report, self.said_scarce, self.copied = None, False, 0
 
     def used(self):
         """Return the names of the checkpoints in the folder."""
@@ -180,8 +180,7 @@ class RunFolder:
             replace_newest()
             when_saved(time.time() - started)
             return
-        if not self.writes_beside:
-            self.writes_beside = True
+        if self.report is None:
             atexit.register(self._let_finish)  # after the run log's, and so called before it
         self.writing = Background(replace_newest)
         seconds = time.time() - started
