@@ -487,6 +487,8 @@ while True:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if not scaler.is_enabled():  # with fp16 such steps are normal, and skipped
         first_bad = first_bad.where(grad_norm.isfinite(), first_bad.clamp(max=state.iter_num))
+    if log_due and not all_finite():  # before the update
+        break
     scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -497,8 +499,6 @@ while True:
     state.train_seconds += time.time() - t0
     iteration_report.n_since_log += 1
     if log_due:
-        if not all_finite():
-            break
         n_losses = iteration_report.n_since_log * parallel.world_size
         mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
         loss_sum.zero_()

@@ -378,6 +378,13 @@ if os.environ['RANK'] == '1':
         out = embedding(idx, *args, **kwargs)
         return out * math.nan if idx.device.type == 'cpu' and next(calls) == 20 else out
     torch.nn.functional.embedding = broken
+import torch
+step = torch.optim.AdamW.step
+def checked(self):
+    if not all(p.grad.isfinite().all() for group in self.param_groups for p in group['params']):
+        print('the update was taken', flush=True)
+    return step(self)
+torch.optim.AdamW.step = checked
 """
 
 
@@ -386,6 +393,7 @@ def test_nan_on_one_rank_stops_all_before_the_update(text_set, tmp_path):
     done = train_mode('ddp', text_set, tmp_path, '--save_interval=1', before=NAN_ON_RANK_1)
     (stopped,) = re.findall(r'not finite at iteration (\d+)', done.stdout)
     assert done.returncode and 0 < int(stopped) < 20 and checkpoint(tmp_path)['iter_num'] == int(stopped)
+    assert 'the update was taken' not in done.stdout
     assert_finite_checkpoints(tmp_path)
 
 
