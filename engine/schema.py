@@ -7,7 +7,7 @@ A schema says which values are allowed:
 
     int                      an integer from 0 to 2^63 - 1, and not a bool
     range(-1, 10)            an integer in this range
-    float                    a finite number
+    float                    a finite number; an integer only if numpy can hold it
     Between(0, 1e10)         a number from the first to the second
     str, bool, dict, list    any value of this type
     [schema]                 a list, each of whose values fits
@@ -22,6 +22,7 @@ from typing import NamedTuple
 from engine.common import UserError, first_line
 
 NATURAL = range(2 ** 63)
+NUMPY_INTS = range(-2 ** 63, 2 ** 63)
 
 
 class Between(NamedTuple):
@@ -70,18 +71,25 @@ def fits(value, schema):
     """Return whether a value fits a schema without fields, or one of several."""
     match schema:
         case Between(low, high):
-            return type(value) in (int, float) and low <= value <= high
+            return is_number(value) and low <= value <= high
         case tuple():
             return any(allowed(value, choice) for choice in schema)
         case type() if schema is int:
             return type(value) is int and value in NATURAL
         case type() if schema is float:
-            return type(value) in (int, float) and abs(value) < 2.0 ** 1023  # and so not NaN
+            return is_number(value)
         case type():
             return isinstance(value, schema)
         case range():
             return type(value) is int and value in schema
     return type(value) is type(schema) and value == schema
+
+
+def is_number(value):
+    """Return whether a value is a finite number that numpy and matplotlib accept."""
+    if type(value) is int:
+        return value in NUMPY_INTS
+    return type(value) is float and abs(value) < 2.0 ** 1023  # and so not NaN
 
 
 def allowed(value, schema):

@@ -18,6 +18,7 @@ GOOD = dict(name='a', n=3, x=1, losses=[1.0, 2], inner={'best': None}, other=[])
     ('n', True, 'n must be'),
     ('n', '3', "n must be an integer of 0 or more, not '3'"),
     ('x', math.nan, 'x must be a finite number, not nan'),
+    ('x', 10 ** 30, 'x must be a finite number'),
     ('x', 10 ** 400, 'x must be a finite number'),
     ('x', None, 'x must be'),
     ('name', ['a'], 'name must be a text'),
