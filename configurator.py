@@ -145,7 +145,7 @@ def evaluate(expression):
 def coerce(value, setting):
     """
     Return `value` as the type of a setting. An int is accepted for a float, and None if the default
-    is None. ValueError says what was expected.
+    is None. Raise ValueError with the end of the sentence 'KEY must be ...'.
     """
     if value is None and setting.default is None or type(value) is setting.kind:
         return value
@@ -154,7 +154,8 @@ def coerce(value, setting):
             raise ValueError('a smaller number')
         return float(value)
     for choice in setting.choices():
-        if choice is type(value) or type(choice) is type(value) and choice == value:
+        same = type(choice) is type(value) and choice == value  # the types, because 1 == True
+        if same or choice is type(value):
             return value
     raise ValueError(setting.expected())
 
@@ -173,7 +174,7 @@ def check_range(name, where, value, setting):
 
 
 def check_value(script, name, value, where):
-    """Return a value from elsewhere, a checkpoint say, as the type of a script's setting."""
+    """Coerce and check a value that was computed, or read from a checkpoint, for a setting."""
     setting = read_block(script)[name]
     try:
         value = coerce(value, setting)
@@ -316,8 +317,9 @@ def run_file(path, config):
         at = f' line {line}' if line else ''
         message = getattr(e, 'msg', e)  # a SyntaxError's str() repeats file and line
         raise UserError(f"override file '{path}'{at}: {type(e).__name__}: {message}") from e
+    # names that the file assigns, even to the value they had, and names that it sets otherwise
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    assigned = {n.id for n in stored}  # so that `count = 3` counts even if 3 was its value before
+    assigned = {n.id for n in stored}
     changes = {}
     for name, value in scope.items():
         if name.startswith('_') or isinstance(value, types.ModuleType):

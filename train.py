@@ -189,7 +189,8 @@ tokenizer = load_tokenizer(meta, console, parallel)
 data_vocab = meta.get('vocab_size') if meta else 50257  # no meta.json: GPT-2's ids
 check_doc_mask(config, tokenizer)
 
-# set-up: the model's config, and its weights unless they are new
+# set-up: the model's config, and its weights unless they are new. `loaded` is the checkpoint of a
+# run to resume; it is None if a run starts new, or takes only the weights of another run.
 model_config, raw_model, loaded = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
 model_config.doc_mask_token = tokenizer.eot if doc_mask else None
@@ -209,26 +210,28 @@ splits = {}
 for split in ('train', 'val'):
     loader = load_split(split, data_sets, model_config, device, seed=0, shift=False)
     splits[split] = Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
-# --eval_only reads all of val, unless eval_iters is a flag or in the file that sets eval_only
+# --eval_only reads all of val. eval_iters limits it only as a flag, or if the same config file sets
+# both keys, as nanoGPT's eval_ configs do.
 limited = given.get('eval_iters') in (ON_COMMAND_LINE, given.get('eval_only'))
 if eval_only and not limited:
     splits['val'].n = splits['val'].loader.n_windows
 
 # set-up: how long to train
-config.update(schedule(__file__, config, given, data_sets, train_loader, console))
-max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
-warmup_iters = config['warmup_iters']
+length = schedule(__file__, config, given, data_sets, train_loader, console)
+config.update(length)
+globals().update(length)  # max_iters, lr_decay_iters, warmup_iters
 if resuming:
     start.say_changed_schedule(loaded, config, console)
-if resuming and state.last_eval_iter == state.iter_num >= max_iters:
+was_evaluated = state.last_eval_iter == state.iter_num
+if resuming and was_evaluated and state.iter_num >= max_iters:
     console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do; a higher --max_iters trains on')
     parallel.leave(0)
 os.makedirs(out_dir, exist_ok=True)
 run_folder.lock()  # again, because the folder may have been missing at the first call
 
-# set-up: the model. From here on, model_config describes it. The settings that it was made from may
-# say something else after a resume, so their names are removed from this script's globals.
+# set-up: the model. From here on, only model_config describes it: after a resume the settings above
+# may differ from it, so their names are deleted, and reading one is a NameError.
 has_loaded_weights = raw_model is not None
 if not has_loaded_weights:
     torch.manual_seed(seed)
@@ -340,15 +343,14 @@ def evaluate_splits():
 
 def all_finite():
     """
-    Return whether all gradients were finite. Training is over if they were not, and nothing is
-    saved. This waits for the device, so it is called before log lines, evaluations and checkpoints
-    only.
+    Return whether all gradients so far were finite. If not, record where the run ends; the caller
+    then leaves the loop without saving. This waits for the device, so the loop calls it only before
+    log lines, evaluations and checkpoints.
     """
-    t0 = time.time()
     bad = first_bad.item()
-    state.train_seconds += time.time() - t0
-    # fp16's loss scale starts at 2^16; 17 skipped steps in a row are too many
-    if bad < max_iters or scaler.is_enabled() and scaler.get_scale() < 1:
+    # fp16's loss scale starts at 2^16, and each skipped step halves it: 17 in a row are too many
+    diverged = scaler.is_enabled() and scaler.get_scale() < 1
+    if bad < max_iters or diverged:
         state.iter_num = min(state.iter_num, bad)
         run_log.not_finite('loss or gradient')
         return False
@@ -429,7 +431,8 @@ if device.type == 'cuda':
 # evaluations and checkpoints, and in fp16's scaler.
 first_iter = state.iter_num
 loss_sum, gradients = torch.zeros((), device=device), {}
-first_bad = torch.tensor(max_iters, device=device)  # the first step not finite, if there is one
+# the first iteration with a gradient that is not finite; max_iters: none so far
+first_bad = torch.tensor(max_iters, device=device)
 while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
@@ -437,18 +440,22 @@ while True:
     stop_status = parallel.all_max(stop.status)  # if one process has to stop, all do
     finished = state.iter_num >= max_iters or eval_only
     log_due = iteration_report.due(state.iter_num, log_interval)
-    save = bool(stop_status)
-    save = save or any(n and state.iter_num % n == 0 for n in (save_interval, keep_interval))
+    intervals = save_interval, keep_interval
+    save = bool(stop_status) or any(n and state.iter_num % n == 0 for n in intervals)
     best = False
 
     evaluation_due = (state.iter_num % eval_interval == 0 or finished) and not stop_status
-    if (evaluation_due or save) and state.iter_num > first_iter and not all_finite():
-        break
+    if (evaluation_due or save) and state.iter_num > first_iter:
+        t0 = time.time()
+        finite = all_finite()
+        state.train_seconds += time.time() - t0  # it waited for steps that were still running
+        if not finite:
+            break
 
     # evaluate; all processes take this branch together
     if evaluation_due:
         evaluated = within_memory(evaluate_splits)
-        if evaluated is None:  # a process has to stop
+        if evaluated is None:  # a process was told to stop: the next pass saves and ends the loop
             continue
         if not all(math.isfinite(values['loss']) for values in evaluated.values()):
             run_log.not_finite('train or val loss')
@@ -463,8 +470,8 @@ while True:
             finished = True
 
     # save, and stop if there is nothing more to do
-    if run_folder.poll():
-        stop.status = stop.status or 2  # all processes stop, and saving shows why it failed
+    if run_folder.poll():  # a thread could not write its checkpoint
+        stop.status = stop.status or 2  # the next pass stops all processes, and raises the error
     # before the first step there is nothing new, except loaded weights that are best or final
     anything_new = state.iter_num > first_iter or (has_loaded_weights and (best or finished))
     if save and anything_new and not eval_only:
@@ -485,7 +492,7 @@ while True:
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
-    if not scaler.is_enabled():  # with fp16 such steps are normal, and skipped
+    if not scaler.is_enabled():  # fp16's scaler skips such steps, which are normal there
         first_bad = first_bad.where(grad_norm.isfinite(), first_bad.clamp(max=state.iter_num))
     if log_due and not all_finite():  # before the update
         break
@@ -512,11 +519,10 @@ while True:
 
 run_folder.finish()
 batches.close()
-if run_log.outcome != 'not finite':
-    complete = state.iter_num >= max_iters or eval_only
-    run_log.outcome = 'finished' if complete else 'stopped early'
 if stop_status:
     run_log.outcome = signal.Signals(stop_status - 128).name if stop_status > 128 else 'failed'
+elif run_log.outcome != 'not finite':
+    complete = state.iter_num >= max_iters or eval_only
+    run_log.outcome = 'finished' if complete else 'stopped early'
 run_log.close(run_folder.best)
-exit_code = 1 if run_log.outcome == 'not finite' else 0
-parallel.leave(stop_status or exit_code)
+parallel.leave(stop_status or int(run_log.outcome == 'not finite'))

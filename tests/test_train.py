@@ -70,6 +70,21 @@ def test_no_step_reads_a_number_from_the_device(text_set, tmp_path, flags):
     assert len(counts) == 2 and counts[0] == counts[1] > '0'
 
 
+SLOW_READS = """
+import time, torch
+reads, item = [], torch.Tensor.item
+torch.Tensor.item = lambda tensor: reads.append(item(tensor)) or reads[-1]
+time.time = lambda: float(len(reads))
+"""
+
+
+def test_a_wait_for_the_device_counts_once(text_set, tmp_path):
+    """With a clock that only item() moves on, by a second: time that is counted twice, and half the MFU."""
+    succeeded(train(text_set, tmp_path, '--eval_interval=1000', before=SLOW_READS))
+    (run,) = run_logs(tmp_path)
+    assert {e['time_ms'] for e in run['training_iterations']} == {1000}  # one read before each update
+
+
 def test_a_run_without_compile_does_not_import_the_compiler(text_set, finished, tmp_path):
     """A second of every start for torch._dynamo, which an eager optimizer imports to learn that it is not compiled."""
     half, importtime = copy_run(finished[0], tmp_path / 'half', 'ckpt_prev.pt'), (*PYTHON, '-X', 'importtime')
