@@ -427,10 +427,10 @@ if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
-# the loop. It waits for a GPU only where it reads numbers: at log lines, gradient statistics,
-# evaluations and checkpoints, and in fp16's scaler.
+# the loop. It waits for a GPU only at log lines, evaluations and checkpoints, and for float16 with
+# Muon or ZeRO-1 in the scaler.
 first_iter = state.iter_num
-loss_sum, gradients = torch.zeros((), device=device), {}
+loss_sum = torch.zeros((), device=device)
 # the first iteration with a gradient that is not finite; max_iters: none so far
 first_bad = torch.tensor(max_iters, device=device)
 while True:
@@ -486,9 +486,8 @@ while True:
     # clip and step; gradients are averages over all processes, so all do the same
     scaler.unscale_(opt)
     if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
-        # kept for the next log line, with the iteration that they belong to
-        gradients = report.gradient_statistics(raw_model, parallel)
-        gradients |= dict(iter=state.iter_num, norm_at_iter=gradients['norm'])
+        # on the device until the next log line reads them
+        iteration_report.gradients = report.GradientStatistics(raw_model, state.iter_num, parallel)
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
@@ -510,8 +509,7 @@ while True:
         mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
         loss_sum.zero_()
         more = {}  # {name: number}: also logged and printed; compute it on all processes
-        iteration_report.add(mean_loss, lr, float(grad_norm), gradients, more)
-        gradients = {}
+        iteration_report.add(mean_loss, lr, float(grad_norm), more)
     iteration_report.show_progress()
     state.iter_num += 1
     if state.iter_num == first_iter + 1:

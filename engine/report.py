@@ -7,34 +7,41 @@ import torch
 
 from engine.common import GIB, duration
 from engine.machine import memory
-from engine.parallel import Parallel
 from engine.run_log import bits_per_byte
 from engine.startup_report import QUICK_LOOK
 
 # -------------------------------------------------------------------------------------------------
 # gradients
 
-@torch.no_grad()
-def gradient_statistics(model, parallel=None):
+class GradientStatistics:
     """
-    Return statistics of a model's gradients as floats: {'norm', 'layers': {'wte', 'wpe', '0', ...,
-    'ln_f', 'lm_head': the norm of each}, 'mean', 'std'}. This takes two passes and one transfer to
-    the host. 'norm' is bit for bit clip_grad_norm_'s.
+    Statistics of a model's gradients at an iteration. Creating them takes two passes on the device,
+    and does not wait for it; read() does, with one transfer to the host.
     """
-    parallel = parallel or Parallel()
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    names, grads = zip(*named)
-    norms = parallel.norms(list(grads))
-    n = sum(g.numel() for g in grads)
-    mean = parallel.sum_over_shards(torch.stack([parallel.local(g).sum() for g in grads]).sum() / n)
-    total = torch.linalg.vector_norm(norms)
-    total, mean, *norms = torch.stack((total, mean, *norms)).tolist()
-    layers = {}
-    for name, norm in zip(names, norms):
-        layer = layer_of(name)
-        layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
-    std = math.sqrt(max(0.0, total ** 2 / n - mean ** 2))
-    return dict(norm=total, layers=layers, mean=mean, std=std)
+    @torch.no_grad()
+    def __init__(self, model, iter_num, parallel):
+        self.iter_num = iter_num
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        self.names, grads = zip(*named)
+        self.n = sum(g.numel() for g in grads)
+        norms = parallel.norms(list(grads))
+        total = torch.linalg.vector_norm(norms)
+        sums = torch.stack([parallel.local(g).sum() for g in grads])
+        mean = parallel.sum_over_shards(sums.sum() / self.n)
+        self.numbers = torch.stack((total, mean, *norms))
+
+    def read(self):
+        """
+        Return floats: {'norm', 'layers': {'wte', 'wpe', '0', ..., 'ln_f', 'lm_head': the norm of
+        each}, 'mean', 'std', 'iter'}. 'norm' is bit for bit clip_grad_norm_'s.
+        """
+        total, mean, *norms = self.numbers.tolist()
+        layers = {}
+        for name, norm in zip(self.names, norms):
+            layer = layer_of(name)
+            layers[layer] = math.hypot(layers.get(layer, 0.0), norm)
+        std = math.sqrt(max(0.0, total ** 2 / self.n - mean ** 2))
+        return dict(norm=total, layers=layers, mean=mean, std=std, iter=self.iter_num)
 
 
 def layer_of(name):
@@ -87,6 +94,7 @@ class IterationReport:
         self.mean_seconds, self.eval_seconds = 0.0, 0.0
         self.recent_losses = collections.deque(maxlen=100)
         self.summary = ''  # of the last log line, for the progress line
+        self.gradients = None  # the GradientStatistics for the next log line
 
     def due(self, iter_num, log_interval):
         """
@@ -105,11 +113,10 @@ class IterationReport:
             console.status += f', {duration(self.seconds_left())} left'
         console.progress()
 
-    def add(self, loss, lr, grad_norm, gradients, more):
+    def add(self, loss, lr, grad_norm, more):
         """
-        Log the current iteration. `loss` is the mean since the last line. `gradients` is what
-        gradient_statistics() returned for this or an earlier iteration, or {}. `more`,
-        {name: number}, is printed and logged as it is.
+        Log the current iteration, with self.gradients if they were computed since the last line.
+        `loss` is the mean since then. `more`, {name: number}, is printed and logged as it is.
         """
         state, costs = self.run_log.state, self.costs
         seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
@@ -120,10 +127,7 @@ class IterationReport:
         mfu = dict(mfu_percent=mfu_percent, achieved_tflops=achieved / 1e12,
                    hardware_peak_tflops=costs.peak_flops / 1e12, tokens_per_sec=speed,
                    flops_per_token=costs.flops_per_token)
-        if math.isfinite(grad_norm + gradients.get('norm', 0.0)):
-            norms = gradients | dict(norm=grad_norm)
-        else:  # a step that fp16's scaler skipped
-            norms = dict(norm=None)
+        norms = self.gradient_norms(grad_norm)
         if math.isfinite(loss):
             self.recent_losses.append(loss)
         self.run_log.add('training_iterations', dict(
@@ -142,6 +146,16 @@ class IterationReport:
         if state.iter_num == self.run_log.first_iter + 2:  # by now the moments exist
             self.check_memory_and_time(used)
         self.n_since_log, self.logged_seconds = 0, state.train_seconds
+
+    def gradient_norms(self, norm):
+        """Return what a log line says of gradients, which have this norm at its iteration."""
+        measured, self.gradients = self.gradients, None
+        if measured is None:
+            return dict(norm=norm if math.isfinite(norm) else None)
+        found = measured.read()
+        if not math.isfinite(norm + found['norm']):  # a step that fp16's scaler skipped
+            return dict(norm=None)
+        return found | dict(norm=norm, norm_at_iter=found['norm'])
 
     def update_mean(self, seconds):
         """Average the seconds per iteration over about ten iterations."""

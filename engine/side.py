@@ -28,7 +28,7 @@ from engine.common import UserError, end_with_parent, first_line, out_of_memory
 from engine.fast_linear import matrix_bytes, prepare_to_generate
 from engine.machine import limit_memory, memory, synchronize
 from engine.parallel import Parallel
-from engine.report import gradient_statistics
+from engine.report import GradientStatistics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
@@ -165,7 +165,7 @@ def training_step(model, s):
         if parts:
             watch.lap('optimizer')
         if parts and not s['versus']:
-            gradient_statistics(raw_model, Parallel())
+            GradientStatistics(raw_model, 0, Parallel()).read()
             watch.lap('gradient statistics')
         optimizer.zero_grad(set_to_none=True)
         if not parts:

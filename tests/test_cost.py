@@ -15,7 +15,7 @@ from engine.common import GIB, UserError
 from engine.cost import describe, fit, memory_estimate, meta_model
 from engine.machine import DATASHEETS, datasheet_peak, find_gpu, peak_flops
 from engine.parallel import Parallel
-from engine.report import gradient_statistics
+from engine.report import GradientStatistics
 from model import GPTConfig
 from test_model import TINY, B, T, every_combination, gradients, ids, on_meta, shaken
 
@@ -276,7 +276,8 @@ def test_gradient_statistics_are_those_of_the_gradients(parts):
     """A layer left out or counted twice, or a norm that clips differently from clip_grad_norm_'s."""
     model = shaken(**parts)
     grads = gradients(model, ids(B, T), ids(B, T, seed=1))[1]
-    flat, stats = torch.cat([g.flatten() for g in grads.values()]).double(), gradient_statistics(model, Parallel())
+    flat = torch.cat([g.flatten() for g in grads.values()]).double()
+    stats = GradientStatistics(model, 0, Parallel()).read()
     assert torch.tensor(stats['norm']) == torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     for key, value in (('norm', flat.norm()), ('mean', flat.mean()), ('std', flat.std(correction=0))):
         assert stats[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
