@@ -412,6 +412,13 @@ def fingerprint(ids):
     return sum(zlib.crc32(window.tobytes()) for window in np.asarray(ids, '<i8'))
 
 
+@functools.cache
+def copy_stream(device):
+    """Return the CUDA stream on which batches are copied to a device."""
+    import torch
+    return torch.cuda.Stream(device)
+
+
 class Loader:
     """
     Batches from one split of a data set, as a pure function of (seed, sample index): there is no
@@ -482,8 +489,20 @@ class Loader:
         return x, y
 
     def to_device(self, x, y):
-        overlap = self.device.type == 'cuda'
-        return x.to(self.device, non_blocking=overlap), y.to(self.device, non_blocking=overlap)
+        """
+        Return x and y on the device. On CUDA they are copied beside the work that is queued there,
+        and work that is queued from here on waits for them.
+        """
+        if self.device.type != 'cuda':
+            return x.to(self.device), y.to(self.device)
+        import torch
+        computing, copying = torch.cuda.current_stream(self.device), copy_stream(self.device)
+        with torch.cuda.stream(copying):
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        computing.wait_stream(copying)
+        for ids in (x, y):  # or a later copy could reuse their memory while they are still read
+            ids.record_stream(computing)
+        return x, y
 
     def batch(self, indices):
         """

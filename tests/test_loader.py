@@ -10,7 +10,15 @@ import torch
 
 from conftest import BYTE, Bomb, llmc_shard, one_line, rewrite
 from data import loader
-from data.loader import Loader, MicroBatches, permute, prepare_facts, read_meta, write_dataset
+from data.loader import (
+    Loader,
+    MicroBatches,
+    copy_stream,
+    permute,
+    prepare_facts,
+    read_meta,
+    write_dataset,
+)
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
 
@@ -121,6 +129,25 @@ def test_stream_yields_what_batch_gives(counting):
     assert len(streamed) == 6 and list(loader.stream([])) == []
     for (x, y), indices in zip(streamed, arrays):
         assert torch.equal(x, loader.batch(indices)[0]) and torch.equal(y, loader.batch(indices)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_batch_is_copied_beside_the_work_that_is_queued(counting):
+    """A copy waits for the step before it; or memory that a queued kernel has yet to read goes to the next batch."""
+    expected = Loader(counting, 'train', T).batch(np.arange(64))
+    loader = Loader(counting, 'train', T, device='cuda:0')
+
+    def read(first):
+        return [ids + 0 for ids in loader.batch(np.arange(64) + first)]
+    for first in range(5):  # taking new memory may wait for the device
+        read(first)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)  # cycles, about a second
+    found = [read(first) for first in range(5)]
+    copy_stream(loader.device).synchronize()
+    assert not torch.cuda.current_stream().query(), 'the copies have waited for the kernel'
+    assert all(torch.equal(mine.cpu(), its) for mine, its in zip(found[0], expected))
 
 
 def test_stream_raises_the_threads_error_and_closes(counting):
