@@ -44,6 +44,7 @@ from configurator import (
 )
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
+from engine.attention_kernel import choose_attention
 from engine.batch_size import auto_batch_size
 from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
 from engine.checks import check_doc_mask, check_settings
@@ -270,8 +271,9 @@ if sample_interval and tokenizer:
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
                       state.iter_num, compile, parallel, console)
 compiled = config['compile'] = costs.compiled
-summary, details = startup_report(config, costs, raw_model, opt, batches, splits, data_sets,
-                                  train_loader, tokenizer, state.iter_num, parallel)
+attention = choose_attention(model_config, batches.batch_size, dtype, parallel)
+summary, details = startup_report(config, costs, attention, raw_model, opt, batches, splits,
+                                  data_sets, train_loader, tokenizer, state.iter_num, parallel)
 say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs

@@ -9,6 +9,7 @@ import torch
 
 from data.loader import Mixture, fingerprint
 from data.tokenizer import prompt_ids
+from engine.attention_kernel import without_cudnn
 from engine.common import UserError
 from engine.statistics import mean_and_error
 
@@ -159,7 +160,7 @@ def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast):
     of its own, so it depends only on the weights, the prompt and the seed.
     """
     slide = max(1, model.config.block_size // 2)
-    with autocast():
+    with autocast(), without_cudnn():
         ids = model.generate(torch.tensor([prompt], device=parallel.device), n_tokens,
                              temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot,
                              slide=slide)[0].tolist()

@@ -123,6 +123,7 @@ def prepare_to_generate(model, device, dtype, quantize, rows):
         model.quantize_int8()
     elif device.type == 'cpu':
         kernel, text = choose_kernel(model, dtype, rows)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn() in attention_kernel.py
     if kernel is None:
         dtype = fastest_dtype(device) if dtype == 'auto' else dtype
         kernel = Kernel(quantize or dtype, dtype, dtype)

@@ -24,6 +24,7 @@ import torch
 
 import model as our_model
 from data.loader import Loader
+from engine.attention_kernel import choose_attention
 from engine.common import UserError, end_with_parent, first_line, out_of_memory
 from engine.fast_linear import matrix_bytes, prepare_to_generate
 from engine.machine import limit_memory, memory, synchronize
@@ -144,7 +145,10 @@ def training_step(model, s):
     optimizer = build_optimizer(model, s)
     scaler = torch.amp.GradScaler(torch.device(s['device']).type, enabled=s['dtype'] == 'float16')
     x, y = random_batch(s)
-    raw_model = model
+    raw_model, parallel = model, Parallel()
+    parallel.connect(torch.device(s['device']))
+    if not s['versus']:
+        choose_attention(raw_model.config, s['batch_size'], s['dtype'], parallel)
     model = torch.compile(model) if s['compile'] else model
 
     def step(parts=False):
@@ -165,7 +169,7 @@ def training_step(model, s):
         if parts:
             watch.lap('optimizer')
         if parts and not s['versus']:
-            GradientStatistics(raw_model, 0, Parallel()).read()
+            GradientStatistics(raw_model, 0, parallel).read()
             watch.lap('gradient statistics')
         optimizer.zero_grad(set_to_none=True)
         if not parts:

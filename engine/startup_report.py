@@ -71,11 +71,12 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
                  estimate, too_large, flex)
 
 
-def startup_report(settings, costs, model, opt, batches, splits, data_sets, train_loader,
+def startup_report(settings, costs, attention, model, opt, batches, splits, data_sets, train_loader,
                    tokenizer, iter_num, parallel):
     """
     Return (summary, details), two dicts {title: text} about the model, the data, the expected speed
-    and the cost. Every run prints the summary, and with --verbose=True the details too.
+    and the cost. Every run prints the summary, and with --verbose=True the details too. `attention`
+    is what choose_attention() returned.
     """
     c, device, max_iters = model.config, parallel.device, settings['max_iters']
     tokens = costs.tokens_per_iter
@@ -130,6 +131,8 @@ def startup_report(settings, costs, model, opt, batches, splits, data_sets, trai
         'expected': f'{at_half_peak:,.0f} tokens/s at 50 % of peak: '
                     f'{duration(costs.expected_seconds)} for the run with its evaluations',
     }
+    if attention:
+        details['attention'] = attention
     return summary, details
 
 
