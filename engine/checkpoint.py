@@ -378,16 +378,14 @@ def own_share(value, like, parallel, name):
     if not isinstance(value, (torch.Tensor, Pieces)) or value.shape not in (like.shape, ()):
         raise UserError(f'{name} must be a tensor of shape {tuple(like.shape)}')
     first, n = parallel.rows(value.shape, like)
-    whole = n == (value.shape[0] if value.shape else 0)
     if isinstance(value, Pieces):
-        parts = value.slices(first, n)
+        parts, read = value.slices(first, n), lambda: value.rows(first, n)
+    elif n == (value.shape[0] if value.shape else 0):
+        parts, read = [value], lambda: value
     else:
-        parts = [value if whole else value[first:first + n]]
+        part = value[first:first + n]
+        parts, read = [part], part.clone
     # checked before they are copied, because the check takes as much memory as a copy
     if not all(part.is_floating_point() and part.isfinite().all() for part in parts):
         raise UserError(f'{name} has numbers that are not finite')
-    if isinstance(value, Pieces):
-        rows = value.rows(first, n)
-    else:
-        rows = value if whole else parts[0].clone()
-    return parallel.place(rows, value.shape, like)
+    return parallel.place(read(), value.shape, like)

@@ -295,8 +295,10 @@ class Parallel:
         """
         if self.mode == 'fsdp':
             return self._gather_rows(tensors, copy)
-        copies = {id(t): to_host(t.detach(), copy and self.master) for t in tensors.values()}
-        whole = {name: copies[id(t)] for name, t in tensors.items()}
+        distinct = {id(t): t.detach() for t in tensors.values()}
+        if copy and self.master:
+            distinct = {key: copy_to_host(t) for key, t in distinct.items()}
+        whole = {name: distinct[id(t)] for name, t in tensors.items()}
         if self.mode != 'zero1':
             return whole
         described = {name: (tuple(whole[name].shape), whole[name].dtype)
@@ -345,10 +347,8 @@ class Parallel:
                                   shape=like.shape, stride=like.stride())
 
 
-def to_host(tensor, copy):
-    """Return a copy of a tensor in host memory, or, with copy=False, the tensor itself."""
-    if not copy:
-        return tensor
+def copy_to_host(tensor):
+    """Return a copy of a tensor in host memory, pinned if it comes from a GPU."""
     host = torch.empty_like(tensor, device='cpu', pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
 

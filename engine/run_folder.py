@@ -25,7 +25,7 @@ from engine.common import (
     try_lock,
 )
 from engine.machine import GIB, free_memory
-from engine.parallel import to_host
+from engine.parallel import copy_to_host
 
 LARGE = 10 ** 8  # bytes; a smaller checkpoint is on disk within a second
 
@@ -266,9 +266,12 @@ class RunFolder:
                 if hasattr(t, 'to_local'):
                     if first_replica:
                         first, _ = self.parallel.rows(shape, t)
-                        pieces[f'{kind}/{name}'] = shape, first, to_host(t.to_local(), copy)
+                        pieces[f'{kind}/{name}'] = shape, first, t.to_local()
                 elif name in own:
-                    pieces[f'{kind}/{name}'] = shape, 0, to_host(t, copy)
+                    pieces[f'{kind}/{name}'] = shape, 0, t
+        if copy:
+            pieces = {key: (shape, first, copy_to_host(rows))
+                      for key, (shape, first, rows) in pieces.items()}
         return pieces, names
 
     def _write_folder(self, path, content, param_groups, facts):
