@@ -38,6 +38,20 @@ def identity_of(identity, number, n_parts):
     return f'{identity} part {number}/{n_parts}'
 
 
+def remove_if_empty(folder):
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def note_other_parts(folder, n_parts):
+    """Print a NOTE on parts that --join=n_parts does not use."""
+    others = sorted(path.name for path in folder.glob('*-of-*')
+                    if not path.name.endswith(f'-of-{n_parts}'))
+    if others:
+        say(f'NOTE: {folder} also holds {", ".join(others):.200}, which --join={n_parts} does not '
+            'use: remove what is not needed')
+
+
 class Part(Preparation):
     """Encode part (K, N) of a data set. The settings and a new tokenizer come from all files."""
     streams = 'ids', 'index'
@@ -51,9 +65,17 @@ class Part(Preparation):
         self.start = Position(first, 0, 0, before)
         self.span = max(1, sum(source.size for source in sources[first:self.end]))
 
-    def is_complete(self, meta, left):
-        joined = read_meta(self.joined_dir).get('prepared_from') == self.joined_identity
-        return joined or super().is_complete(meta, left)
+    def run(self, overwrite=False):
+        if read_meta(self.joined_dir).get('prepared_from') == self.joined_identity:
+            say(f'{self.joined_dir} is already joined of all parts of this input with these '
+                'settings: nothing to do')
+        else:
+            super().run(overwrite)
+
+    def clean_up(self):
+        super().clean_up()
+        remove_if_empty(self.data_dir.parent)
+        remove_if_empty(self.joined_dir)
 
     def split_of(self, document):
         return None  # until the join
@@ -71,6 +93,7 @@ class Part(Preparation):
         say(f'part {number} of {n_parts}: {meta["documents"]["ids"]:,} documents in '
             f'{self.end - self.start.source:,} files, {meta["bytes"]["ids"] / 1e6:,.1f} MB of text '
             f'in {self.data_dir}; when all parts are there, --join={n_parts} makes the data set')
+        note_other_parts(self.data_dir.parent, n_parts)
 
 
 class Join(Preparation):
@@ -92,8 +115,8 @@ class Join(Preparation):
                 shutil.rmtree(removed, ignore_errors=True)
                 os.replace(folder, removed)
         shutil.rmtree(removed, ignore_errors=True)
-        if parts.exists() and not any(parts.iterdir()):
-            parts.rmdir()
+        note_other_parts(parts, len(self.folders))
+        remove_if_empty(parts)
 
     def make(self):
         n_parts = len(self.folders)

@@ -510,7 +510,26 @@ def test_parts_give_the_bytes_of_one_command(prepare_text, tmp_path, kind, order
     assert (tmp_path / 'out/meta.json').read_bytes() == (tmp_path / 'whole/meta.json').read_bytes()
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'meta.json', *shards(tmp_path / 'whole')}
     for flag in ('--part=2/3', '--join=3'):
-        assert 'nothing to do' in prepare_text(tmp_path / 'out', *flags, flag).stdout
+        done = prepare_text(tmp_path / 'out', *flags, flag)
+        assert 'nothing to do' in done.stdout and 'parts/' not in done.stdout, done.stdout
+
+
+def test_parts_of_another_number_are_named(prepare_text, tmp_path):
+    """Gigabytes stay in parts/ without a word, or a machine makes a part that no join asks for."""
+    flags = f'--input={write_input(tmp_path / "in", "folder")}', '--tokenizer=byte', '--tokens_per_shard=300'
+    said = [prepare_text(tmp_path / 'out', *flags, flag).stdout
+            for flag in ('--part=3/3', '--part=1/2', '--part=2/2', '--join=2')]
+    assert ['3-of-3, which --join=2' in text for text in said] == [False, True, True, True]
+    assert [path.name for path in (tmp_path / 'out/parts').iterdir()] == ['3-of-3']
+
+
+def test_bad_input_leaves_no_folder_of_parts(prepare_text, tmp_path):
+    """An empty parts/, which makes the folder look like a data set to replace."""
+    (tmp_path / 'in').mkdir()
+    for n in range(3):
+        (tmp_path / f'in/{n}.jsonl').write_text('{"text": "a"}\n{')
+    refused(prepare_text(tmp_path / 'out', f'--input={tmp_path / "in"}', '--tokenizer=byte', '--part=1/2'), '0.jsonl')
+    assert not (tmp_path / 'out').exists()
 
 
 def flip_last_bit(path):
