@@ -121,10 +121,11 @@ class RunFolder:
         self.new_run = False
         self.newest_is_ours = os.path.basename(path) == self.names[0]  # not a fallback
 
-    def worth_copying(self, sets):
+    def worth_copying(self, sets, least=LARGE):
         """
-        Return whether to copy these sets and write them while training goes on. They must be
-        large, and the copy may take half of the free memory; if that is too little, say so once.
+        Return whether to copy these sets and write them while training goes on. They must have more
+        than `least` bytes, and the copy may take half of the free memory; if that is too little,
+        say so once.
         """
         sizes = {kind: size_of(tensors) for kind, tensors in sets.items()}
         if self.parallel.mode == 'zero1':  # each process has its own share of the moments
@@ -132,12 +133,12 @@ class RunFolder:
         size = sum(sizes.values())
         # what the copy before took may be kept for the next one, and not count as free
         free = free_memory(torch.device('cpu')) + self.copied
-        scarce = self.parallel.all_max(int(size > LARGE and free < 2 * size))
+        scarce = self.parallel.all_max(int(size > least and free < 2 * size))
         if scarce and not self.said_scarce and self.parallel.master:
             print('NOTE: training waits while checkpoints are written, because a copy of '
                   f'{size / GIB:.1f} GiB would take more than half of the free memory', flush=True)
         self.said_scarce = self.said_scarce or scarce
-        self.copied = size if size > LARGE and not scarce else 0
+        self.copied = size if size > least and not scarce else 0
         return self.copied > 0
 
     def save(self, sets, param_groups, facts, also, when_saved, background=False):
@@ -151,14 +152,14 @@ class RunFolder:
         tensors shaped like parameters}. `facts` are plain values. If any process cannot write, all
         raise an error and the existing checkpoints stay as they are.
 
-        With background=True, or 'auto' if it is worth it, return once the tensors have been copied
-        to host memory, and write them in a thread. The loop must call poll() or finish() to learn
-        what came of it.
+        With background=True, return once the tensors have been copied to host memory, and write
+        them in a thread; with 'auto' do so if they are large. If memory is too scarce for a copy,
+        write them at once. The loop must call poll() or finish() to learn what came of it.
         """
         started = time.time()
         self.finish()
-        if background == 'auto':
-            background = self.worth_copying(sets)
+        if background:
+            background = self.worth_copying(sets, LARGE if background == 'auto' else 0)
         if background:
             self.group = self.group or self.parallel.host_group()
         collect, write = (self._own_pieces, self._write_folder) if self.sharded else \

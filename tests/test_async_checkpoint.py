@@ -152,6 +152,16 @@ def test_it_must_be_large_and_leave_half_of_the_memory(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count('NOTE: training waits') == 1
 
 
+def test_without_memory_for_a_copy_it_waits_even_if_asked_not_to(tmp_path, monkeypatch, capsys):
+    """With --async_checkpoint=True, the kernel's killer ends a run at its first checkpoint."""
+    monkeypatch.setattr(run_folder, 'free_memory', lambda device: 0)
+    folder, reports = RunFolder(str(tmp_path), False, Parallel()), []
+    for iter_num in (1, 2):
+        save(folder, torch.ones(10), iter_num, reports)
+        assert folder.writing is None and len(reports) == iter_num
+    assert load_checkpoint(tmp_path)['iter_num'] == 2 and capsys.readouterr().out.count('NOTE: training waits') == 1
+
+
 def test_the_memory_of_the_copy_before_does_not_count_as_used(tmp_path, monkeypatch):
     """malloc keeps it for the next copy, so the second checkpoint of a run finds too little and training waits."""
     folder, large = RunFolder(str(tmp_path), False, Parallel()), {'model': {'wte': torch.empty(10 ** 9, device='meta')}}
