@@ -170,6 +170,19 @@ def matmul_times(n, device, dtype, seconds):
     return times_of(lambda: a @ b, seconds)
 
 
+def linear_times(tokens, n_in, n_out, device, dtype, seconds):
+    """
+    Return {product: times} of the three matmuls that train a Linear on so many tokens, each
+    repeated for at least `seconds`.
+    """
+    def random(*shape):
+        return torch.randn(shape, device=device).to(getattr(torch, dtype))
+    x, weight, grad = random(tokens, n_in), random(n_out, n_in), random(tokens, n_out)
+    products = {'forward': lambda: x @ weight.T, 'gradient of x': lambda: grad @ weight,
+                'gradient of the weight': lambda: grad.T @ x}
+    return {name: times_of(product, seconds) for name, product in products.items()}
+
+
 def peak_bandwidth(device):
     """
     Measure the bytes/s at which the device reads memory, which limits generation: the best of one

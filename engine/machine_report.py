@@ -3,16 +3,19 @@ Measure a machine (bench.py --report): one function per section, which yields it
 command that a user can repeat; most of them are bench.py itself.
 """
 import functools
+import itertools
 import os
 import statistics
 
 import torch
 
 from engine.common import GIB, ROOT, UserError, printable
+from engine.cost import meta_model
 from engine.gpu_checks import failed_checks, gpu_checks
-from engine.machine import copy_times, machine_facts, matmul_times, peak_flops
+from engine.machine import copy_times, linear_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (
     FEW,
+    SHARE,
     START,
     STEPS,
     bench_row,
@@ -137,6 +140,38 @@ def matmul_row(report, n, dtype):
         return cells, dict(x=n, dtype=dtype, seconds=min(times), tflops=quartiles)
     call = f'matmul_times({n}, torch.device("{report.device}"), "{dtype}", 0.5)'
     return Row('ceilings', f'{dtype}, {n} x {n}', machine_command(call), 3, measure)
+
+
+def matmuls(report):
+    """
+    The three matmuls that train each Linear of GPT-2 124M, on the tokens of a micro-batch that fits
+    and on twice as many, as rates and as shares of the fastest square matmul.
+    """
+    settings, why = fitted(report, LARGE)
+    if why:
+        yield Row('matmuls', stem(LARGE), '', 0, unfit=why)
+        return
+    linears = [m for m in meta_model(settings).modules() if isinstance(m, torch.nn.Linear)]
+    shapes = dict.fromkeys((linear.in_features, linear.out_features) for linear in linears)
+    tokens = settings['batch_size'] * settings['block_size']
+    for n, (n_in, n_out) in itertools.product((tokens, 2 * tokens), shapes):
+        yield linear_row(report, n, n_in, n_out)
+
+
+def linear_row(report, tokens, n_in, n_out):
+    flops = 2 * tokens * n_in * n_out
+
+    def measure(left):
+        times = linear_times(tokens, n_in, n_out, report.device, report.dtype, 0.3)
+        rates = {name: flops / statistics.median(values) for name, values in times.items()}
+        cells = {name: f'{rate / 1e12:.3g} TFLOP/s, {100 * rate / report.peak:.0f}%'
+                 for name, rate in rates.items()}
+        return cells, dict(flops=flops, rates=rates)
+    call = (f'linear_times({tokens}, {n_in}, {n_out}, torch.device("{report.device}"), '
+            f'"{report.dtype}", 0.3)')
+    seconds = 3 * (0.3 + 2 * flops / (SHARE * report.peak))
+    name = f'{tokens:,} tokens, {n_in} to {n_out}'
+    return Row('matmuls', name, machine_command(call), seconds, measure)
 
 
 def machine_command(call):
@@ -297,5 +332,5 @@ def versus_figures(report, sides):
 
 
 SECTIONS = {section.__name__: section for section in (
-    correctness, ceilings, training, parts, compiling, generation, loader, checkpoint, growth,
-    processes, versus)}  # the most important first
+    correctness, ceilings, training, parts, matmuls, compiling, generation, loader, checkpoint,
+    growth, processes, versus)}  # the most important first

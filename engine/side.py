@@ -198,12 +198,13 @@ def generate_step(model, s):
     Return a function that continues prompts as sample.py does, with weights in dtype. Its part
     'prefill' is the time to the first token.
     """
-    weights = dtype = s['dtype']
+    weights = s['dtype']
     if s['versus']:
-        model.to(getattr(torch, dtype))
+        model.to(getattr(torch, weights))
     else:
-        weights, dtype, _ = prepare_to_generate(
-            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'])
+        weights, _, _ = prepare_to_generate(
+            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'],
+            s['compile'])
     model.eval()
     shape = (s['num_samples'], s['prompt_tokens'])
     idx = torch.randint(s['model']['vocab_size'], shape, device=s['device'])
@@ -214,7 +215,9 @@ def generate_step(model, s):
         model.generate(idx, 1 if parts else s['new_tokens'], top_k=200)
         watch.lap('prefill' if parts else 'whole')
         return watch.times
-    step.info = dict(weights=weights, activations=dtype, matrix_bytes=matrix_bytes(model))
+    step.info = dict(weights=weights, matrix_bytes=matrix_bytes(model))
+    if not s['versus']:
+        step.info['cache_itemsize'] = model.cache_dtype().itemsize
     return step
 
 

@@ -99,6 +99,19 @@ def test_ceilings_stop_where_a_matmul_takes_long(tmp_path):
     assert names == [*(f'{dtype}, 256 x 256' for dtype in ('float32', 'bfloat16', 'float16')), 'copy of 256 MiB']
 
 
+def test_matmuls_are_those_of_each_linear(tmp_path):
+    """A ceiling of square matmuls, which says nothing of the shapes that a step has."""
+    report = new_report(tmp_path, seconds=30)
+    rows = list(machine_report.matmuls(report))
+    shapes = '16 to 48', '16 to 16', '16 to 64', '64 to 16', '16 to 256'  # qkv, c_proj, c_fc, c_proj, head
+    assert [row.name for row in rows] == [f'{n} tokens, {shape}' for n in (32, 64) for shape in shapes]
+    measure_rows(report, rows[:1])
+    (row,) = written(tmp_path)[0]['rows']
+    assert row['numbers']['flops'] == 2 * 32 * 16 * 48 and 'linear_times(32, 16, 48,' in row['command']
+    assert row['cells'].keys() == row['numbers']['rates'].keys() == {
+        'forward', 'gradient of x', 'gradient of the weight'}
+
+
 def test_rows_without_time_are_listed(tmp_path):
     """A report that takes as long as it likes, or that says nothing of what it has left out."""
     report = new_report(tmp_path, seconds=50)
