@@ -94,7 +94,7 @@ def close(a, b, tolerance=1e-5):
 
 FACTORS = {kind: list(parts) for kind, parts in REGISTRY.items()} | dict(
     n_kv_head=[None, 2, 1], d_ff=[None, 24], bias=[True, False], qk_norm=[False, True], logit_softcap=[0.0, 3.0],
-    weight_tying=[True, False], zero_init_residual=[False, True])
+    weight_tying=[True, False], zero_init_residual=[False, True], token_shift=[False, True])
 
 
 def pairs(row, factors):
@@ -217,6 +217,9 @@ class Reference:
     def logits(self, idx):
         """(B, T, V) float64 for ids (B, T)."""
         x = self.s['transformer.wte.weight'][idx]
+        if self.c.token_shift:
+            before = torch.stack([torch.zeros_like(x[:, 0]), *x.unbind(1)[:-1]], dim=1)
+            x = x + self.s['transformer.shift.weight'] * before
         if self.c.position_encoding == 'learned_absolute':
             x = x + self.s['transformer.wpe.weight'][:idx.size(1)]
         for i in range(self.c.n_layer):
@@ -1136,6 +1139,26 @@ def test_a_step_of_muon_has_the_spectral_norm_that_is_promised(lr):
             values /= lr * math.sqrt(max(1, rows / columns))
             # five Newton-Schulz steps bring every value that is not tiny near 1
             assert 0.6 < values.median() and values.max() < 1.3, name
+
+
+def steps_of_matrices(name):
+    """Return the first step of each matrix of the blocks, from the same gradients for every optimizer."""
+    model = build(n_embd=64, n_kv_head=2)
+    before = [p.detach().clone() for p in model.hidden_matrices()]
+    optimizer = optim.build(name, model, SETTINGS | dict(weight_decay=0.0), 'cpu')
+    model(ids(32, T), ids(32, T, seed=1))[1].backward()
+    optimizer.step()
+    return [p.detach() - start for p, start in zip(model.hidden_matrices(), before)]
+
+
+def test_a_step_of_normuon_has_rows_of_equal_norm_and_the_norm_of_muons():
+    """A matrix moves further in all, so that another learning rate would do the same."""
+    for step, reference in zip(steps_of_matrices('normuon'), steps_of_matrices('muon')):
+        row_norms = step.norm(dim=1)
+        torch.testing.assert_close(row_norms, row_norms.mean().expand_as(row_norms), rtol=0.02, atol=0)
+        torch.testing.assert_close(step.norm(), reference.norm(), rtol=0.01, atol=0)
+        cosine = (step * reference).sum() / step.norm() / reference.norm()
+        assert 0.8 < cosine <= 1.0
 
 
 def test_muon_works_in_float32_where_there_is_no_bfloat16(monkeypatch):

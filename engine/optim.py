@@ -106,12 +106,15 @@ class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 ha
     def step_together(self, params, group):
         """Update matrices of the same shape. Their matmuls are on whole matrices, FSDP or not."""
         stack = torch.stack([gathered(self.update(p, group).to(self.dtype)) for p in params])
-        stack = newton_schulz(stack, group['ns_coefficients'], group['ns_steps'], group['eps'])
+        stack = self.orthogonalized(stack, group)
         rows, columns = params[0].shape
         step_size = group['lr'] * math.sqrt(max(1, rows / columns))
         for p, update in zip(params, stack):
             p.mul_(1 - group['lr'] * group['weight_decay'])
             p.add_(divided_like(p, update), alpha=-step_size)
+
+    def orthogonalized(self, stack, group):
+        return newton_schulz(stack, group['ns_coefficients'], group['ns_steps'], group['eps'])
 
     def update(self, p, group):
         """Average the gradient of p into its momentum, and return Nesterov's step."""
@@ -122,10 +125,23 @@ class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 ha
         return p.grad.lerp(state['momentum_buffer'], group['momentum'])
 
 
+class NorMuon(Muon):
+    """
+    Muon with rows of equal norm in each update, so that every neuron moves as far. This is NorMuon
+    (https://arxiv.org/abs/2510.05491) without its average over steps, which changed nothing here.
+    """
+    def orthogonalized(self, stack, group):
+        stack = super().orthogonalized(stack, group)
+        row_norms = stack.norm(dim=2, keepdim=True)
+        root_mean_square = row_norms.square().mean(dim=1, keepdim=True).sqrt()
+        return stack * root_mean_square / row_norms.clamp(min=group['eps'])
+
+
+@register('normuon', NorMuon, moments=1, rate='muon_learning_rate', rest='adamw')
 @register('muon', Muon, moments=1, rate='muon_learning_rate', rest='adamw')
 def muon(settings, device_type):
     if not hasattr(torch.optim, 'Muon'):
-        raise UserError("optimizer='muon' needs torch 2.9 or newer, "
+        raise UserError('Muon needs torch 2.9 or newer, '
                         f'and this is {torch.__version__}')
     return dict(momentum=settings['muon_momentum'])
 
