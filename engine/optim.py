@@ -141,7 +141,7 @@ class NorMuon(Muon):
 @register('muon', Muon, moments=1, rate='muon_learning_rate', rest='adamw')
 def muon(settings, device_type):
     if not hasattr(torch.optim, 'Muon'):
-        raise UserError('Muon needs torch 2.9 or newer, '
+        raise UserError("optimizer='muon' and 'normuon' need torch 2.9 or newer, "
                         f'and this is {torch.__version__}')
     return dict(momentum=settings['muon_momentum'])
 
