@@ -123,6 +123,7 @@ class GPTConfig:
     d_ff: int | None = None  # None: 4 n_embd; gated: 8/3 n_embd, rounded up to a multiple of 256
     qk_norm: bool = False  # normalize q and k per head: https://arxiv.org/abs/2010.04245
     zero_init_residual: bool = False  # blocks start as the identity: arxiv.org/abs/1901.09321
+    token_shift: bool = False  # see TokenShift
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     logit_softcap: float = 0.0  # see cap_logits; 0: none
@@ -288,6 +289,35 @@ def gelu_tanh(x):
 @register(ACTIVATION, 'relu_squared')
 def relu_squared(x):
     return F.relu(x).square()  # Primer, https://arxiv.org/abs/2109.08668
+
+
+# embeddings
+
+class TokenShift(nn.Module):
+    """
+    Add to each token's embedding that of the token before it, times a weight per channel, so that
+    the first layer can already look for what followed a token earlier. The idea is RWKV's:
+    https://arxiv.org/abs/2305.13048.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x, is_first, cache=None):
+        """
+        x (B, T, C) -> same shape. is_first, (T,) or (B, T), is True where no token comes before.
+        cache is the KVCache of the first layer.
+        """
+        before = torch.zeros_like(x[:, :1])
+        if cache is not None:
+            before = cache.last if cache.length else before
+            cache.last = x[:, -1:]
+        before = torch.cat((before, x[:, :-1]), dim=1)
+        return x + self.weight * before.masked_fill(is_first[..., None], 0.0)
 
 
 # position encoding
@@ -467,13 +497,15 @@ def chunked_attention(q, k, v, dropout, config, mask=None):
 class KVCache:
     """
     Keys and values of one layer, (B, K, max_length, D), filled up to `length`. With a document
-    mask the first layer's cache also holds the document number of each position, (B, length).
+    mask the first layer's cache also holds the document number of each position, (B, length), and
+    with token_shift the last token's embedding, (B, 1, C).
     """
     def __init__(self, shape, dtype, device):
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         self.doc = None
+        self.last = None
 
     def append(self, k, v):
         """Append k, v (B, K, T, D) and return views of all keys and values, (B, K, length, D)."""
@@ -721,8 +753,8 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
 # the model
 
 # which row of params_by_part() a parameter counts in, by a word of its name; all others are norms
-PARTS = dict(wte='token embeddings', wpe='position embeddings', attn='attention', mlp='ffn',
-             lm_head='head')
+PARTS = dict(wte='token embeddings', shift='token embeddings', wpe='position embeddings',
+             attn='attention', mlp='ffn', lm_head='head')
 
 
 class NoRandomInit(TorchFunctionMode):
@@ -748,6 +780,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=final_norm,
         ))
+        if config.token_shift:
+            self.transformer.shift = TokenShift(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.weight_tying:
             self.transformer.wte.weight = self.lm_head.weight  # https://arxiv.org/abs/1608.05859
@@ -791,7 +825,13 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         if left_padding is not None:
             pos = pos - left_padding[:, None]  # (B, T), negative in the padding
-        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos.clamp(min=0))
+        x = self.transformer.wte(idx)
+        if self.config.token_shift:
+            # an end-of-text token opens its document; without documents, doc_mask_token is None
+            token = self.config.doc_mask_token
+            is_first = pos <= 0 if token is None else (pos <= 0) | (idx == token)
+            x = self.transformer.shift(x, is_first, cache[0] if cache else None)
+        x, rotate = self.transformer.wpe(x, pos.clamp(min=0))
         x = self.transformer.drop(x)
         mask = self.make_mask(idx, cache, pos)
         for i, block in enumerate(self.transformer.h):

@@ -110,13 +110,14 @@ ffn_type: str = None  # standard; gated: swiglu (its activation is silu), geglu 
 weight_tying: bool = None  # token embeddings and head share one matrix
 qk_norm: bool = None  # normalize q and k per head
 zero_init_residual: bool = None  # projections that write to the residual stream start at 0
+token_shift: bool = None  # add the previous token's embedding, times a weight per channel
 rope_theta: PositiveFloat = 10000.0  # base of RoPE's wavelengths
 norm_eps: OpenFraction = 1e-5  # added to the variance in every norm
 logit_softcap: LogitScale = None  # logits = cap * tanh(logits / cap); 0: off
 attention_chunk_size: Size = 256  # queries per chunk for attention_backend=chunked
 activation_checkpointing = False  # recompute blocks in backward: less memory, a third more compute
 # optimizer
-optimizer = 'adamw'  # adamw, or muon: torch.optim.Muon for the blocks' matrices, AdamW for the rest
+optimizer = 'adamw'  # adamw; muon, normuon: these for the blocks' matrices, AdamW for the rest
 learning_rate: PositiveFloat = 6e-4  # peak learning rate
 muon_learning_rate: PositiveFloat = 0.02  # Muon's peak learning rate; it follows the same schedule
 muon_momentum: Fraction = 0.95  # Nesterov momentum

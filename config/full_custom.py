@@ -28,6 +28,7 @@ bias = False  # biases in Linears and layernorm
 weight_tying = True  # token embeddings and head share one matrix
 qk_norm = True  # normalise q and k per head, which steadies high learning rates
 zero_init_residual = False  # output projections start at 0, so each block starts as the identity
+token_shift = False  # add the previous token's embedding, times a weight per channel
 dropout = 0.0  # 0 for pretraining; 0.1 or 0.2 if a small data set is seen many times
 
 # --- the model: details
@@ -44,7 +45,7 @@ batch_size = 8  # sequences per micro-batch: as many as fit
 gradient_accumulation_steps = 8  # micro-batches per iteration, over all processes
 
 # --- optimizer
-optimizer = 'adamw'  # adamw | muon (for the matrices in the blocks, with AdamW for the rest)
+optimizer = 'adamw'  # adamw | muon | normuon (for the blocks' matrices, AdamW for the rest)
 muon_learning_rate = 0.02  # Muon's peak: spectral norm of a step (x sqrt(rows / columns) if tall)
 muon_momentum = 0.95
 learning_rate = 1e-3  # AdamW's peak; 6e-4 at 124M, 3e-4 at 350M, 2e-4 at 1.3B

@@ -83,6 +83,7 @@ def notes(config, given, parallel):
     one_process, flags = 'in one process', given.flags()
     no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
     schedule, init_from = config['lr_schedule'], config['init_from']
+    has_muon = config['optimizer'] in ('muon', 'normuon')
     continues = init_from in ('resume', 'auto') and not config['ckpt']
     useless = [
         ('fsdp_shard_size', not config['use_fsdp'], no_fsdp),
@@ -92,8 +93,8 @@ def notes(config, given, parallel):
         ('attention_chunk_size',
          config['attention_backend'] != 'chunked' and init_from == 'scratch',
          'without --attention_backend=chunked'),
-        ('muon_learning_rate', config['optimizer'] != 'muon', 'without --optimizer=muon'),
-        ('muon_momentum', config['optimizer'] != 'muon', 'without --optimizer=muon'),
+        ('muon_learning_rate', not has_muon, 'without --optimizer=muon'),
+        ('muon_momentum', not has_muon, 'without --optimizer=muon'),
         ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
         ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
         ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
@@ -105,7 +106,7 @@ def notes(config, given, parallel):
         lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
     rate, min_lr = config['learning_rate'], config['min_lr']
     only_adamw = 'learning_rate' in flags and 'muon_learning_rate' not in flags
-    if config['optimizer'] == 'muon' and only_adamw:
+    if has_muon and only_adamw:
         lines.append('NOTE: --learning_rate is for embeddings, head and norms; Muon trains the '
                      f"other matrices with --muon_learning_rate={config['muon_learning_rate']:g}")
     if config['decay_lr'] and schedule != 'constant' and min_lr > rate:

@@ -4,11 +4,11 @@ Register the optimizers that --optimizer can name, and combine several into one.
 To add one, write a function that returns the keyword arguments of its class and decorate it with
 @register. Training, checkpoints, ZeRO-1, FSDP, the memory estimate and bench.py use the registry.
 """
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from engine.common import UserError
 from engine.machine import pick_device
@@ -40,24 +40,8 @@ def adamw(settings, device_type):
     return dict(betas=(settings['beta1'], settings['beta2']), fused=fused)
 
 
-class WholeMatrices(TorchFunctionMode):
-    """
-    Inside this context, Tensor.bfloat16() converts to `dtype` and, under FSDP, gathers the whole
-    matrix. Muon calls it once per matrix, before its matmuls. On shards these would add up in
-    another order, and round differently from those of one process.
-    """
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.Tensor.bfloat16:
-            return func(*args, **(kwargs or {}))
-        matrix = args[0].to(self.dtype, copy=True)
-        if hasattr(matrix, 'full_tensor'):
-            from torch.distributed.tensor import Replicate
-            matrix = matrix.redistribute(placements=[Replicate()] * matrix.device_mesh.ndim)
-        return matrix
+# Muon stacks matrices up to this many elements. Larger stacks would need more memory for nothing.
+MAX_STACK = 2 ** 26
 
 
 def dtype_of_matmuls(groups):
@@ -71,25 +55,93 @@ def dtype_of_matmuls(groups):
     return torch.bfloat16 if has_units else torch.float32
 
 
+def newton_schulz(x, coefficients, steps, eps):
+    """Bring the singular values of each matrix of x, (n, rows, columns), near 1."""
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the iteration diverges above 1
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+def gathered(tensor):
+    """Return the whole of a tensor that FSDP may have divided."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def divided_like(p, tensor):
+    """Return a whole tensor as a DTensor if FSDP has divided p, so that the two can be added."""
+    if not hasattr(p, 'full_tensor'):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+    return DTensor.from_local(tensor, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
+
+
 class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 has no Muon
     """
-    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/), with float32 matmuls where
+    torch.optim.Muon (https://kellerjordan.github.io/posts/muon/) for stacks of matrices of the same
+    shape: a few large matmuls take less time than many small ones. They are in float32 where
     bfloat16 is emulated. A step has spectral norm lr * sqrt(max(1, rows / columns)).
     """
     def __init__(self, groups, **options):
         super().__init__(groups, **options)
-        self.matmuls = WholeMatrices(dtype_of_matmuls(self.param_groups))
+        self.dtype = dtype_of_matmuls(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure=None):
-        with self.matmuls:
-            return super().step(closure)
+        for group in self.param_groups:
+            same_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
+                n = max(1, MAX_STACK // shape.numel())
+                for i in range(0, len(params), n):
+                    self.step_together(params[i:i + n], group)
+
+    def step_together(self, params, group):
+        """Update matrices of the same shape. Their matmuls are on whole matrices, FSDP or not."""
+        stack = torch.stack([gathered(self.update(p, group).to(self.dtype)) for p in params])
+        stack = self.orthogonalized(stack, group)
+        rows, columns = params[0].shape
+        step_size = group['lr'] * math.sqrt(max(1, rows / columns))
+        for p, update in zip(params, stack):
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            p.add_(divided_like(p, update), alpha=-step_size)
+
+    def orthogonalized(self, stack, group):
+        return newton_schulz(stack, group['ns_coefficients'], group['ns_steps'], group['eps'])
+
+    def update(self, p, group):
+        """Average the gradient of p into its momentum, and return Nesterov's step."""
+        state = self.state[p]
+        if 'momentum_buffer' not in state:
+            state['momentum_buffer'] = torch.zeros_like(p.grad)
+        state['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
+        return p.grad.lerp(state['momentum_buffer'], group['momentum'])
 
 
+class NorMuon(Muon):
+    """
+    Muon with rows of equal norm in each update, so that every neuron moves as far. This is NorMuon
+    (https://arxiv.org/abs/2510.05491) without its average over steps, which changed nothing here.
+    """
+    def orthogonalized(self, stack, group):
+        stack = super().orthogonalized(stack, group)
+        row_norms = stack.norm(dim=2, keepdim=True)
+        root_mean_square = row_norms.square().mean(dim=1, keepdim=True).sqrt()
+        return stack * root_mean_square / row_norms.clamp(min=group['eps'])
+
+
+@register('normuon', NorMuon, moments=1, rate='muon_learning_rate', rest='adamw')
 @register('muon', Muon, moments=1, rate='muon_learning_rate', rest='adamw')
 def muon(settings, device_type):
     if not hasattr(torch.optim, 'Muon'):
-        raise UserError("optimizer='muon' needs torch 2.9 or newer, "
+        raise UserError("optimizer='muon' and 'normuon' need torch 2.9 or newer, "
                         f'and this is {torch.__version__}')
     return dict(momentum=settings['muon_momentum'])
 

@@ -163,7 +163,7 @@ def data_line(data_sets, train_loader, val_loader, total_tokens):
 def architecture_line(c, flex):
     parts = [str(getattr(c, kind)) for kind in REGISTRY]
     parts += ['biases' if c.bias else 'no biases', 'tied' if c.weight_tying else 'untied']
-    parts += [key for key in ('qk_norm', 'zero_init_residual') if getattr(c, key)]
+    parts += [key for key in ('qk_norm', 'zero_init_residual', 'token_shift') if getattr(c, key)]
     if c.logit_softcap:
         parts.append(f'logit_softcap {c.logit_softcap:g}')
     if c.doc_mask_token is not None:

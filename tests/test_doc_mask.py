@@ -119,6 +119,21 @@ def test_doc_mask_holds_with_a_cache_too():
     assert torch.equal(torch.stack(texts[0]), torch.stack(texts[1]))
 
 
+def test_token_shift_stays_within_a_document():
+    """The token that opens a document would still see the last token of the one before, or in pieces another."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**DOC | dict(position_encoding='none'), doc_mask_token=0, token_shift=True)).eval()
+    torch.nn.init.ones_(model.transformer.shift.weight)
+    idx = torch.randint(1, 60, (1, 48))
+    idx[0, [5, 20, 21]] = 0
+    with torch.no_grad():
+        whole, cache = model(idx, all_logits=True)[0], model.new_cache(1, 48)
+        alone = [model(text, all_logits=True)[0] for text in idx.split([5, 15, 1, 27], dim=1)]
+        pieces = [model(piece, cache=cache, all_logits=True)[0] for piece in idx.split([3, 17, 1, 1, 26], dim=1)]
+    for parts in alone, pieces:
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+
 def test_doc_mask_trains_and_is_in_the_checkpoint(tmp_path):
     """The flag has no effect on training, or sampling does not know of it."""
     write_dataset(tmp_path / 'docs', {split: b'a short text\0' * 200 for split in ('train', 'val')}, BYTE)
