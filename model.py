@@ -516,8 +516,8 @@ class KVCache:
 
     def continue_documents(self, doc):
         """
-        Continue the cached document numbers with those of new positions, doc (B, T), which start
-        again from 0. Return all, (B, length + T).
+        Append the document numbers of new tokens, doc (B, T), in which 0 is the document that the
+        cached tokens end in. Return all of them, (B, length + T). Call this before append().
         """
         if self.length:
             doc = torch.cat((self.doc, self.doc[:, -1:] + doc), dim=1)
@@ -659,8 +659,8 @@ def cap_logits(logits, softcap):
 def softmax_losses(logits, targets, softcap, need_grad):
     """
     Return the cross-entropy of each row, (n, 1) float32, for logits (n, V) and targets (n, 1); 0
-    where the target is negative. With need_grad, overwrite the logits with their gradient, which is
-    not yet zero in those rows.
+    where the target is negative. With need_grad, overwrite the logits with their gradient; the
+    caller has to zero it in the rows with a negative target.
     """
     seen, targets = targets >= 0, targets.clamp(min=0)
     capped = cap_logits(logits.float(), softcap) if softcap else logits
@@ -863,7 +863,8 @@ class GPT(nn.Module):
         token = self.config.doc_mask_token
         if token is None and pos.dim() == 1:
             return None
-        doc = (idx == (-1 if token is None else token)).cumsum(1)  # (B, T), numbered within the row
+        # (B, T), numbered from 0 within the row; -1 is no id, so without a token all are 0
+        doc = (idx == (-1 if token is None else token)).cumsum(1)
         if pos.dim() == 2:
             doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
         if cache:

@@ -252,7 +252,7 @@ scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 # More tensors to save and restore, {set: {name: tensor like a parameter}}: an EMA, for example
 state_tensors = {}
 if loaded is not None:
-    restore_weights(raw_model, loaded, parallel)
+    restore_weights(raw_model, loaded, parallel)  # FSDP's rows; other modes have them
     restore_tensors(state_tensors, loaded, parallel)
     if not eval_only:  # evaluation needs no moments
         restore_optimizer(opt, optimizer, loaded, parallel)
@@ -463,6 +463,7 @@ while True:
         if not all(math.isfinite(values['loss']) for values in evaluated.values()):
             run_log.not_finite('train or val loss')
             break
+        # without val's lists, by_position and window_losses
         losses = {split: numbers_in(values) for split, values in evaluated.items()}
         best = state.add_evaluation(losses, count=not eval_only)
         report_evaluation(evaluated, best, lr)

@@ -261,7 +261,7 @@ def permute(i, n, key):
     outside = np.arange(len(i))
     while len(outside):
         left, right = np.divmod(i[outside], b)
-        for r in range(0, 20, 2):  # with 12 rounds, the orders of 5 windows are not equally likely
+        for r in range(0, 20, 2):  # 20 rounds; with 12, some orders of 5 windows are too frequent
             left = (left + mix(key[outside], r, right) % a) % a
             right = (right + mix(key[outside], r + 1, left) % b) % b
         i[outside] = left * b + right
@@ -297,7 +297,7 @@ class Shard(NamedTuple):
                         f'opened, {now} now: {REMEDY}, then resume')
 
 
-@functools.cache  # a second Loader need not read the file again
+@functools.cache  # size and mtime_ns are part of the key, so a file that changed is read again
 def crc32(path, size, mtime_ns):
     crc = 0
     with open(path, 'rb') as f:
@@ -444,7 +444,7 @@ class Loader:
         self.shards = check_shards(Path(data_dir), split, block_size)
         n_tokens = np.array([shard.n_tokens for shard in self.shards])
         usable = n_tokens - 1  # the last token is only ever a target
-        shift = shift and shuffle
+        shift = shift and shuffle  # a shard then has one window less, and the others room to move
         windows = np.maximum(1, usable // block_size - shift)
         self.max_offset = np.minimum(usable - windows * block_size, block_size - 1) * shift
         self.ends = np.cumsum(windows)

@@ -66,9 +66,10 @@ class State:
         """
         Return the State in a checkpoint. A nanoGPT checkpoint has only iter_num and best_val_loss.
         """
-        known = {f.name: ckpt[f.name] for f in fields(cls) if f.name in ckpt}
-        known |= dict(best_val_loss=float(ckpt['best_val_loss']), losses={})
-        return cls(**{'last_eval_iter': ckpt['iter_num']} | known)
+        values = dict(last_eval_iter=ckpt['iter_num'])  # nanoGPT saves right after an evaluation
+        values |= {f.name: ckpt[f.name] for f in fields(cls) if f.name in ckpt}
+        values |= dict(best_val_loss=float(ckpt['best_val_loss']), losses={})
+        return cls(**values)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -106,8 +107,9 @@ def read_facts(path):
 
 def checked_facts(content):
     """
-    Check the plain values in a checkpoint dict and return it. Where nanoGPT has a tensor, or an
-    earlier version a tokenizer's name, they become a float and a dict. ValueError names the field.
+    Check the plain values in a checkpoint dict and return it. nanoGPT's best_val_loss, a tensor,
+    becomes a float; the tokenizer of an earlier version, a name, becomes a dict. ValueError names
+    the field.
     """
     if isinstance(content.get('best_val_loss'), torch.Tensor):
         content['best_val_loss'] = float(content['best_val_loss'])
@@ -120,7 +122,7 @@ def checked_facts(content):
 def check_weights(ckpt):
     """Raise ValueError unless a checkpoint dict has finite weights for all of its layers."""
     check(ckpt, WEIGHTS)
-    # a model of any size could be built otherwise
+    # otherwise model_args could ask for a model of any size
     check(ckpt['model_args'], {'n_layer?': range(1, len(ckpt['model']) + 1)}, 'model_args')
     weights = {name: [rows for _, rows in w.parts] if isinstance(w, Pieces) else w
                for name, w in ckpt['model'].items()}
@@ -141,13 +143,13 @@ def newest_checkpoint(folder):
     def reached(path):  # not file times, which a copy changes
         try:
             return read_facts(path)['iter_num']
-        except (ValueError, KeyError):  # a damaged one counts as newest, so it is noticed
-            return math.inf
+        except (ValueError, KeyError):
+            return math.inf  # a damaged one counts as the newest, so that loading it reports this
 
     found = existing('ckpt.pt', 'ckpt_sharded')
-    if not existing('ckpt_sharded'):  # a kill between the two renames that replace it
+    if not existing('ckpt_sharded'):  # a kill between its two renames leaves only the previous one
         found += existing('ckpt_sharded_prev')
-    if not found:  # a kill during the first save, which is also the best one or kept
+    if not found:  # a kill during the first save may leave only its hard links, which come first
         found = existing('ckpt_best.pt', 'ckpt_sharded_best', *numbered_checkpoints(folder))
     return max(found, key=reached) if len(found) > 1 else next(iter(found), None)
 

@@ -19,8 +19,8 @@ class Entry(NamedTuple):
     options: Callable  # (settings, device_type) -> its keyword arguments but lr and weight_decay
     moments: int       # tensors of state per parameter that have the parameter's shape
     rate: str          # the setting with its highest learning rate
-    rest: str | None   # None: it trains all parameters. A name: it trains only
-                       # GPT.hidden_matrices(), and the optimizer of that name the rest
+    rest: str | None   # the optimizer of all parameters but GPT.hidden_matrices(); None: this one
+                       # trains all parameters
 
 
 OPTIMIZER = {}
@@ -81,7 +81,7 @@ def divided_like(p, tensor):
     return DTensor.from_local(tensor, p.device_mesh, [Replicate()] * p.device_mesh.ndim)
 
 
-class Muon(getattr(torch.optim, 'Muon', torch.optim.Optimizer)):  # torch 2.8 has no Muon
+class Muon(torch.optim.Muon):
     """
     torch.optim.Muon (https://kellerjordan.github.io/posts/muon/) for stacks of matrices of the same
     shape: a few large matmuls take less time than many small ones. They are in float32 where
@@ -140,9 +140,6 @@ class NorMuon(Muon):
 @register('normuon', NorMuon, moments=1, rate='muon_learning_rate', rest='adamw')
 @register('muon', Muon, moments=1, rate='muon_learning_rate', rest='adamw')
 def muon(settings, device_type):
-    if not hasattr(torch.optim, 'Muon'):
-        raise UserError("optimizer='muon' and 'normuon' need torch 2.9 or newer, "
-                        f'and this is {torch.__version__}')
     return dict(momentum=settings['muon_momentum'])
 
 
@@ -202,13 +199,14 @@ def moment_numel(name, model):
 def build(name, model, settings, device_type):
     """
     Build the optimizer `name` for a GPT from settings. The training loop must set each group's lr
-    to the scheduled rate times 'lr_scale'. Raise UserError if the name is unknown or torch lacks
-    it.
+    to the scheduled rate times 'lr_scale'. Raise UserError if the name is unknown.
     """
     groups = parameter_groups(name, model, settings['weight_decay'])
     for group in groups:
         entry = OPTIMIZER[group['optimizer']]
-        rate = settings[entry.rate] * group.get('lr_scale', 1.0)  # a group's own, if it has one
+        # an lr_scale from GPT.parameter_groups is relative to this optimizer's own rate; below it
+        # becomes relative to learning_rate, which is what the loop schedules
+        rate = settings[entry.rate] * group.get('lr_scale', 1.0)
         group.update(entry.options(settings, device_type), lr=rate,
                      lr_scale=rate / settings['learning_rate'])
     if OPTIMIZER[name].rest is not None:

@@ -1,7 +1,7 @@
 """
-Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2,
-over all processes or hybrid, in groups that repeat each other. train.py calls the same methods in
-every mode.
+Spread a run over processes: one process, DDP, ZeRO-1 (https://arxiv.org/abs/1910.02054) or FSDP2.
+FSDP2 divides the weights among all processes or, if it is hybrid, among the processes of each
+group, and every group holds a full copy. train.py calls the same methods in every mode.
 """
 import math
 import os
@@ -32,7 +32,8 @@ class Parallel:
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
         self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
         self.master = self.rank == 0
-        self.device, self.on_host = torch.device('cpu'), None  # a process group for the CPU
+        self.device = torch.device('cpu')
+        self.on_host = None  # a process group for collectives on the CPU; connect() sets it
         self.mode = 'none'
         if self.distributed:
             self.mode = 'fsdp' if use_fsdp else 'zero1' if use_zero1 else 'ddp'
@@ -197,7 +198,8 @@ class Parallel:
     def new_weights(self, raw_model):
         """
         With FSDP, give a model from new_model() the weights that GPT(config) would have in a single
-        process. The constructors draw once and init_weights() again, in the same order here.
+        process. GPT(config) draws random numbers twice, in the constructors and in init_weights();
+        this draws the same ones in the same order.
         """
         if self.mode != 'fsdp':
             return
@@ -223,9 +225,10 @@ class Parallel:
 
     def sync_gradients(self, model, last):
         """
-        Set whether the next backward averages gradients over processes. Normally only the last
-        micro-batch does. FSDP does so every time unless its weights stay gathered, because
-        unreduced gradients take as much memory as all weights. Its replicas wait for the last one.
+        Set whether the next backward averages gradients over processes. With DDP and ZeRO-1 only
+        the last micro-batch does. FSDP does so in every micro-batch, because unreduced gradients
+        take as much memory as all weights; with fsdp_reshard_after_forward=False it waits for the
+        last one. Hybrid FSDP averages over its groups in the last one only.
         """
         if self.mode == 'fsdp':
             model.set_requires_gradient_sync(last or self.reshard_after_forward)
@@ -246,8 +249,9 @@ class Parallel:
 
     def sum_over_shards(self, tensor):
         """
-        With FSDP, sum over processes, in place, what each computed from its shards. Replicas count
-        once; all processes take part, so that all get the same bits.
+        With FSDP, return the sum of a tensor that each process computed from its shards; the tensor
+        changes in place. The sum is over all processes, divided by the number of replicas, so that
+        every process gets the same bits.
         """
         return self.all_reduce(tensor).div_(self.n_replicas) if self.mode == 'fsdp' else tensor
 
@@ -273,18 +277,22 @@ class Parallel:
 
     def moments(self, optimizer):
         """
-        Return ({'number/key': tensor} of this process's optimizer state, settings of all groups).
-        Parameters are numbered as in a single process, group after group, in every mode.
+        Return (tensors, param_groups): this process's optimizer state as {'number/key': tensor},
+        and the settings of all groups. Parameters are numbered as in a single process, group after
+        group, in every mode.
         """
         inner, numbers = self.inner_optimizer(optimizer)
+        # the base class's state_dict(), because ZeroRedundancyOptimizer's needs a consolidation
+        param_groups = torch.optim.Optimizer.state_dict(optimizer)['param_groups']
         tensors = {f'{numbers[p]}/{key}': value
                    for group in inner.param_groups for p in group['params']
                    for key, value in inner.state[p].items()}
-        return tensors, torch.optim.Optimizer.state_dict(optimizer)['param_groups']
+        return tensors, param_groups
 
     def inner_optimizer(self, optimizer):
         """Return (the optimizer that holds this process's moments, {parameter: its number})."""
         params = [p for group in optimizer.param_groups for p in group['params']]
+        # ZeroRedundancyOptimizer keeps its share of the moments in an inner optimizer, `optim`
         return getattr(optimizer, 'optim', optimizer), {p: i for i, p in enumerate(params)}
 
     def gather(self, tensors, copy=False):

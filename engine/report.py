@@ -171,7 +171,7 @@ class IterationReport:
         return self.mean_seconds * (self.max_iters - iter_num - 1) + self.eval_seconds * evaluations
 
     def check_memory_and_time(self, used):
-        """Log how much memory the run takes, and say so if it is not as estimated."""
+        """Log the measured peak memory, and say if the run will take more than an hour."""
         self.run_log.data['startup_info']['memory_measured'] = used
         if self.verbose:
             self.run_log.console.say(

@@ -15,6 +15,7 @@ import torch
 from engine.checked_file import read_file, save_checked
 from engine.checkpoint import PLAIN, SHARDED, checkpoints_in, number_of
 from engine.common import (
+    GIB,
     Locked,
     UserError,
     create,
@@ -24,7 +25,7 @@ from engine.common import (
     sync_folder,
     try_lock,
 )
-from engine.machine import GIB, free_memory
+from engine.machine import free_memory
 from engine.parallel import copy_to_host
 
 LARGE = 10 ** 8  # bytes; a smaller checkpoint is on disk within a second
@@ -131,7 +132,7 @@ class RunFolder:
         if self.parallel.mode == 'zero1':  # each process has its own share of the moments
             sizes['optimizer'] = sum(self.parallel.gather_objects(sizes['optimizer']))
         size = sum(sizes.values())
-        # what the copy before took may be kept for the next one, and not count as free
+        # the allocator may keep the memory of the previous copy, which then does not count as free
         free = free_memory(torch.device('cpu')) + self.copied
         scarce = self.parallel.all_max(int(size > least and free < 2 * size))
         if scarce and not self.said_scarce and self.parallel.master:
@@ -162,8 +163,9 @@ class RunFolder:
             background = self.worth_copying(sets, LARGE if background == 'auto' else 0)
         if background:
             self.group = self.group or self.parallel.host_group()
-        collect, write = (self._own_pieces, self._write_folder) if self.sharded else \
-            (self._whole_tensors, self._write_file)
+        collect, write = self._whole_tensors, self._write_file
+        if self.sharded:
+            collect, write = self._own_pieces, self._write_folder
         content = collect(sets, copy=background)
         temporary = self.newest + '.tmp'
 
@@ -182,7 +184,8 @@ class RunFolder:
             when_saved(time.time() - started)
             return
         if self.report is None:
-            atexit.register(self._let_finish)  # after the run log's, and so called before it
+            # atexit calls the latest first, so this one comes before the run log's last write
+            atexit.register(self._let_finish)
         self.writing = Background(replace_newest)
         seconds = time.time() - started
         self.report = lambda: when_saved(seconds)
@@ -278,6 +281,10 @@ class RunFolder:
     def _write_folder(self, path, content, param_groups, facts):
         pieces, names = content
 
+        def start():
+            remove(path)
+            os.mkdir(path)
+
         def write():
             check_finite(t for key, (_, _, t) in pieces.items() if key.startswith('model/'))
             if not os.path.isdir(path):  # rank 0 has made it, perhaps on another node
@@ -293,25 +300,21 @@ class RunFolder:
                 raise OSError(f'{first_line(e)}; out_dir must be a folder that all nodes '
                               'share') from e
 
-        def finish():
+        def write_info():
             info = dict(names=names, param_groups=param_groups, n_files=self.parallel.world_size)
             with create(os.path.join(path, 'info.pt')) as f:
                 save_checked(facts | info, f)
             sync_folder(path)
 
-        def start():
-            remove(path)
-            os.mkdir(path)
-
         self._on_master(start)
         self._together(write)
         self._together(check_next)
-        self._on_master(finish)
+        self._on_master(write_info)
 
     def _rename(self, temporary, also):
         if self.new_run and not self.newest_is_ours:
             self._remove_earlier_run()
-        # `also` first, because replacing `newest` marks these iterations as done
+        # `also` first: once `newest` is replaced, a resume would not write this checkpoint again
         if self.sharded:
             for path in also:
                 link_folder(temporary, path)
