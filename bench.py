@@ -45,7 +45,6 @@ from engine.cost import (
     memory_estimate,
     meta_model,
 )
-from engine.fast_linear import can_compile
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.machine_report import machine_report
 from engine.machine_rows import spread
@@ -167,11 +166,7 @@ def configs_asked(config):
 def plan_sides(config, device, dtype, scratch):
     """Return [(name, settings of the side, its model on the meta device)]."""
     sides = []
-    compiled = config['compile']
-    if compiled == 'auto':
-        compiled = device.type == 'cuda'
-    if config['what'] == 'generate':
-        compiled = config['compile'] is True and can_compile(device, config['num_samples'])
+    compiled = device.type == 'cuda' if config['compile'] == 'auto' else config['compile']
     for name, asked in configs_asked(config):
         if asked['batch_size'] == 'auto':
             raise UserError("batch_size='auto' is for train.py; use --find_batch_size=True here")
@@ -181,7 +176,7 @@ def plan_sides(config, device, dtype, scratch):
         side = asked | dict(
             versus='', quantize='', fused=True, device=str(device), dtype=dtype,
             asked_dtype=config['dtype'],
-            compile=compiled,
+            compile=compiled and config['what'] != 'generate',  # generation is never compiled
             model=asdict(model.config),
             data_dir=find_data(asked['dataset'], config['what'], model, f'{scratch}/{name}'))
         sides.append((name, side, model))
@@ -221,8 +216,6 @@ def versus_side(config, ours):
     """Return (name, settings) of the other checkout's side."""
     folders = os.path.abspath(config['versus']).split(os.sep)
     theirs = ours | dict(versus=config['versus'], fused=config['versus_fused'])
-    if config['what'] == 'generate':
-        theirs['compile'] = False  # nanoGPT's generate has a new shape at each token
     for key in ('dtype', 'compile'):
         if config[f'versus_{key}'] != 'same':
             theirs[key] = config[f'versus_{key}']

@@ -23,7 +23,7 @@ from engine.attention_map import attention_weights, draw_attention
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional, printable, reader_may_exit, user_errors
 from engine.cost import check_sampling_fits
-from engine.fast_linear import can_compile, prepare_to_generate, stored_bytes
+from engine.fast_linear import prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
 from engine.machine import pick_device
 from engine.text_metrics import measure, metrics_table, real_texts
@@ -51,7 +51,7 @@ device = 'auto'  # cuda, mps or cpu
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of weights; auto: the fastest
 quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory of 16 bits
 raw = False  # print control characters, such as a terminal's escapes, instead of escaping them
-compile = False  # for one sample on a CPU: faster tokens, after half a minute; see docs/generate.md
+compile = False  # nanoGPT's key; does nothing: generation has a KV cache instead
 config, given = configure(__file__)
 globals().update(config)
 # ------------------------------------------------------------------------------------------------
@@ -113,14 +113,12 @@ if tokenizer is None:
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
-rows = num_samples * len(starts)
-weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows, compile)
+weights, dtype, trial = prepare_to_generate(
+    model, device, dtype, quantize, rows=num_samples * len(starts))
 
 megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
-ignored = ''
-if compile and not can_compile(device, rows):
-    ignored = '; compile=True is ignored, because it is for one sample on a CPU'
+ignored = '; compile=True is ignored, see --help' if compile else ''
 say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {weights}"
     f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
 if trial:

@@ -1625,22 +1625,6 @@ def test_a_small_model_has_no_trial():
     assert len(linears(model)) == len(linears(shaken()))
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
-@pytest.mark.parametrize('quantize', ['', 'int8'])
-def test_a_compiled_step_generates_as_before(quantize):
-    """Other tokens, or a compiler that starts again with each prompt's length."""
-    ours, cpu = shaken(unpadded_vocab_size=60), torch.device('cpu')
-    plain, compiled = copy.deepcopy(ours), copy.deepcopy(ours)
-    prepare_to_generate(plain, cpu, 'float32', quantize, rows=1)
-    name, dtype, said = prepare_to_generate(compiled, cpu, 'float32', quantize, rows=1, compiled=True)
-    assert name == (quantize or dtype) and said.startswith('compiled in ')
-    with torch.compiler.set_stance('fail_on_recompile'):
-        for length in (1, 2, 5):  # beyond block_size, too
-            expected = plain.generate(ids(1, length), 14, temperature=0)
-            assert torch.equal(compiled.generate(ids(1, length), 14, temperature=0), expected)
-    torch.compiler.reset()
-
-
 def test_a_cache_on_a_cpu_is_float32():
     """torch's bfloat16 attention took more than half of the time of 16 prompts."""
     model = shaken().bfloat16()
@@ -1650,16 +1634,6 @@ def test_a_cache_on_a_cpu_is_float32():
         assert model.float().cache_dtype() == torch.bfloat16
     reference = model.generate(ids(B, 5), 10, temperature=0)
     assert torch.equal(model.generate(ids(B, 5), 10, temperature=0, use_cache=False), reference)
-
-
-def test_a_compiler_that_fails_is_one_line(monkeypatch):
-    """A laptop without a C++ compiler got a traceback."""
-    def failing(forward, **options):
-        return lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError('no compiler\nat all'))
-    monkeypatch.setattr(torch, 'compile', failing)
-    with pytest.raises(UserError) as e:
-        prepare_to_generate(shaken(), torch.device('cpu'), 'float32', '', rows=1, compiled=True)
-    one_line(e.value, 'no compiler', '--compile=True')
 
 
 # the file alone

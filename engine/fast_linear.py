@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from engine.common import UserError, first_line
 from engine.int8 import Int8Linear
 from engine.machine import fastest_dtype
 
@@ -113,54 +112,22 @@ def count_weights(module):
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def can_compile(device, rows):
-    """Return whether --compile=True applies: to one prompt at a time, on a CPU."""
-    return device.type == 'cpu' and rows == 1
-
-
-def compile_steps(model):
-    """
-    Compile the forward pass of a single token that continues a cache, in place, and try it. Raise
-    UserError if the compiler fails.
-    """
-    forward, step = model.forward, torch.compile(model.forward, dynamic=True)
-
-    def choose(idx, *args, cache=None, **kwargs):
-        # The compiler treats lengths of 0 and 1, and strides, as constants.
-        if idx.numel() == 1 and cache and cache[0].length > 1:
-            idx = idx.clone(memory_format=torch.contiguous_format)
-            return step(idx, *args, cache=cache, **kwargs)
-        return forward(idx, *args, cache=cache, **kwargs)
-    model.forward = choose
-    try:
-        # 11 and 13 are no head counts: the compiler takes sizes that are equal for always equal
-        model.generate(torch.zeros(1, 11, dtype=torch.long), 2)
-    except Exception as e:  # the compiler and its tools raise many types
-        raise UserError('torch.compile failed on this machine; leave out --compile=True: '
-                        f'{first_line(e)}') from e
-
-
-def prepare_to_generate(model, device, dtype, quantize, rows, compiled=False):
+def prepare_to_generate(model, device, dtype, quantize, rows):
     """
     Move a model to the device with weights in a dtype or, with 'auto', in the fastest for `rows`
-    prompts at a time. Compile its steps if `compiled` and can_compile() say so. Return (the name of
-    the weights, the dtype of the activations, what a trial found or '').
+    prompts at a time. Return (the name of the weights, the dtype of the activations, what a trial
+    found or '').
     """
     kernel, text = None, ''
-    compiled = compiled and can_compile(device, rows)
     if quantize:
         model.quantize_int8()
-    elif device.type == 'cpu' and not compiled:  # compiled code has its own matrix-vector product
+    elif device.type == 'cpu':
         kernel, text = choose_kernel(model, dtype, rows)
     torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn() in attention_kernel.py
     if kernel is None:
         dtype = fastest_dtype(device) if dtype == 'auto' else dtype
         kernel = Kernel(quantize or dtype, dtype, dtype)
     use_kernel(model, kernel).to(device)
-    if compiled:
-        t0 = time.perf_counter()
-        compile_steps(model)
-        text = f'compiled in {time.perf_counter() - t0:.0f} s'
     return kernel.name, kernel.dtype, text
 
 

@@ -9,8 +9,7 @@ class Int8Linear(nn.Module):
     A Linear with int8 weights and one scale per output: half the bytes of bfloat16.
 
     For up to 4 rows in bfloat16 on a CPU a kernel reads int8 directly and is no slower than
-    bfloat16. Compiled code converts while it reads the weight for one row. Otherwise the weight is
-    first converted to x's dtype, which is slower.
+    bfloat16. Otherwise the weight is first converted to x's dtype, which is slower.
     """
     def __init__(self, linear):
         super().__init__()
@@ -22,9 +21,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
-        if rows.size(0) == 1 and torch.compiler.is_compiling():  # one loop, which sums in float32
-            y = ((self.weight.float() * rows).sum(-1) * self.scale).type_as(x)
-        elif rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
+        if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = self.converted(rows)

@@ -198,13 +198,13 @@ def generate_step(model, s):
     Return a function that continues prompts as sample.py does, with weights in dtype. Its part
     'prefill' is the time to the first token.
     """
-    weights = s['dtype']
+    weights, cache_dtype = s['dtype'], getattr(torch, s['dtype'])
     if s['versus']:
-        model.to(getattr(torch, weights))
+        model.to(cache_dtype)
     else:
         weights, _, _ = prepare_to_generate(
-            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'],
-            s['compile'])
+            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'])
+        cache_dtype = model.cache_dtype()
     model.eval()
     shape = (s['num_samples'], s['prompt_tokens'])
     idx = torch.randint(s['model']['vocab_size'], shape, device=s['device'])
@@ -215,9 +215,8 @@ def generate_step(model, s):
         model.generate(idx, 1 if parts else s['new_tokens'], top_k=200)
         watch.lap('prefill' if parts else 'whole')
         return watch.times
-    step.info = dict(weights=weights, matrix_bytes=matrix_bytes(model))
-    if not s['versus']:
-        step.info['cache_itemsize'] = model.cache_dtype().itemsize
+    step.info = dict(weights=weights, cache_itemsize=cache_dtype.itemsize,
+                     matrix_bytes=matrix_bytes(model))
     return step
 
 
