@@ -1069,7 +1069,7 @@ class GPT(nn.Module):
         nanoGPT. Every position then changes with each token, so the cache is useless and each token
         costs a full forward pass. With slide=k the window moves k tokens at a time: the cache stays
         valid for k tokens and the model sees block_size - k + 1 to block_size tokens. The ids do
-        not depend on use_cache.
+        not depend on use_cache, up to rounding.
         """
         B, T = idx.size()
         block_size = self.config.block_size

@@ -219,9 +219,9 @@ if eval_only and not limited:
     splits['val'].n = splits['val'].loader.n_windows
 
 # set-up: how long to train
-length = schedule(__file__, config, given, data_sets, train_loader, console)
-config.update(length)
-globals().update(length)  # max_iters, lr_decay_iters, warmup_iters
+config.update(schedule(__file__, config, given, data_sets, train_loader, console))
+max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
+warmup_iters = config['warmup_iters']
 if resuming:
     start.say_changed_schedule(loaded, config, console)
 was_evaluated = state.last_eval_iter == state.iter_num
@@ -486,6 +486,7 @@ while True:
     # forward and backward, in micro-batches
     t0 = time.time()
     loss_sum += within_memory(forward_backward)
+    iteration_report.n_since_log += 1
 
     # clip and step; gradients are averages over all processes, so all do the same
     scaler.unscale_(opt)
@@ -497,8 +498,12 @@ while True:
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip, grad_norm)
     if not scaler.is_enabled():  # fp16's scaler skips such steps, which are normal there
         first_bad = first_bad.where(grad_norm.isfinite(), first_bad.clamp(max=state.iter_num))
-    if log_due and not all_finite():  # before the update
-        break
+    if log_due:  # read before the update, which is not made if the gradients are not finite
+        if not all_finite():
+            break
+        n_losses = iteration_report.n_since_log * parallel.world_size
+        mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
+        loss_sum.zero_()
     scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -506,12 +511,8 @@ while True:
         stop.try_reading(batches.fetch)  # here, so that all processes agree to stop and save
 
     # log
-    state.train_seconds += time.time() - t0
-    iteration_report.n_since_log += 1
+    state.train_seconds += time.time() - t0  # on a GPU, with the update before, not this one
     if log_due:
-        n_losses = iteration_report.n_since_log * parallel.world_size
-        mean_loss = parallel.all_reduce(loss_sum).item() / n_losses
-        loss_sum.zero_()
         more = {}  # {name: number}: also logged and printed; compute it on all processes
         iteration_report.add(mean_loss, lr, float(grad_norm), more)
     iteration_report.show_progress()

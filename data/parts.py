@@ -9,6 +9,7 @@ each of them to index_00000.bin. The join divides them.
 """
 import os
 import shutil
+from contextlib import suppress
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def identity_of(identity, number, n_parts):
 
 
 def remove_if_empty(folder):
-    if folder.exists() and not any(folder.iterdir()):
+    with suppress(OSError):  # it is not empty, or another part has just removed it
         folder.rmdir()
 
 

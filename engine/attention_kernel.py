@@ -17,7 +17,7 @@ KERNELS = {'flash': SDPBackend.FLASH_ATTENTION, 'cuDNN': SDPBackend.CUDNN_ATTENT
 OTHERS = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 
 preference = contextlib.ExitStack()  # what prefer() has set
-atexit.register(preference.close)
+atexit.register(preference.close)  # its contexts restore settings while torch is still whole
 
 
 def choose_attention(config, batch_size, dtype, parallel):

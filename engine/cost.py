@@ -341,7 +341,7 @@ def fit(sizes, gib, mode='none'):
 
 def sampling_memory_lines(model):
     config = model.config
-    return size_lines('memory to sample, bfloat16', {
+    return size_lines('memory to sample, bfloat16; on a CPU the cache is float32, twice this', {
         'weights': 2 * model.get_num_params(non_embedding=False),
         f'KV cache, {config.block_size} tokens': cache_bytes(config, config.block_size, 2),
     })

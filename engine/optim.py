@@ -127,7 +127,7 @@ class Muon(torch.optim.Muon):
 
 class NorMuon(Muon):
     """
-    Muon with rows of equal norm in each update, so that every neuron moves as far. This is NorMuon
+    Muon with rows of equal norm in each update, so that every output moves as far. This is NorMuon
     (https://arxiv.org/abs/2510.05491) without its average over steps.
     """
     def orthogonalized(self, stack, group):

@@ -148,7 +148,7 @@ class IterationReport:
         self.n_since_log, self.logged_seconds = 0, state.train_seconds
 
     def gradient_norms(self, norm):
-        """Return what a log line says of gradients, which have this norm at its iteration."""
+        """Return this iteration's norm, and the statistics measured since the last line, if any."""
         measured, self.gradients = self.gradients, None
         if measured is None:
             return dict(norm=norm if math.isfinite(norm) else None)
