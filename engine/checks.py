@@ -83,7 +83,7 @@ def notes(config, given, parallel):
     one_process, flags = 'in one process', given.flags()
     no_fsdp = 'without --use_fsdp=True' if parallel.distributed else one_process
     schedule, init_from = config['lr_schedule'], config['init_from']
-    has_muon = config['optimizer'] in ('muon', 'normuon')
+    has_muon = optim.OPTIMIZER[config['optimizer']].rate == 'muon_learning_rate'
     continues = init_from in ('resume', 'auto') and not config['ckpt']
     useless = [
         ('fsdp_shard_size', not config['use_fsdp'], no_fsdp),
