@@ -1,0 +1,199 @@
+"""
+Write conversations as ids, with a mask of the ids that a model learns: the assistant's replies.
+
+A conversation is a list of messages, {'role': 'system', 'user' or 'assistant', 'content': text}. A
+chat template, a str of Jinja as in Hugging Face's folders, writes it as text. CHATML, the default:
+
+    <|im_start|>user
+    Who wrote Faust?<|im_end|>
+    <|im_start|>assistant
+    Goethe.<|im_end|>
+
+In a data set each conversation begins with a special token that occurs nowhere else in it. As the
+model's doc_mask_token, this separator keeps the conversations of a packed window apart.
+"""
+import functools
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import numpy as np
+
+from engine.common import UserError, first_line
+from engine.schema import check, read_json
+
+CHATML = (  # transformers takes its mask from {% generation %}
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant',
+         'human': 'user', 'gpt': 'assistant'}  # the last two are ShareGPT's
+FORMATS = {
+    'messages': [{'role': tuple(ROLES), 'content': str}],
+    'conversations': [{'from': tuple(ROLES), 'value': str}],
+    'instruction': str,
+}
+EXAMPLE = [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Goodbye'}]
+
+
+# Messages that follow "FILE, entry 8," begin with a verb.
+def messages_of(row):
+    """
+    Return the messages of a JSON object in the format of OpenAI {'messages': [{'role',
+    'content'}]}, ShareGPT {'conversations': [{'from', 'value'}]} or Alpaca {'instruction', 'input',
+    'output'}.
+    """
+    kind = next((key for key in FORMATS if isinstance(row, dict) and key in row), None)
+    if kind is None:
+        raise UserError(f"has none of the keys {', '.join(FORMATS)}")
+    try:
+        check(row, {kind: FORMATS[kind], 'input?': (str, None), 'output?': str})
+    except ValueError as e:
+        raise UserError(f'is no conversation: {e}') from None
+    if kind == 'instruction':
+        question = '\n\n'.join(filter(None, (row['instruction'], row.get('input'))))
+        pairs = [('user', question), ('assistant', row.get('output', ''))]
+    else:
+        role, content = FORMATS[kind][0]
+        pairs = [(ROLES[turn[role]], turn[content]) for turn in row[kind]]
+    roles = [role for role, _ in pairs]
+    turns = roles[1:] if roles[:1] == ['system'] else roles
+    if len(turns) < 2 or turns != (['user', 'assistant'] * len(turns))[:len(turns)]:
+        order = ', '.join(roles) or 'none'
+        raise UserError(f'has roles out of order ({order:.80}): user and assistant take turns')
+    for role, content in pairs:
+        if not content.strip():
+            raise UserError(f'has a message of the {role} without text')
+    return [{'role': role, 'content': content} for role, content in pairs]
+
+
+def conversation_ids(messages, tokenizer, template):
+    """
+    Return (ids, mask), (n,) arrays: the ids of a conversation, and whether the model learns each of
+    them. It learns what the assistant says, and what ends its turn.
+    """
+    text, spans = render(messages, template)
+    if hasattr(tokenizer, 'reader'):  # a tokenizer.json, which knows the characters of each id
+        encoding = tokenizer.reader.encode(text, add_special_tokens=False)
+        ids, places = encoding.ids, encoding.offsets
+    else:  # the bytes of the ids are those of the text
+        ids = tokenizer.encode(text)
+        ends = np.cumsum([len(tokenizer.table[i]) for i in ids]).tolist()
+        places = list(zip([0, *ends], ends))
+        spans = [[len(text[:at].encode()) for at in span] for span in spans]
+    starts, ends = np.array(places).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for first, end in spans:
+        mask |= (starts < end) & (ends > first)
+    return np.array(ids), mask
+
+
+def reply_prompt(messages, tokenizer, template):
+    """Return the list of ids of a conversation and of the beginning of the assistant's reply."""
+    return tokenizer.encode(write(messages, template, reply=True))
+
+
+def end_of_turn(template):
+    """Return the text that ends a reply, such as <|im_end|>."""
+    text, [(_, end)] = render(EXAMPLE, template)
+    return text[:end].rpartition(EXAMPLE[-1]['content'])[2]
+
+
+def render(messages, template):
+    """
+    Return (text, [(first, end)]): a conversation as text, and where in it the assistant speaks. A
+    reply is what the template adds to the conversation before it and to the beginning of its turn,
+    without white space at the end.
+    """
+    text, spans = write(messages, template), []
+    for n, message in enumerate(messages):
+        if message['role'] == 'assistant':
+            before = write(messages[:n], template, reply=True)
+            after = write(messages[:n + 1], template).rstrip()
+            if not (text.startswith(after) and after.startswith(before)):
+                raise UserError('is changed by a chat template that rewrites earlier turns: keep '
+                                'one reply per conversation, or edit the template')
+            spans.append((len(before), len(after)))
+    return text, spans
+
+
+def write(messages, template, reply=False):
+    """Return a conversation as text; with `reply`, also the beginning of the assistant's turn."""
+    try:
+        return compile_template(template).render(
+            messages=messages, add_generation_prompt=reply, tools=None, documents=None)
+    except Exception as e:  # a foreign template can fail in any way
+        raise UserError(f'is refused by the chat template: {first_line(e)}') from None
+
+
+@functools.cache
+def compile_template(text):
+    """Compile a Jinja template in a sandbox, with what transformers adds to Jinja."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    sandbox.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals['raise_exception'] = raise_exception
+    # render() finds replies without {% generation %}; a comment trims white space as it does
+    return sandbox.from_string(
+        re.sub(r'\{%(-?)\s*(?:end)?generation\s*(-?)%\}', r'{#\1 \2#}', text))
+
+
+def folder_template(path):
+    """Return the chat template of a Hugging Face folder or of its tokenizer.json, or None."""
+    path = Path(path)
+    folder = path.parent if path.name == 'tokenizer.json' else path
+    settings, file = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
+    token = str, None, {'content': str}
+    about = read_json(settings, {
+        'chat_template?': (str, None, [{'name': str, 'template': str}]),
+        'bos_token?': token, 'eos_token?': token}) if settings.exists() else {}
+    text = about.get('chat_template')
+    if file.exists():
+        text = file.read_text(encoding='utf-8', errors='replace')
+    if isinstance(text, list):  # several templates with names
+        text = {entry['name']: entry['template'] for entry in text}.get('default')
+    for key in ('bos_token', 'eos_token') if text else ():
+        word = about.get(key)
+        word = word['content'] if isinstance(word, dict) else word or ''
+        if key in text:
+            text = f'{{% set {key} = {json.dumps(word)} %}}\n{text}'
+    return text or None
+
+
+def with_separator(template, tokenizer):
+    """
+    Return (template, separator): the id with which each conversation begins, and the template that
+    writes it, changed only if it does not begin with such a token.
+    """
+    special = sorted(tokenizer.special, key=lambda i: (i != tokenizer.eot, i))
+    try:
+        ids = conversation_ids(EXAMPLE * 2, tokenizer, template)[0].tolist() if special else []
+    except UserError as e:
+        raise UserError(f'a short example {e}') from None
+    if ids and ids[0] in special and ids.count(ids[0]) == 1:
+        return template, ids[0]
+    unused = [i for i in special if i not in ids]
+    if not unused:
+        raise UserError(f'tokenizer {tokenizer.name} has no special token that could separate '
+                        'conversations: use another, such as byte or gpt2')
+    word = json.dumps(tokenizer.table[unused[0]].decode())
+    return f'{{{{ {word} }}}}{{# begins every conversation #}}\n{template}', unused[0]
+
+
+def stored_ids(row, tokenizer, template):
+    """
+    Return the ids (n,) of a JSON object's conversation as a data set stores them: ~id, which is
+    negative, where the model only reads the id.
+    """
+    ids, mask = conversation_ids(messages_of(row), tokenizer, template)
+    if (ids[1:] == ids[0]).any():
+        word = tokenizer.table[ids[0]].decode()
+        raise UserError(f'contains {word!r}, the token that separates conversations')
+    return np.where(mask, ids, ~ids)
