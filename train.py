@@ -195,7 +195,8 @@ check_doc_mask(config, tokenizer)
 # run to resume; it is None if a run starts new, or takes only the weights of another run.
 model_config, raw_model, loaded = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
-model_config.doc_mask_token = tokenizer.eot if doc_mask else None
+packed = 'chat_separator' in meta  # windows of several conversations, of which some ids are targets
+model_config.doc_mask_token = meta.get('chat_separator', tokenizer.eot if doc_mask else None)
 state = start.starting_state(loaded, out_dir, parallel)
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = auto_batch_size(
@@ -320,6 +321,7 @@ def forward_backward():
     process's mean loss as a tensor on the device.
     """
     total = torch.zeros((), device=device)
+    mean_targets = batches.mean_targets(parallel) if packed else None
     for m in range(batches.per_rank):
         X, Y = next(batches)
         # a seed per iteration and global micro-batch, so a checkpoint stores no state of the RNG
@@ -328,6 +330,8 @@ def forward_backward():
         parallel.sync_gradients(model, last=m == batches.per_rank - 1)
         with autocast():
             loss = training_loss(model, X, Y) / batches.per_rank
+            if packed:  # each target of an iteration has the same weight
+                loss = loss * ((Y >= 0).sum() / mean_targets)
         scaler.scale(loss).backward()
         total += loss.detach()
         if batches.per_rank > 1:
@@ -406,6 +410,7 @@ def save_checkpoint(best, wait):
     facts = asdict(state) | dict(
         scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=dict(config),
         tokenizer=tokenizer.spec if tokenizer else meta.get('tokenizer'),
+        chat_template=meta.get('chat_template'),
         torch_version=str(torch.__version__))
     moments, param_groups = parallel.moments(opt)
     # keep_vars keeps a tied tensor one object

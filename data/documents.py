@@ -131,6 +131,7 @@ def line_items(line, number, read, limit):
 
 
 def parse_json(line, field, bad_bytes):
+    """Return what a field of a line of JSON holds, or all of the line if field is None."""
     text = line.decode('utf-8', bad_bytes)
     try:
         row = json.loads(text)
@@ -138,6 +139,8 @@ def parse_json(line, field, bad_bytes):
         raise UserError('is JSON nested too deeply to be read') from None
     except ValueError as e:
         raise UserError(f'is not JSON ({getattr(e, "msg", e)})') from None
+    if field is None:
+        return row
     if not isinstance(row, dict):
         raise UserError(f'has no field {field!r}: --field names one')
     if field not in row:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.documents import text_of
+from data.chat import stored_ids
+from data.documents import parse_json, text_of
 from data.loader import DTYPES, dtype_for
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
@@ -21,14 +22,14 @@ RESUME = 'run the same command again to resume'
 # for a part of a data set, an item's entry in the index; `split` is empty if it depends on the
 # number of documents in the parts before
 ENTRY = np.dtype([('tokens', '<i8'), ('text_bytes', '<i8'), ('split', 'S5'), ('ends', '?'),
-                  ('too_long', '?')])
+                  ('skipped', '?')])
 
 
 class Encoded(NamedTuple):
     ids: bytes = b''
     documents: int = 0
     text_bytes: int = 0
-    too_long: tuple = ()  # places of the documents that were left out because of their length
+    skipped: tuple = ()  # a text about each document that was left out: its place and why
 
 
 def joined(parts):
@@ -36,17 +37,17 @@ def joined(parts):
     return Encoded(b''.join(part.ids for part in parts),
                    sum(part.documents for part in parts),
                    sum(part.text_bytes for part in parts),
-                   tuple(place for part in parts for place in part.too_long))
+                   tuple(text for part in parts for text in part.skipped))
 
 
 class Encoder:
-    """Convert items to ids. Each process has its own."""
+    """Convert items to ids. Each process has its own. With a chat template they are conversations."""
 
-    def __init__(self, spec, field, bad_bytes):
+    def __init__(self, spec, field, bad_bytes, template=None):
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'
         self.tokenizer = get_tokenizer(spec) if spec else None
-        self.dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)] if spec else None
-        self.field, self.bad_bytes = field, bad_bytes
+        self.dtype = DTYPES[dtype_for(self.tokenizer.vocab_size, template)] if spec else None
+        self.field, self.bad_bytes, self.template = field, bad_bytes, template
 
     def text(self, item):
         return text_of(item, self.field, self.bad_bytes)
@@ -63,19 +64,31 @@ class Encoder:
         """Return {'ids': Encoded of all items, 'index': Encoded of their ENTRYs}."""
         encoded = [self.encode_item(item) for item in items]
         entries = [(len(e.ids) // self.dtype.itemsize, e.text_bytes, item.split or '', item.ends,
-                    item.too_long) for e, item in zip(encoded, items)]
+                    bool(e.skipped)) for e, item in zip(encoded, items)]
         return {'ids': joined(encoded), 'index': Encoded(np.array(entries, ENTRY).tobytes())}
 
     def encode_item(self, item):
-        text = self.text(item)
         if item.too_long:
-            return Encoded(too_long=(f'{item.name}, entry {item.place}',))
+            place = f'{item.name}, entry {item.place},'
+            return Encoded(skipped=(f'{place} is longer than --max_document_mb',))
+        if self.template:
+            return self.encode_conversation(item)
+        text = self.text(item)
         if not text:
             return Encoded()
         ids = self.tokenizer.encode_corpus(text, item.continued).astype(self.dtype).tobytes()
         if item.ends and self.tokenizer.eot is not None:
             ids += np.array([self.tokenizer.eot], self.dtype).tobytes()
         return Encoded(ids, int(item.ends), len(text.encode('utf-8')))
+
+    def encode_conversation(self, item):
+        try:
+            row = parse_json(item.content, None, self.bad_bytes)
+            ids = stored_ids(row, self.tokenizer, self.template)
+        except (UserError, UnicodeError) as e:
+            problem = e if isinstance(e, UserError) else f'is not UTF-8 ({e.reason})'
+            return Encoded(skipped=(f'{item.name}, entry {item.place}, {problem}',))
+        return Encoded(ids.astype(self.dtype).tobytes(), 1, len(item.content))
 
 
 def start_worker(*settings):

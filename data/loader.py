@@ -25,11 +25,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.packing import PackedShard
 from engine.common import UserError, first_line, replacing
 from engine.schema import check, read_json
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4'), 'int32': np.dtype('<i4')}
 LLMC_MAGIC, LLMC_HEADER_BYTES = 20240520, 256 * 4
 REMEDY = "run the data set's prepare.py again"
 
@@ -47,6 +48,8 @@ META = {
     'files?': dict,  # each has the fields of FILE
     'bytes?': dict,
     'documents?': dict,
+    'chat_template?': str,
+    'chat_separator?': range(2**24),
     'prepared_from?': str,
 }
 FILE = {'tokens?': int, 'crc32?': range(2**32)}
@@ -95,6 +98,8 @@ def check_meta(meta, path):
             check(meta['tokenizer'], TOKENIZER, 'tokenizer')
         for name, entry in meta.get('files', {}).items():
             check(entry, FILE, f'files.{name}')
+        if (meta.get('dtype') == 'int32') != ('chat_separator' in meta):
+            raise ValueError('dtype int32 and chat_separator, of conversations, need each other')
     except ValueError as e:
         raise UserError(f'{path} cannot be used: {e}: {REMEDY}') from None
 
@@ -179,7 +184,9 @@ def is_prepared(folder):
     return any(folder.glob('train*.bin')) and any(folder.glob('val*.bin'))
 
 
-def dtype_for(vocab_size):
+def dtype_for(vocab_size, chat=None):
+    if chat:
+        return 'int32'  # negative ids are only read; see data/packing.py
     return 'uint16' if vocab_size <= 2**16 else 'uint32'
 
 
@@ -193,12 +200,12 @@ def write_dataset(data_dir, splits, meta):
     """
     data_dir = Path(data_dir)
     vocab_size = meta['vocab_size']
-    dtype = dtype_for(vocab_size)
+    dtype = dtype_for(vocab_size, 'chat_separator' in meta)
     contents, files = {}, {}
     for split, ids in splits.items():
         path = data_dir / f'{split}.bin'
         ids = np.frombuffer(ids, np.uint8) if isinstance(ids, bytes) else np.asarray(ids)
-        check_ids(ids, vocab_size, path)
+        check_ids(np.maximum(ids, ~ids) if dtype == 'int32' else ids, vocab_size, path)
         contents[path] = ids.astype(DTYPES[dtype]).data
         files[path.name] = {'tokens': len(ids), 'crc32': zlib.crc32(contents[path])}
     meta = {**meta, 'dtype': dtype, 'files': files}
@@ -324,7 +331,7 @@ def check_shard(path, meta, block_size, checked):
     holds = f'{path} holds {n_tokens} tokens'
     if n_tokens != listed.get('tokens', n_tokens):
         raise UserError(f'{holds} of {dtype.name}, meta.json says {listed["tokens"]}: {REMEDY}')
-    if n_tokens < block_size + 1:
+    if n_tokens < block_size + 1 and 'chat_separator' not in meta:
         needed = f'one window needs block_size + 1 = {block_size + 1}'
         raise UserError(f'{holds}, {needed}: lower block_size or prepare more text')
     if 'crc32' in listed:
@@ -442,9 +449,13 @@ class Loader:
         if block_size < 1:
             raise UserError(f'block_size is {block_size} and should be at least 1')
         self.shards = check_shards(Path(data_dir), split, block_size)
+        separator = read_meta(data_dir).get('chat_separator')
+        self.packed = separator is not None  # windows of conversations, of which some ids are targets
+        if self.packed:
+            self.shards = [PackedShard(shard, separator, block_size) for shard in self.shards]
         n_tokens = np.array([shard.n_tokens for shard in self.shards])
         usable = n_tokens - 1  # the last token is only ever a target
-        shift = shift and shuffle  # a shard then has one window less, and the others room to move
+        shift = shift and shuffle and not self.packed  # a shard then has one window less, and the others room to move
         windows = np.maximum(1, usable // block_size - shift)
         self.max_offset = np.minimum(usable - windows * block_size, block_size - 1) * shift
         self.ends = np.cumsum(windows)
@@ -470,12 +481,15 @@ class Loader:
     def read(self, numbers, starts):
         """
         Return inputs and targets in host memory, (B, T) each, from shard numbers and token offsets.
+        A target that is not to be learned is -1.
         """
         import torch
         ids = np.empty((len(starts), self.block_size + 1), np.int64)
         for number in np.unique(numbers):
             rows = numbers == number
             ids[rows] = self.shards[number].read(starts[rows], self.block_size + 1)
+        targets = np.maximum(ids[:, 1:], -1)
+        ids = np.maximum(ids, ~ids)  # only conversations have negative ids
         if self.vocab_size is not None and (ids >= self.vocab_size).any():
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             path, at = self.shards[numbers[row]].path, starts[row] + column
@@ -483,7 +497,7 @@ class Loader:
             remedy = f"raise vocab_size, or {REMEDY} with the model's tokenizer"
             problem = f'{found} is not below vocab_size {self.vocab_size}'
             raise UserError(f'{path}: {problem}: {remedy}')
-        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
         if self.device.type == 'cuda':
             x, y = x.pin_memory(), y.pin_memory()
         return x, y
@@ -557,7 +571,7 @@ class Mixture(Loader):
     def __init__(self, loaders, shares):
         self.loaders = loaders
         self.block_size, self.vocab_size = loaders[0].block_size, loaders[0].vocab_size
-        self.device = loaders[0].device
+        self.device, self.packed = loaders[0].device, loaders[0].packed
         self.shards = [shard for loader in loaders for shard in loader.shards]
         self.first_shard = np.cumsum([0] + [len(loader.shards) for loader in loaders])
         # integers, so that rounding loses no sample
@@ -635,6 +649,12 @@ class MicroBatches:
         """
         if not self.fetched:
             self.fetched.extend(itertools.islice(self.batches, self.per_rank))
+
+    def mean_targets(self, parallel):
+        """Return the mean number of targets of the next iteration's micro-batches, of all ranks."""
+        self.fetch()
+        count = sum((Y >= 0).sum() for _, Y in self.fetched)
+        return parallel.all_reduce(count).clamp(min=1) / self.accumulation_steps
 
     def smaller(self):
         """

@@ -85,7 +85,7 @@ class Part(Preparation):
         return ENTRY if name == 'index' else super().dtype_of(name, tokenizer)
 
     def encoded(self, tokenizer, start):
-        settings = tokenizer.spec, self.field, self.bad_bytes
+        settings = tokenizer.spec, self.field, self.bad_bytes, self.chat.get('chat_template')
         batches = self.batches(start, self.end)
         return in_order('encode_undivided', batches, self.processes, settings)
 
@@ -185,12 +185,12 @@ class Join(Preparation):
         for split in SPLITS:
             chosen = np.array(splits) == split
             own = entries[chosen]
-            too_long = [f'part {part}, document {number + 1}'
-                        for number in numbers[chosen][own['too_long']].tolist()]
+            skipped = [f'part {part}, document {number + 1}, was skipped there'
+                       for number in numbers[chosen][own['skipped']].tolist()]
             divided[split] = Encoded(
                 ids[np.repeat(chosen, entries['tokens'])].tobytes(),
                 int((own['ends'] & (own['text_bytes'] > 0)).sum()),
-                int(own['text_bytes'].sum()), tuple(too_long))
+                int(own['text_bytes'].sum()), tuple(skipped))
         return divided
 
 

@@ -23,11 +23,12 @@ from engine.schema import read_json
 
 BATCH = 2**20  # bytes of text that a process encodes at a time, roughly
 BPE_BYTES = 3 * 10**7  # of text, from all over it, to train a BPE on; this takes 200 MB of memory
+NOTES = 5  # on skipped documents; more are only counted
 MAX_DOCUMENT_MB = 16.0  # a tokenizer.json takes up to 2 GB to encode that; a book has 1 MB
 
 # of state.json; 'meta' is there once everything is encoded
 SHARD = {'tokens': int, 'crc32': range(2**32)}
-RECORD = {'documents': int, 'bytes': int, 'too_long': int, 'shards': [SHARD]}
+RECORD = {'documents': int, 'bytes': int, 'skipped': int, 'shards': [SHARD]}
 STATE = {'identity': str, 'position?': [int], 'train?': RECORD, 'val?': RECORD, 'ids?': RECORD,
          'index?': RECORD, 'meta?': META}
 
@@ -75,18 +76,19 @@ class Preparation:
     meta.json: without one, the folder would be taken for a data set of nanoGPT's.
 
     `tokenizer` is a Tokenizer, or 'char' or 'bpe' (of vocab_size ids), which are made from the
-    text. data/parts.py makes a data set on several machines.
+    text. data/parts.py makes a data set on several machines. If the documents are conversations,
+    `chat` has the chat_template and chat_separator of the future meta.json.
     """
     streams = SPLITS  # names of the shards
 
     def __init__(self, sources, data_dir, tokenizer, vocab_size=None, *, field='text',
                  val_fraction=None, tokens_per_shard=10**8, bad_bytes='strict', processes=0,
-                 max_document_mb=MAX_DOCUMENT_MB):
+                 max_document_mb=MAX_DOCUMENT_MB, chat=None):
         self.sources, self.data_dir = sources, Path(data_dir)
         self.folder = self.data_dir / 'unfinished'
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.field, self.bad_bytes = field, bad_bytes
-        self.max_document_mb = max_document_mb
+        self.max_document_mb, self.chat = max_document_mb, chat or {}
         self.tokens_per_shard = tokens_per_shard
         self.total = sum(source.size for source in sources)
         if not self.total:
@@ -110,7 +112,7 @@ class Preparation:
         made = isinstance(self.tokenizer, str)
         tokenizer = [self.tokenizer, self.vocab_size] if made else self.tokenizer.spec
         settings = [self.field, self.val_fraction, self.tokens_per_shard, self.bad_bytes, PIECE,
-                    self.max_document_mb]
+                    self.max_document_mb, *self.chat.values()]
         decisive = json.dumps([files, tokenizer, *settings])
         return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
@@ -235,7 +237,7 @@ class Preparation:
             json.dump(tokenizer.spec, f)
         state = {'identity': self.identity, 'position': self.start}
         for name in self.streams:
-            state[name] = {'documents': 0, 'bytes': 0, 'too_long': 0, 'shards': []}
+            state[name] = {'documents': 0, 'bytes': 0, 'skipped': 0, 'shards': []}
         self.save(state)
         return state
 
@@ -342,24 +344,26 @@ class Preparation:
                        state[name]) for name in self.streams]
 
     def dtype_of(self, name, tokenizer):
-        return DTYPES[dtype_for(tokenizer.vocab_size)]
+        return DTYPES[dtype_for(tokenizer.vocab_size, self.chat)]
 
     def encoded(self, tokenizer, start):
         """Yield ({name of shards: Encoded}, the position after it) from a position on."""
-        settings = tokenizer.spec, self.field, self.bad_bytes
+        settings = tokenizer.spec, self.field, self.bad_bytes, self.chat.get('chat_template')
         return in_order('encode', self.batches(start, self.end), self.processes, settings)
 
     def encode_all(self, tokenizer, state):
         """Append all batches from `state` on to the shards. Return the last state."""
         start, saved = Position(*state['position']), time.time()
         progress = Progress('encoding', self.span, start.read - self.start.read)
-        shards = self.open_shards(tokenizer, state)
+        shards, n_noted = self.open_shards(tokenizer, state), 0
         encoding = self.encoded(tokenizer, start)
         try:
             for encoded, position in encoding:
                 filled = [stream.append(encoded[stream.name]) for stream in shards]
-                for place in [place for e in encoded.values() for place in e.too_long]:
-                    say(f'NOTE: {place}: longer than {self.max_document_mb:g} MB, skipped')
+                skipped = [text for e in encoded.values() for text in e.skipped]
+                for text in skipped[:NOTES - n_noted]:
+                    say(f'NOTE: skipped: {text}')
+                n_noted = min(NOTES, n_noted + len(skipped))
                 records = {stream.name: stream.record() for stream in shards}
                 # an interruption before this line goes back to the end of the previous batch
                 state = {'identity': self.identity, 'position': position, **records}
@@ -393,14 +397,14 @@ class Preparation:
             'documents': {name: state[name]['documents'] for name in self.streams},
             'bytes': {name: state[name]['bytes'] for name in self.streams},
             'prepared_from': self.identity,
-            'dtype': dtype_for(tokenizer.vocab_size),
+            'dtype': dtype_for(tokenizer.vocab_size, self.chat),
             'files': files,
+            **self.chat,
         }
         self.save(state)
-        too_long = sum(state[name]['too_long'] for name in self.streams)
-        if too_long:
-            say(f'NOTE: skipped {too_long:,} in all that are longer than {self.max_document_mb:g} '
-                'MB; --max_document_mb=... sets the limit, which may take 130 times as much memory')
+        skipped = sum(state[name]['skipped'] for name in self.streams)
+        if skipped:
+            say(f'NOTE: skipped {skipped:,} in all')
         return state
 
     def publish(self, meta):

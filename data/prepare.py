@@ -5,13 +5,15 @@
     python data/prepare.py --input=corpus/ --glob='*.parquet' --field=text --out=corpus \\
         --tokenizer=llama/tokenizer.json
     python data/prepare.py --input=corpus.txt --out=corpus --tokenizer=bpe --vocab_size=4096
+    python data/prepare.py --chat=talks.jsonl --out=talks --tokenizer=byte
     python train.py --dataset=book
 
 Files may be of any size; text and JSON lines may also be packed as .gz or .zst. A text file is one
 document; so is each line of .jsonl and each row of .parquet, and one above --max_document_mb is
 skipped. An end-of-text token follows each document (--tokenizer=char has none). One document in
 every 1 / val_fraction is held out as val, chosen by a hash of its number. If there are fewer text
-files than that, the end of each is val.
+files than that, the end of each is val. With --chat each line is a conversation, of which a model
+learns the assistant's replies only; docs/chat.md shows the formats.
 
 Writes data/OUT/train_00000.bin, ..., val_00000.bin and meta.json.
 
@@ -27,7 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root
 
-from data.documents import TEXT, find_sources, kind_of
+from data.chat import CHATML, folder_template, with_separator
+from data.documents import KINDS, TEXT, find_sources, kind_of
 from data.encode import RESUME
 from data.loader import DTYPES, HERE, dtype_for
 from data.parts import Join, Part, files_of, folder_of
@@ -102,7 +105,7 @@ def named_tokenizer(name, vocab_size=None):
     return tokenizer_by_name(name)
 
 
-def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
+def prepare(args, sources, data_dir, tokenizer, vocab_size=None, chat=None):
     """Run a Preparation with the flags of add_text_flags."""
     note_other_kinds(sources)
     kind = Preparation
@@ -113,7 +116,8 @@ def prepare(args, sources, data_dir, tokenizer, vocab_size=None):
     preparation = kind(
         sources, data_dir, tokenizer, vocab_size, field=args.field,
         val_fraction=args.val_fraction, tokens_per_shard=args.tokens_per_shard,
-        bad_bytes=args.bad_bytes, processes=args.processes, max_document_mb=args.max_document_mb)
+        bad_bytes=args.bad_bytes, processes=args.processes, max_document_mb=args.max_document_mb,
+        chat=chat)
     try:
         preparation.run(args.overwrite)
     except KeyboardInterrupt:
@@ -200,6 +204,22 @@ def check_disk(out_dir, repo, sources, tokens, dtype, begun):
         raise UserError(f'{problem} are needed: --out_dir takes another disk')
 
 
+def chat_settings(args, tokenizer):
+    """Make --chat the input, and return chat_template and chat_separator for meta.json."""
+    if args.input:
+        raise UserError('--chat is conversations and --input text: leave one of them out')
+    others = [path for path in args.chat if kind_of(path)[0] != KINDS['jsonl']]
+    if others:
+        raise UserError(f'--chat={others[0]} is no file of JSON lines, .jsonl or .jsonl.gz')
+    if isinstance(tokenizer, str):
+        raise UserError(f"--tokenizer={tokenizer} is made from text: with --chat, give the base "
+                        "model's tokenizer")
+    args.input, args.tokens_per_shard = args.chat, 2**62  # a shard ends with a conversation
+    template = folder_template(args.tokenizer) or CHATML
+    template, separator = with_separator(template, tokenizer)
+    return {'chat_template': template, 'chat_separator': separator}
+
+
 def main():
     parser = script_parser(__file__, __doc__)
     add_text_flags(parser)
@@ -207,6 +227,8 @@ def main():
     add('paths', nargs='*', metavar='PATH', help='the same as --input=PATH')
     add('--input', action='append', default=[], metavar='PATH',
         help='a file or a folder of text; may be given several times')
+    add('--chat', action='append', default=[], metavar='FILE.jsonl',
+        help='conversations instead of text: one JSON object per line')
     add('--val_input', action='append', default=[], metavar='PATH',
         help='text for val, which makes all of --input train')
     add('--glob', default='*',
@@ -219,14 +241,15 @@ def main():
     add('--vocab_size', type=above(int, 0, 2**24 + 1), help='of --tokenizer=bpe')
     args = parser.parse_args()
     args.input += args.paths
-    if not args.input:
+    if not (args.input or args.chat):
         parser.error('no text given: --input=PATH')
     if args.out in ('', '.', '..'):
         remedy = '--out=NAME writes data/NAME, --out=./NAME a folder NAME here'
         parser.error(f'--out={args.out} is not the name of a data set: {remedy}')
     out = Path(args.out) if '/' in args.out else HERE / args.out
     tokenizer = named_tokenizer(args.tokenizer, args.vocab_size)
-    prepare(args, given_sources(args, out, args.glob), out, tokenizer, args.vocab_size)
+    chat = chat_settings(args, tokenizer) if args.chat else None
+    prepare(args, given_sources(args, out, args.glob), out, tokenizer, args.vocab_size, chat)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import zlib
 class Shards:
     """
     The shards of one split, to append to: train_00000.bin and so on if `name` is train. `record`
-    describes the existing ones: a dict of documents, bytes (of text), too_long (documents left out)
+    describes the existing ones: a dict of documents, bytes (of text), skipped (documents left out)
     and shards, [{'tokens': ..., 'crc32': ...}].
     """
 
@@ -14,14 +14,14 @@ class Shards:
         self.folder, self.name = folder, name
         self.width, self.tokens_per_shard = dtype.itemsize, tokens_per_shard
         self.documents, self.text_bytes = record['documents'], record['bytes']
-        self.too_long = record['too_long']
+        self.skipped = record['skipped']
         self.shards = [dict(shard) for shard in record['shards']]
         self.file = None
 
     def record(self):
         """Return a copy of the record; only the last shard can still change."""
         shards = self.shards[:-1] + [dict(shard) for shard in self.shards[-1:]]
-        return {'documents': self.documents, 'bytes': self.text_bytes, 'too_long': self.too_long,
+        return {'documents': self.documents, 'bytes': self.text_bytes, 'skipped': self.skipped,
                 'shards': shards}
 
     def path(self, number):
@@ -50,7 +50,7 @@ class Shards:
         """
         self.documents += encoded.documents
         self.text_bytes += encoded.text_bytes
-        self.too_long += len(encoded.too_long)
+        self.skipped += len(encoded.skipped)
         ids, filled = memoryview(encoded.ids), False
         while len(ids):
             if not self.shards or self.shards[-1]['tokens'] == self.tokens_per_shard:

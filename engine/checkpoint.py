@@ -85,6 +85,7 @@ FACTS = {
     'train_seconds?': Between(0, 1e10),
     'losses?': {str: {str: float}},
     'tokenizer?': ({'name': str}, None),
+    'chat_template?': (str, None),
     'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,
                 'optimizer?': str, 'compile?': bool},
 }

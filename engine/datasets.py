@@ -112,13 +112,16 @@ def is_recipe(script):
 
 def read_metas(data_sets):
     """
-    Return the first data set's meta.json. Raise UserError if the others have another tokenizer.
+    Return the first data set's meta.json. Raise UserError if the others have another tokenizer or
+    another chat template.
     """
     metas = [read_meta(folder) for _, _, folder in data_sets]
     for (name, _, _), meta in zip(data_sets, metas):
-        if any(meta.get(key) != metas[0].get(key) for key in ('tokenizer', 'vocab_size')):
-            raise UserError(f"data sets '{data_sets[0][0]}' and '{name}' have different "
-                            'tokenizers, so their ids do not match; prepare one of them again')
+        keys = 'tokenizer', 'vocab_size', 'chat_template', 'chat_separator'
+        if any(meta.get(key) != metas[0].get(key) for key in keys):
+            raise UserError(f"data sets '{data_sets[0][0]}' and '{name}' have different tokenizers "
+                            'or chat templates, so their ids do not match; prepare one of them '
+                            'again')
     return metas[0]
 
 

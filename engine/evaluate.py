@@ -76,38 +76,42 @@ def stretches(block_size):
 
 def window_losses(model, name, split, batch_size, parallel, autocast, stop, progress):
     """
-    Return the mean losses of a split's windows, (n, ranges of the context) float32 on the device,
-    or None if a process has to stop. Ranks take batches in turn. The last batch may go beyond n,
-    because all batches keep one shape for the compiler.
+    Return the mean losses of a split's windows in ranges of the context, and the shares of targets
+    there, (2, n, ranges) float32 on the device, or None if a process has to stop. Ranks take
+    batches in turn. The last batch may go beyond n, because all batches keep one shape for the
+    compiler.
     """
     loader, n = split.loader, split.n
     sizes = [length for _, length in stretches(loader.block_size)]
     steps = math.ceil(n / (batch_size * parallel.world_size))
     first = [(i * parallel.world_size + parallel.rank) * batch_size for i in range(steps)]
-    losses = torch.zeros(steps * parallel.world_size * batch_size, len(sizes), device=loader.device)
+    losses = torch.zeros(2, steps * parallel.world_size * batch_size, len(sizes),
+                         device=loader.device)
     batches = loader.stream((at + np.arange(batch_size)) % loader.n_windows for at in first)
-    n_bytes = crc = 0
+    n_bytes = n_targets = crc = 0
     with autocast():  # outside the loop, so that weights are cast once
         for i in range(steps):
             batch = stop.try_reading(lambda: next(batches))
             if parallel.all_max(stop.status):
                 return None
             X, Y = batch
-            parts = model(X, Y, reduction='none')[1].split(sizes, dim=1)
             at = slice(first[i], first[i] + batch_size)
-            losses[at] = torch.stack([part.mean(1) for part in parts], dim=1)
+            for j, values in enumerate((model(X, Y, reduction='none')[1], (Y >= 0).float())):
+                parts = values.split(sizes, dim=1)
+                losses[j, at] = torch.stack([part.mean(1) for part in parts], dim=1)
             if split.facts is None:
                 x, y = (t[:max(0, n - first[i])].cpu() for t in (X, Y))
                 if split.bytes_per_id is not None:
-                    n_bytes += split.bytes_per_id[y].sum().item()
+                    n_bytes += split.bytes_per_id[y[y >= 0]].sum().item()
+                n_targets += (y >= 0).sum().item()
                 crc += fingerprint(torch.cat((x, y[:, -1:]), dim=1))
             progress(f'evaluating {name}: batch {i + 1}/{steps}')
     if split.facts is None:  # the windows are fixed, so these facts are too
-        sums = torch.tensor([n_bytes, crc], device=loader.device)
-        n_bytes, crc = parallel.all_reduce(sums).tolist()
+        sums = torch.tensor([n_bytes, n_targets, crc], device=loader.device)
+        n_bytes, n_targets, crc = parallel.all_reduce(sums).tolist()
         # JSON readers represent integers exactly up to 2^53
-        split.facts = dict(bytes_per_token=n_bytes / (n * loader.block_size), crc=crc % 2 ** 53)
-    return parallel.all_reduce(losses)[:n]
+        split.facts = dict(bytes_per_token=n_bytes / max(1, n_targets), crc=crc % 2 ** 53)
+    return parallel.all_reduce(losses)[:, :n]
 
 
 def summary(split, losses, detailed):
@@ -115,43 +119,52 @@ def summary(split, losses, detailed):
     loader, sizes = split.loader, [length for _, length in stretches(split.loader.block_size)]
     shard, offset = loader.locate(np.arange(split.n))
     in_text = np.lexsort((offset, shard))
-    losses = losses.cpu().double().numpy()[in_text]
+    losses, shares = losses.cpu().double().numpy()[:, in_text]
+    if not shares.any():
+        raise UserError(f'no window of {loader.shards[0].path.parent} has a target: raise block_size')
     sets = loader.choose(in_text)[0] if isinstance(loader, Mixture) else None
-    means = losses @ sizes / loader.block_size
-    out = loss_and_error(means, sets)
+    means, mean_shares = losses @ sizes / loader.block_size, shares @ sizes / loader.block_size
+    out = loss_and_error(means, mean_shares, sets)
     out['perplexity'] = math.exp(min(out['loss'], 700))
     if split.facts['bytes_per_token']:
         out['bits_per_byte'] = out['loss'] / math.log(2) / split.facts['bytes_per_token']
     if detailed:
         out['by_position'] = [
-            dict(first=at, last=at + length - 1) | loss_and_error(column, sets)
-            for (at, length), column in zip(stretches(loader.block_size), losses.T)]
-        out['window_losses'] = means.round(5).tolist()
+            dict(first=at, last=at + length - 1) | loss_and_error(column, share, sets)
+            for (at, length), column, share in zip(stretches(loader.block_size), losses.T, shares.T)
+            if share.any()]
+        out['window_losses'] = (means / mean_shares.mean()).round(5).tolist()
     return out
 
 
-def loss_and_error(losses, sets):
+def loss_and_error(losses, shares, sets):
     """
-    Return {'loss', 'standard_error'} of window losses in text order. The error is None if there are
-    too few.
+    Return {'loss', 'standard_error'} per target, from the losses of windows in text order and their
+    shares of targets. The error is None if there are too few windows.
     """
+    if shares.min() < 1:  # conversations: the error is that of a ratio of two means
+        ratio = losses.mean() / shares.mean()
+        losses = ratio + (losses - ratio * shares) / shares.mean()
     loss, error, _ = mean_and_error(losses, sets)
     return dict(loss=loss, standard_error=error if math.isfinite(error) else None)
 
 
 def sample_prompt(start, tokenizer, split, vocab_size):
     """
-    Return the ids of the text `start`, with which samples begin. None: a line end, or a token of
-    the split's text if the tokenizer has no line end. A model continues these sensibly, because
-    they occur in its data.
+    Return the ids of the text `start`, with which samples begin. None: a question of the split's
+    conversations, or a line end, or a token of the split's text if the tokenizer has no line end. A
+    model continues these sensibly, because they occur in its data.
     """
     if start is not None:
         return prompt_ids(start, tokenizer, vocab_size)
+    X, Y = split.loader.batch(np.arange(1))
+    until_target = X[0, :1 + int((Y[0] >= 0).int().argmax())].tolist()
+    if split.loader.packed:
+        return until_target
     try:
         return prompt_ids('\n', tokenizer, vocab_size)
     except UserError:  # the data set has no lines, and its tokenizer only its own characters
-        X, _ = split.loader.batch(np.arange(1))
-        return X[0, :1].tolist()
+        return until_target
 
 
 def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast):

@@ -20,6 +20,7 @@ import warnings
 import torch
 import torch.nn as nn
 
+from data.chat import folder_template
 from data.tokenizer import BYTE_CHARS, find_tokenizer, get_tokenizer, to_hugging_face
 from engine.checkpoint import checkpoints_in, is_sharded, load_checkpoint, no_checkpoint
 from engine.common import UserError, first_line, optional
@@ -100,12 +101,13 @@ def load_pretrained(name, block_size=None):
         hf = read_object(folder, 'config.json')
         settings = read_settings(hf, block_size)
         state = read_state(folder, FAMILIES[hf['model_type']], settings)
-        tokenizer = read_tokenizer(folder)
+        tokenizer, template = read_tokenizer(folder), folder_template(folder)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError) as e:
         # a foreign file can be wrong in any way
         reason = f'it has no {e}' if isinstance(e, KeyError) else first_line(e)
         raise UserError(f"'{folder}' cannot be loaded as a model: {reason}") from e
-    return dict(model=state, model_args=settings, path=folder, tokenizer=tokenizer)
+    return dict(model=state, model_args=settings, path=folder, tokenizer=tokenizer,
+                chat_template=template)
 
 
 def pretrained_folder(name):
@@ -117,7 +119,7 @@ def pretrained_folder(name):
     hub = optional('huggingface_hub', f"'{name}' is no folder, and Hugging Face's hub")
     try:
         return hub.snapshot_download(
-            name, allow_patterns=['*.json', '*.safetensors'],
+            name, allow_patterns=['*.json', '*.jinja', '*.safetensors'],
             ignore_patterns=['*/*', 'consolidated*'])  # such files repeat the weights
     except Exception as e:  # the library has many errors, from a wrong name to no network
         raise UserError(f"'{name}' is no folder, and could not be downloaded from Hugging "
@@ -398,6 +400,8 @@ def save_pretrained(model, folder, ckpt):
     if tokenizer and tokenizer.vocab_size > vocab_size:
         tokenizer = None  # transformers would look up ids that the model lacks
     texts = config_files(model, hf, tokenizer)
+    if tokenizer and ckpt.get('chat_template'):
+        texts['chat_template.jinja'] = ckpt['chat_template']
     texts['README.md'] = model_card(model, ckpt or {}, hf['architectures'][0], tokenizer)
     tensors = tensors_there(model, FAMILIES[hf['model_type']])
     try:

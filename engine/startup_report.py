@@ -98,7 +98,7 @@ def startup_report(settings, costs, attention, model, opt, batches, splits, data
         'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
         'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
-                f"{tokenizer.name if tokenizer else 'unknown'}{read}",
+                f"{tokenizer.name if tokenizer else 'unknown'}{read}{packed_text(train_loader)}",
         'training': training,
         'machine': f"{device_name(device)}{processes}, {settings['dtype']}, "
                    f"{'compiled' if costs.compiled else 'not compiled'}, micro-batches of "
@@ -150,6 +150,16 @@ def say_startup(summary, details, costs, out_dir, verbose, console):
     if costs.expected_seconds > 3600:
         console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
                     f'more; {QUICK_LOOK}')
+
+
+def packed_text(loader):
+    """Return how conversations were packed; '' for a data set of text."""
+    if not loader.packed:
+        return ''
+    n_cut = sum(shard.n_cut for shard in loader.shards)
+    return (f', {sum(len(shard.lengths) for shard in loader.shards):,} conversations in '
+            f'{sum(len(shard.windows) for shard in loader.shards):,} windows, {n_cut:,} cut because '
+            'they are longer than block_size')
 
 
 def data_line(data_sets, train_loader, val_loader, total_tokens):
