@@ -42,6 +42,7 @@ from configurator import (
     Size,
     configure,
 )
+from data.chat import end_of_turn
 from data.loader import MicroBatches, find_datasets
 from engine import machine, optim, report, start
 from engine.attention_kernel import choose_attention
@@ -195,7 +196,6 @@ check_doc_mask(config, tokenizer)
 # run to resume; it is None if a run starts new, or takes only the weights of another run.
 model_config, raw_model, loaded = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
-packed = 'chat_separator' in meta  # windows of several conversations, of which some ids are targets
 model_config.doc_mask_token = meta.get('chat_separator', tokenizer.eot if doc_mask else None)
 state = start.starting_state(loaded, out_dir, parallel)
 if batch_size == 'auto':
@@ -268,6 +268,7 @@ batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, pa
                        parallel.world_size, state.iter_num)
 if sample_interval and tokenizer:
     prompt = sample_prompt(sample_start, tokenizer, splits['val'], model_config.vocab_size)
+    end = end_of_turn(meta['chat_template']) if 'chat_template' in meta else None
 
 # set-up: what it will cost
 costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
@@ -321,7 +322,7 @@ def forward_backward():
     process's mean loss as a tensor on the device.
     """
     total = torch.zeros((), device=device)
-    mean_targets = batches.mean_targets(parallel) if packed else None
+    mean_targets = batches.mean_targets(parallel) if train_loader.packed else None
     for m in range(batches.per_rank):
         X, Y = next(batches)
         # a seed per iteration and global micro-batch, so a checkpoint stores no state of the RNG
@@ -330,7 +331,7 @@ def forward_backward():
         parallel.sync_gradients(model, last=m == batches.per_rank - 1)
         with autocast():
             loss = training_loss(model, X, Y) / batches.per_rank
-            if packed:  # each target of an iteration has the same weight
+            if train_loader.packed:  # each target of an iteration has the same weight
                 loss = loss * ((Y >= 0).sum() / mean_targets)
         scaler.scale(loss).backward()
         total += loss.detach()
@@ -396,7 +397,8 @@ def report_evaluation(evaluated, best, lr):
     sample = None
     if due and is_trained and tokenizer and takes_part:
         sample_seed = (seed * 1_000_003 + state.iter_num) % 2 ** 63
-        sample = sample_text(raw_model, tokenizer, prompt, 200, sample_seed, parallel, autocast)
+        sample = sample_text(raw_model, tokenizer, prompt, 200, sample_seed, parallel, autocast,
+                             end)
         shown = sample.strip('\n')
         console.say(f"--- sample {'-' * 60}\n{shown}\n{'-' * 71}")
     run_log.add_evaluation(evaluated, splits['val'], lr, iteration_report.eval_seconds, sample)

@@ -147,24 +147,20 @@ def compile_template(text):
 
 def folder_template(path):
     """Return the chat template of a Hugging Face folder or of its tokenizer.json, or None."""
-    path = Path(path)
-    folder = path.parent if path.name == 'tokenizer.json' else path
+    folder = Path(path).parent if Path(path).name == 'tokenizer.json' else Path(path)
     settings, file = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
-    token = str, None, {'content': str}
-    about = read_json(settings, {
-        'chat_template?': (str, None, [{'name': str, 'template': str}]),
-        'bos_token?': token, 'eos_token?': token}) if settings.exists() else {}
+    about = read_json(settings, dict) if settings.exists() else {}
     text = about.get('chat_template')
     if file.exists():
         text = file.read_text(encoding='utf-8', errors='replace')
     if isinstance(text, list):  # several templates with names
         text = {entry['name']: entry['template'] for entry in text}.get('default')
-    for key in ('bos_token', 'eos_token') if text else ():
-        word = about.get(key)
-        word = word['content'] if isinstance(word, dict) else word or ''
-        if key in text:
-            text = f'{{% set {key} = {json.dumps(word)} %}}\n{text}'
-    return text or None
+    for key in ('bos_token', 'eos_token'):
+        word = about.get(key) or ''
+        if text and key in text:
+            word = json.dumps(word['content'] if isinstance(word, dict) else word)
+            text = f'{{% set {key} = {word} %}}\n{text}'
+    return text
 
 
 def with_separator(template, tokenizer):

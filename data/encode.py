@@ -41,7 +41,7 @@ def joined(parts):
 
 
 class Encoder:
-    """Convert items to ids. Each process has its own. With a chat template they are conversations."""
+    """Convert items, conversations if there is a template, to ids. Each process has its own."""
 
     def __init__(self, spec, field, bad_bytes, template=None):
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'

@@ -450,12 +450,13 @@ class Loader:
             raise UserError(f'block_size is {block_size} and should be at least 1')
         self.shards = check_shards(Path(data_dir), split, block_size)
         separator = read_meta(data_dir).get('chat_separator')
-        self.packed = separator is not None  # windows of conversations, of which some ids are targets
+        self.packed = separator is not None  # with conversations, of which some ids are targets
         if self.packed:
             self.shards = [PackedShard(shard, separator, block_size) for shard in self.shards]
         n_tokens = np.array([shard.n_tokens for shard in self.shards])
         usable = n_tokens - 1  # the last token is only ever a target
-        shift = shift and shuffle and not self.packed  # a shard then has one window less, and the others room to move
+        shift = shift and shuffle and not self.packed
+        # with shift, a shard has one window less, and the others have room to move
         windows = np.maximum(1, usable // block_size - shift)
         self.max_offset = np.minimum(usable - windows * block_size, block_size - 1) * shift
         self.ends = np.cumsum(windows)

@@ -2,6 +2,7 @@
 Measure the loss of a model, with its standard error, on fixed windows of text. The order of the
 windows depends only on the data set and block_size, so runs are compared on the same text.
 """
+import contextlib
 import math
 
 import numpy as np
@@ -121,7 +122,8 @@ def summary(split, losses, detailed):
     in_text = np.lexsort((offset, shard))
     losses, shares = losses.cpu().double().numpy()[:, in_text]
     if not shares.any():
-        raise UserError(f'no window of {loader.shards[0].path.parent} has a target: raise block_size')
+        folder = loader.shards[0].path.parent
+        raise UserError(f'no conversation of {folder} has a reply within block_size: raise it')
     sets = loader.choose(in_text)[0] if isinstance(loader, Mixture) else None
     means, mean_shares = losses @ sizes / loader.block_size, shares @ sizes / loader.block_size
     out = loss_and_error(means, mean_shares, sets)
@@ -157,20 +159,18 @@ def sample_prompt(start, tokenizer, split, vocab_size):
     """
     if start is not None:
         return prompt_ids(start, tokenizer, vocab_size)
+    if not split.loader.packed:
+        with contextlib.suppress(UserError):  # the tokenizer may have only a text's own characters
+            return prompt_ids('\n', tokenizer, vocab_size)
     X, Y = split.loader.batch(np.arange(1))
-    until_target = X[0, :1 + int((Y[0] >= 0).int().argmax())].tolist()
-    if split.loader.packed:
-        return until_target
-    try:
-        return prompt_ids('\n', tokenizer, vocab_size)
-    except UserError:  # the data set has no lines, and its tokenizer only its own characters
-        return until_target
+    return X[0, :1 + int((Y[0] >= 0).int().argmax())].tolist()  # up to the first target
 
 
-def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast):
+def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast, end=None):
     """
-    Return the text of a prompt's ids and of at most n_tokens after them. It uses a random generator
-    of its own, so it depends only on the weights, the prompt and the seed.
+    Return the text of a prompt's ids and of at most n_tokens after them, up to the text `end` if
+    there is one. It uses a random generator of its own, so it depends only on the weights, the
+    prompt and the seed.
     """
     slide = max(1, model.config.block_size // 2)
     with autocast(), without_cudnn():
@@ -178,4 +178,6 @@ def sample_text(model, tokenizer, prompt, n_tokens, seed, parallel, autocast):
                              temperature=0.8, top_k=200, seed=seed, stop=tokenizer.eot,
                              slide=slide)[0].tolist()
     parallel.release_gathered(model)
-    return tokenizer.decode([i for i in ids if i != tokenizer.eot])
+    text = tokenizer.decode([i for i in ids if i != tokenizer.eot])
+    start = len(tokenizer.decode([i for i in prompt if i != tokenizer.eot]))
+    return text[:start] + text[start:].partition(end)[0] if end else text

@@ -156,10 +156,9 @@ def packed_text(loader):
     """Return how conversations were packed; '' for a data set of text."""
     if not loader.packed:
         return ''
+    n = sum(len(shard.lengths) for shard in loader.shards)
     n_cut = sum(shard.n_cut for shard in loader.shards)
-    return (f', {sum(len(shard.lengths) for shard in loader.shards):,} conversations in '
-            f'{sum(len(shard.windows) for shard in loader.shards):,} windows, {n_cut:,} cut because '
-            'they are longer than block_size')
+    return f', {n:,} conversations in {loader.n_windows:,} windows, {n_cut:,} cut to block_size'
 
 
 def data_line(data_sets, train_loader, val_loader, total_tokens):

@@ -130,6 +130,8 @@ def real_texts(ckpt, model, tokenizer, lengths, seed):
                 raise UserError(f"data set '{name}' has another tokenizer than the model")
         vocab_size = model.config.vocab_size
         loader = Loader(folder, 'val', max(lengths) - 1, seed=seed, vocab_size=vocab_size)
+        if loader.packed:
+            raise UserError(f"data set '{name}' has conversations, not texts")
         loaders.append(loader)
         shares.append(share)
     loader = loaders[0] if len(loaders) == 1 else Mixture(loaders, shares)

@@ -32,7 +32,7 @@ from data.chat import (
     stored_ids,
     with_separator,
 )
-from data.loader import Loader, MicroBatches, read_meta, write_dataset
+from data.loader import Loader, read_meta, write_dataset
 from data.packing import pack
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 from engine.evaluate import loss_and_error
@@ -319,8 +319,8 @@ def test_a_conversation_longer_than_the_context_is_cut_and_counted(tmp_path):
     loader = Loader(folder, 'train', T, shuffle=False)
     assert loader.shards[0].n_cut == 1 and loader.batch([0])[1].tolist() == [[-1, *[8] * (T - 1)]]
     succeeded(train(folder, tmp_path / 'out', f'--block_size={T}', '--max_iters=1'),
-              '31 conversations', '1 cut because')
-    refused(train(folder, tmp_path / 'no', '--block_size=1'), 'no window', 'raise block_size')
+              '31 conversations', '1 cut to block_size')
+    refused(train(folder, tmp_path / 'no', '--block_size=1'), 'has a reply within block_size')
 
 
 @pytest.mark.parametrize('change, words', [

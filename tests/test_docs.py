@@ -93,6 +93,8 @@ def add_texts(here, text):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
     (here / 'prompts.txt').write_text('def main(\nimport os\n')
+    talks = [json.dumps({'instruction': f'{n} + {n}?', 'output': str(2 * n)}) for n in range(40)]
+    (here / 'talks.jsonl').write_text('\n'.join(talks))
     paragraphs = text.split('\n\n')
     lines = '\n'.join(json.dumps({'text': paragraph}) for paragraph in paragraphs)
     (here / 'more.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
@@ -125,7 +127,7 @@ def workspace(tmp_path_factory):
         study.write_text(study.read_text() + SHORT_STUDY)
     text = (ROOT / 'test_model.py').read_text()
     add_texts(here, text)
-    for folder in [*here.glob('data/*/'), here / 'data/book']:
+    for folder in [*here.glob('data/*/'), here / 'data/book', here / 'data/talks']:
         write_dataset(folder, {'train': text.encode(), 'val': text.encode()[:9000]}, BYTE)
     first_run, sharded = ['config/preset_quick_test.py', *SHORT[TRAINS].split()], '--sharded_checkpoint=True'
     succeeded(command('train.py', *first_run, cwd=here))

@@ -168,7 +168,8 @@ def test_a_damaged_checkpoint_is_evaluated_from_the_one_before(finished, tmp_pat
 def val_of(ids):
     """A Split of val whose first window begins with these ids."""
     windows = torch.tensor([ids])
-    return SimpleNamespace(loader=SimpleNamespace(batch=lambda indices: (windows[indices], windows[indices])))
+    return SimpleNamespace(loader=SimpleNamespace(
+        packed=False, batch=lambda indices: (windows[indices], windows[indices])))
 
 
 @pytest.mark.parametrize('tokenizer, start, ids', [
