@@ -33,14 +33,14 @@ CHATML = (  # transformers takes its mask from {% generation %}
 ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant',
          'human': 'user', 'gpt': 'assistant'}  # the last two are ShareGPT's
 FORMATS = {
-    'messages': [{'role': tuple(ROLES), 'content': str}],
-    'conversations': [{'from': tuple(ROLES), 'value': str}],
-    'instruction': str,
+    'messages': {'messages': [{'role': tuple(ROLES), 'content': str}]},
+    'conversations': {'conversations': [{'from': tuple(ROLES), 'value': str}]},
+    'instruction': {'instruction': str, 'input?': (str, None), 'output': str},
 }
 EXAMPLE = [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Goodbye'}]
 
 
-# Messages that follow "FILE, entry 8," begin with a verb.
+# UserErrors about a conversation begin with a verb, because they follow "FILE, entry 8,".
 def messages_of(row):
     """
     Return the messages of a JSON object in the format of OpenAI {'messages': [{'role',
@@ -51,14 +51,14 @@ def messages_of(row):
     if kind is None:
         raise UserError(f"has none of the keys {', '.join(FORMATS)}")
     try:
-        check(row, {kind: FORMATS[kind], 'input?': (str, None), 'output?': str})
+        check(row, FORMATS[kind])
     except ValueError as e:
         raise UserError(f'is no conversation: {e}') from None
     if kind == 'instruction':
         question = '\n\n'.join(filter(None, (row['instruction'], row.get('input'))))
-        pairs = [('user', question), ('assistant', row.get('output', ''))]
+        pairs = [('user', question), ('assistant', row['output'])]
     else:
-        role, content = FORMATS[kind][0]
+        role, content = FORMATS[kind][kind][0]
         pairs = [(ROLES[turn[role]], turn[content]) for turn in row[kind]]
     roles = [role for role, _ in pairs]
     turns = roles[1:] if roles[:1] == ['system'] else roles

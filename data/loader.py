@@ -99,7 +99,7 @@ def check_meta(meta, path):
         for name, entry in meta.get('files', {}).items():
             check(entry, FILE, f'files.{name}')
         if (meta.get('dtype') == 'int32') != ('chat_separator' in meta):
-            raise ValueError('dtype int32 and chat_separator, of conversations, need each other')
+            raise ValueError('conversations need both, dtype int32 and chat_separator')
     except ValueError as e:
         raise UserError(f'{path} cannot be used: {e}: {REMEDY}') from None
 
@@ -455,8 +455,8 @@ class Loader:
             self.shards = [PackedShard(shard, separator, block_size) for shard in self.shards]
         n_tokens = np.array([shard.n_tokens for shard in self.shards])
         usable = n_tokens - 1  # the last token is only ever a target
+        # a shard that is shifted has one window less, and the others room to move
         shift = shift and shuffle and not self.packed
-        # with shift, a shard has one window less, and the others have room to move
         windows = np.maximum(1, usable // block_size - shift)
         self.max_offset = np.minimum(usable - windows * block_size, block_size - 1) * shift
         self.ends = np.cumsum(windows)

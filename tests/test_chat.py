@@ -73,7 +73,8 @@ BAD = [
     ({'messages': [USER, {'role': 'assistant', 'content': ' '}]}, 'assistant without text'),
     ({'messages': [{'role': 'user', 'content': ['a']}, REPLY]}, 'messages[0].content must be a text'),
     ({'messages': [{'role': ['user'], 'content': 'a'}, REPLY]}, "not ['user']"),
-    ({'instruction': 'Say so.', 'input': ''}, 'assistant without text'),
+    ({'instruction': 'Say so.', 'input': ''}, "it has no 'output'"),
+    ({'instruction': 'Say so.', 'output': ''}, 'assistant without text'),
     ({'instruction': 3, 'output': 'a'}, 'instruction must be a text'),
 ]
 
@@ -327,7 +328,7 @@ def test_a_conversation_longer_than_the_context_is_cut_and_counted(tmp_path):
     ({'chat_separator': 1}, 'does not begin with a conversation'),
     ({'chat_separator': None}, 'chat_separator'),
     ({'chat_separator': -1}, 'chat_separator'),
-    ({'dtype': 'uint32'}, 'need each other'),
+    ({'dtype': 'uint32'}, 'conversations need both'),
     ({'chat_template': 3}, 'chat_template'),
     ({'vocab_size': 100}, 'is not below vocab_size'),
 ])
