@@ -223,6 +223,24 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+def apply_dropout(x, p):
+    """
+    F.dropout. On a CPU, where torch draws a random number for each element, one 64-bit number
+    decides on four elements; p is then rounded to a multiple of 1/65536.
+    """
+    if p == 0 or x.device.type != 'cpu':
+        return F.dropout(x, p)
+    n, dropped = x.numel(), min(round(65536 * p), 65535)  # so many of the values of an int16
+    bits = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 4 + 1,), device=x.device).view(torch.int16)
+    keep = bits[:n].ge_(dropped - 32768).view(x.shape).to(x.dtype)
+    return x * keep * (65536 / (65536 - dropped))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return apply_dropout(x, self.p if self.training else 0.0)
+
+
 # normalization
 
 @register(NORMALIZATION, 'layernorm')
@@ -429,9 +447,11 @@ def sdpa_attention(q, k, v, dropout, config, mask=None):
         # results for mixed strides)
         q, k, v = (t.type_as(v).contiguous() for t in (q, k, v))
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    bfloat16_on_cpu = q.device.type == 'cpu' and v.dtype == torch.bfloat16
-    if bfloat16_on_cpu and v.requires_grad and T <= 512:
+    on_cpu = q.device.type == 'cpu'
+    if on_cpu and v.dtype == torch.bfloat16 and v.requires_grad and (T <= 512 or dropout):
         return bfloat16_cpu_attention(q, k, v, dropout, mask)
+    if on_cpu and dropout:  # torch's dropout there is slow, and it has no fused kernel with it
+        return manual_attention(q, k, v, dropout, config, mask)
     if mask is None and 1 < T < S:  # is_causal assumes T == S
         mask = causal_mask(T, S, q.device)
     causal = mask is None and T > 1  # a single query may see every key
@@ -453,7 +473,7 @@ def bfloat16_cpu_attention(q, k, v, dropout, mask):
     bias = torch.where(mask, 0.0, float('-inf')).type_as(v)
     q, k, v = (t.flatten(0, 1).type_as(v) for t in (q, k, v))  # (B H, T or S, D)
     att = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5)
-    att = F.dropout(F.softmax(att, dim=-1), dropout)
+    att = apply_dropout(F.softmax(att, dim=-1), dropout)
     return (att @ v).unflatten(0, (B, H))
 
 
@@ -465,7 +485,7 @@ def manual_attention(q, k, v, dropout, config, mask=None):
         mask = causal_mask(q.size(2), k.size(2), q.device)
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))  # (B, H, T, S)
     att = att.masked_fill(~mask, float('-inf'))
-    att = F.dropout(F.softmax(att.float(), dim=-1), dropout).type_as(v)
+    att = apply_dropout(F.softmax(att.float(), dim=-1), dropout).type_as(v)
     return att @ v  # (B, H, T, S) x (B, H, S, D) -> (B, H, T, D)
 
 
@@ -540,7 +560,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
         self.k_norm = norm(self.head_dim, config) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION_BACKEND[config.attention_backend]
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotate=None, cache=None, mask=None):
         B, T, C = x.size()
@@ -581,7 +601,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, d_ff, bias=config.bias)
         self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
         self.activation = ACTIVATION[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
@@ -599,7 +619,7 @@ class SwiGLU(nn.Module):
         self.c_fc = Linear(config.n_embd, 2 * d_ff, bias=config.bias)  # gate and up, in one matmul
         self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
         self.activation = ACTIVATION[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         gate, up = self.c_fc(x).chunk(2, dim=-1)
@@ -773,7 +793,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=POSITION_ENCODING[config.position_encoding](config),  # any kind; nanoGPT's name
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=final_norm,
         ))

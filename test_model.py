@@ -43,6 +43,7 @@ from model import (
     GPTConfig,
     Linear,
     LinearCrossEntropy,
+    apply_dropout,
     attention_mask,
     linear_cross_entropy,
     register,
@@ -512,6 +513,48 @@ def test_dropout_is_where_gpt2_has_it(ffn_type):
         for name, out in seen.items():
             assert out.eq(0).float().mean().item() == pytest.approx(0.25 * training, abs=0.04), name  # of 4096
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('p', [1e-6, 0.1, 0.25, 0.9, 0.999999])
+def test_dropout_drops_each_element_with_probability_p_and_keeps_the_mean(p, dtype):
+    """
+    Four elements share a random number: one of them could be dropped more often than the others, or together with
+    its neighbour. A scale of 1 / (1 - p), although p was rounded, would shift the mean.
+    """
+    torch.manual_seed(0)
+    n, rounded = 2 ** 20, min(round(p * 65536), 65535) / 65536
+    x = torch.ones(n + 3, dtype=dtype, requires_grad=True)  # no multiple of four
+    y = apply_dropout(x, p)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, y) and y.shape == x.shape  # the same elements in both directions
+    assert set(y.tolist()) <= {0.0, torch.tensor(1 / (1 - rounded), dtype=dtype).item()}
+    dropped = y[:n].eq(0).view(-1, 4)
+    sigma = math.sqrt(n * rounded * (1 - rounded))
+    assert abs(dropped.sum().item() - n * rounded) <= 5 * sigma
+    for i, j in itertools.combinations_with_replacement(range(4), 2):
+        q = rounded if i == j else rounded ** 2
+        both = (dropped[:, i] & dropped[:, j]).sum().item()
+        assert abs(both - n / 4 * q) <= 5 * math.sqrt(n / 4 * q * (1 - q)), (i, j)
+
+
+@pytest.mark.parametrize('backend', ATTENTION_BACKEND)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_on_a_cpu_draws_one_number_for_four_elements(backend, dtype):
+    """torch's own dropout draws one number after another there, which doubled the time of a step."""
+    model, idx = shaken(attention_backend=backend, dropout=0.1).train(), ids(B, T)
+    with profile() as profiler, torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+        model(idx, idx)[1].backward()
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert not [name for name in calls if 'bernoulli' in name]
+    assert calls['aten::randint'] >= 1 + 3 * TINY['n_layer']
+
+
+def test_dropout_leaves_a_compiled_model_in_one_piece():
+    """Each break of the graph costs more than dropout does, and nothing is fused across it."""
+    model, idx = shaken(dropout=0.1).train(), ids(B, T)
+    torch.compile(model, backend='aot_eager', fullgraph=True)(idx, idx)[1].backward()
+    torch.compiler.reset()
 
 
 def test_chunked_attention_holds_no_full_matrix_of_weights():
