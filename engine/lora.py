@@ -4,6 +4,7 @@ A checkpoint holds these adapters alone, and names the base that everything but 
 to. `lora` is a dict: the settings in SETTINGS, and the base with its checksum.
 """
 import json
+import os
 import zlib
 
 import torch
@@ -53,9 +54,10 @@ def start_adapters(model, ckpt, config, resuming):
     if resuming and lora:
         config.update({key: lora[key] for key in SETTINGS})
     elif config['lora_rank']:
-        name = config['init_from']
-        lora = {key: config[key] for key in SETTINGS}
-        lora |= dict(base=name if is_pretrained(name) else ckpt['path'], crc32=crc_of(ckpt))
+        base = config['init_from'] if is_pretrained(config['init_from']) else ckpt['path']
+        if os.path.realpath(os.path.dirname(base)) == os.path.realpath(config['out_dir']):
+            raise UserError(f"the adapters will need '{base}' as it is: choose another --out_dir")
+        lora = {key: config[key] for key in SETTINGS} | dict(base=base, crc32=crc_of(ckpt))
         torch.manual_seed(config['seed'])
     if lora:
         add_adapters(model, lora)

@@ -190,6 +190,7 @@ def test_what_cannot_be_is_one_line(lora, finished, text_set, tmp_path):
     refused(train(text_set, lora[0], '--init_from=resume', '--lora_rank=8'), 'lora_rank=8', 'lora_rank=4')
     refused(train(text_set, base, '--init_from=resume', '--lora_rank=8'), 'lora_rank=8', 'lora_rank=0')
     refused(command('model.py', f'--ckpt={base}', f'--peft={tmp_path}/new'), 'no adapters')
+    refused(train(text_set, base, f'--init_from={base}', *LORA, '--overwrite=True'), 'as it is', 'out_dir')
     succeeded(train(text_set, out, f'--init_from={base}', *LORA, '--max_iters=1'))
     ckpt = checkpoint(base)
     ckpt['model']['lm_head.weight'][0, 0] += 1
