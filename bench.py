@@ -330,7 +330,7 @@ def figures(side, model, peak, bandwidth):
     if s['what'] == 'data':
         sections.append(waiting_figures(side))
     if s['what'] == 'memory' and not s['versus']:
-        sections.append(estimate_figures(side, model.config))
+        sections.append(estimate_figures(side, model))
     sections.append(start_figures(side))
     rows, numbers = {}, {}
     for more_rows, more_numbers in sections:
@@ -428,11 +428,12 @@ def waiting_figures(side):
     return {'waiting for data': f'{100 * share:.2f}% of the steps'}, dict(waiting_share=share)
 
 
-def estimate_figures(side, model_config):
+def estimate_figures(side, model):
     """Return the memory estimate of train.py's start-up report, to compare with the measurement."""
     s = side.s
-    sizes = memory_estimate(model_config, s['batch_size'], s['dtype'], torch.device(s['device']),
-                            s['accumulation'], optimizer=s['optimizer'])
+    sizes = memory_estimate(model.config, s['batch_size'], s['dtype'], torch.device(s['device']),
+                            s['accumulation'], optimizer=s['optimizer'],
+                            lora=getattr(model, 'lora', None))
     if s['device'] == 'cpu':
         base = side.info['base']
         add_process(sizes, base.get('resident', base['peak']))

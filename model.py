@@ -5,6 +5,8 @@ The whole GPT in one file: the parts, the model, the loss, and text generation.
     python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
+    python model.py --ckpt=out-lora --merge=ckpt.pt             # LoRA's adapters and their base
+    python model.py --ckpt=out-lora --peft=peft_dir             # LoRA's adapters to PEFT's format
     python model.py --ckpt=out --export=hf_dir                  # to a folder for transformers
     python model.py --ckpt=out --export=model.onnx              # to ONNX
     python model.py --list=True                                 # every config with its counts
@@ -725,8 +727,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # backward, because float16 would underflow before the loss scale is applied.
                 seen = t >= 0  # zeroes the gradient of ignored rows, in C columns instead of V
                 dx[i:i + chunk] = (logits @ w) * seen
-                dw_chunk = logits.T @ (rows * seen)
-                dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # sum in float32
+                if ctx.needs_input_grad[1]:  # otherwise the head is frozen
+                    dw_chunk = logits.T @ (rows * seen)
+                    dw = dw_chunk if dw is None else dw.float().add_(dw_chunk)  # sum in float32
         if reduction == 'none':
             return torch.cat(losses)
         count = (targets >= 0).sum().clamp(min=1)
@@ -739,7 +742,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw, count = ctx.saved_tensors
         # a (1, 1) tensor, because a 0-dim float32 would not promote dw's dtype
         grad = (grad / count).view(1, 1)
-        return (dx * grad).to(dx.dtype), (dw * grad).to(ctx.weight_dtype), *[None] * 7
+        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
+        return (dx * grad).to(dx.dtype), dw, *[None] * 7
 
 
 def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
@@ -921,31 +925,32 @@ class GPT(nn.Module):
             counts[part] = counts.get(part, 0) + p.numel()
         return counts
 
-    def flops_by_part(self, seq_len=None, causal=False):
+    def flops_by_part(self, seq_len=None, causal=False, training=False):
         """
-        Return {part: forward FLOPs per token} at seq_len (default block_size). Only matmuls count:
-        2 per weight of every Linear, plus each module's extra_flops(T, causal). Attention scores
-        count in full, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B), or half with
-        causal=True.
+        Return {part: FLOPs per token}, forward or to train, at seq_len (default block_size). Only
+        matmuls count: 2 per weight of every Linear, plus each module's extra_flops(T, causal).
+        Attention scores count in full, as in PaLM (https://arxiv.org/abs/2204.02311, appendix B),
+        or half with causal=True.
         """
-        T = seq_len or self.config.block_size
+        T, passes = seq_len or self.config.block_size, 3 if training else 1
         flops = {'attention projections': 0, 'attention scores': 0, 'ffn': 0, 'head': 0}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 part = 'attention projections' if '.attn.' in name else 'ffn'
                 part = 'head' if name == 'lm_head' else part
-                flops[part] += 2 * module.weight.numel()
+                no_gradient = training and not module.weight.requires_grad
+                flops[part] += (passes - no_gradient) * 2 * module.weight.numel()
             elif hasattr(module, 'extra_flops'):
                 part = 'attention scores' if name.endswith('.attn') else 'ffn'
-                flops[part] += module.extra_flops(T, causal)
+                flops[part] += passes * module.extra_flops(T, causal)
         return flops
 
     def flops_per_token(self, seq_len=None, causal=False):
         """
-        Return training FLOPs per token: 3 x forward. Recomputation by activation checkpointing is
-        not counted.
+        Return training FLOPs per token: 3 x forward, or 2 x for frozen Linears. Recomputation by
+        activation checkpointing is not counted.
         """
-        return 3 * sum(self.flops_by_part(seq_len, causal).values())
+        return sum(self.flops_by_part(seq_len, causal, training=True).values())
 
     # optimizer
 

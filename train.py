@@ -44,7 +44,7 @@ from configurator import (
 )
 from data.chat import end_of_turn
 from data.loader import MicroBatches, find_datasets
-from engine import machine, optim, report, start
+from engine import lora, machine, optim, report, start
 from engine.attention_kernel import choose_attention
 from engine.batch_size import auto_batch_size
 from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
@@ -117,6 +117,10 @@ norm_eps: OpenFraction = 1e-5  # added to the variance in every norm
 logit_softcap: LogitScale = None  # logits = cap * tanh(logits / cap); 0: off
 attention_chunk_size: Size = 256  # queries per chunk for attention_backend=chunked
 activation_checkpointing = False  # recompute blocks in backward: less memory, a third more compute
+# lora: with init_from, train small adapters beside that model's weights, which stay as they are
+lora_rank: NonNegativeInt = 0  # width of the adapters; 0: none, train all weights
+lora_alpha: PositiveFloat = 16.0  # their outputs are scaled by lora_alpha / lora_rank
+lora_targets = 'attn,mlp'  # Linears that get one: all in attn and mlp; or names like attn.c_attn
 # optimizer
 optimizer = 'adamw'  # adamw; muon, normuon: these for the blocks' matrices, AdamW for the rest
 learning_rate: PositiveFloat = 6e-4  # peak learning rate
@@ -409,14 +413,14 @@ def save_checkpoint(best, wait):
     Write everything that a resume needs, from all processes. With wait=False a large checkpoint is
     copied now, and written while training goes on.
     """
-    facts = asdict(state) | dict(
+    weights, about_adapters = lora.own_weights(raw_model)
+    facts = asdict(state) | about_adapters | dict(
         scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=dict(config),
         tokenizer=tokenizer.spec if tokenizer else meta.get('tokenizer'),
         chat_template=meta.get('chat_template'),
         torch_version=str(torch.__version__))
     moments, param_groups = parallel.moments(opt)
-    # keep_vars keeps a tied tensor one object
-    sets = {'model': raw_model.state_dict(keep_vars=True), 'optimizer': moments} | state_tensors
+    sets = {'model': weights, 'optimizer': moments} | state_tensors
     also = [run_folder.best] if best else []
     if keep_interval and state.iter_num % keep_interval == 0:
         also.append(run_folder.numbered(state.iter_num))

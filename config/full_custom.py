@@ -85,6 +85,9 @@ patience = 0  # stop after this many evaluations without a lower val loss; 0: ne
 # scratch | resume | auto (resume if there is a checkpoint); to fine-tune: another run's out_dir,
 # or a Hugging Face folder or id
 init_from = 'scratch'
+lora_rank = 0  # 8: fine-tune adapters of this width alone, beside frozen weights; 0: all weights
+lora_alpha = 16.0  # the adapters' outputs are scaled by lora_alpha / lora_rank
+lora_targets = 'attn,mlp'  # Linears that get one; or attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
 ckpt = ''  # with init_from = 'resume': the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # True: a new run may replace the checkpoints of an earlier one in out_dir
 wandb_log = False

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from configurator import check_value
 from engine.common import ROOT, UserError, run_script
+from engine.lora import SETTINGS
 
 
 def check_accumulation(config, n):
@@ -46,7 +47,8 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
                     f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
                     f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
         settings = {key: value for key, value in asdict(model_config).items() if key in config}
-        settings |= {key: config[key] for key in ('dataset', 'device', 'dtype', 'optimizer')}
+        keys = 'dataset', 'device', 'dtype', 'optimizer', *SETTINGS
+        settings |= {key: config[key] for key in keys}
         settings |= dict(batch_size=batch_size,
                          gradient_accumulation_steps=accumulation_steps // parallel.world_size)
         found = largest_that_fits(settings)

@@ -86,6 +86,8 @@ FACTS = {
     'losses?': {str: {str: float}},
     'tokenizer?': ({'name': str}, None),
     'chat_template?': (str, None),
+    'lora?': {'lora_rank': POSITIVE, 'lora_alpha': Between(1e-30, 1e30), 'lora_targets': str,
+              'base': str, 'crc32': int},
     'config?': {str: object, 'batch_size?': POSITIVE, 'gradient_accumulation_steps?': POSITIVE,
                 'optimizer?': str, 'compile?': bool},
 }
@@ -188,13 +190,14 @@ def is_sharded(path):
     return os.path.isdir(path) and os.path.exists(os.path.join(path, 'info.pt'))
 
 
-def load_checkpoint(path, moments=True, weights=True):
+def load_checkpoint(path, moments=True, weights=True, merge=True):
     """
     Load a checkpoint as a dict on the CPU. `path` is a file, a sharded folder, or a run's folder,
     whose newest checkpoint is loaded. Checksums are verified. With moments=False the optimizer
     state of a sharded checkpoint stays on disk, as Pieces. With weights=False the weights stay
     there, too, under 'weights' for restore_weights(), and 'model' has shapes on the meta device.
-    UserError names the file and the problem.
+    With merge=False LoRA's adapters are not merged with the weights of their base. UserError names
+    the file and the problem.
     """
     if os.path.isdir(path) and not is_sharded(path):
         path = newest_checkpoint(path) or os.path.join(path, 'ckpt.pt')
@@ -213,6 +216,9 @@ def load_checkpoint(path, moments=True, weights=True):
         ckpt['weights'] = model
         ckpt['model'] = {name: torch.empty(w.shape, device='meta') for name, w in model.items()}
     ckpt['path'] = path
+    if merge and 'lora' in ckpt:
+        from engine.lora import merged  # it imports this module
+        return merged(ckpt)
     return ckpt
 
 
@@ -366,11 +372,12 @@ def restore_tensors(sets, ckpt, parallel):
 
 def restore_weights(model, ckpt, parallel):
     """
-    With FSDP, where a resumed model is built without data, fill this process's rows of it from a
-    checkpoint that was loaded with weights=False.
+    Fill the trained weights of a resumed model if it was built without them: with FSDP, which reads
+    only this process's rows, and with LoRA, where only the base is in place.
     """
-    if parallel.mode == 'fsdp':
-        restore_tensors({'weights': dict(model.named_parameters())}, ckpt, parallel)
+    if 'weights' in ckpt:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        restore_tensors({'weights': trained}, ckpt, parallel)
 
 
 def own_share(value, like, parallel, name):

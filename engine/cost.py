@@ -5,6 +5,8 @@ Describe a model: parameters, FLOPs, memory. Inspect, merge and export checkpoin
     python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
     python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
+    python model.py --ckpt=out-lora --merge=ckpt.pt             # LoRA's adapters and their base
+    python model.py --ckpt=out-lora --peft=peft_dir             # LoRA's adapters to PEFT's format
     python model.py --ckpt=out --export=hf_dir                  # for Hugging Face transformers
     python model.py --ckpt=out --export=model.onnx              # for ONNX
     python model.py --list=True                                 # every config with its counts
@@ -33,6 +35,7 @@ from engine.common import (
     replacing,
     user_errors,
 )
+from engine.lora import add_adapters, save_peft
 from engine.machine import (
     DATASHEETS,
     FLOAT16_ONLY,
@@ -140,13 +143,15 @@ def models_loss(model, X, Y):
     return model(X, Y)[1]
 
 
-def trace_step(config, batch_size, dtype, device, accumulation, loss):
+def trace_step(config, lora, batch_size, dtype, device, accumulation, loss):
     """
     Run the forward and backward passes of a step. Return (model, bytes of its weights, peak bytes).
     """
     fake = fake_tensors(config, batch_size, dtype, device)
     with torch.random.fork_rng([]), fake, torch.device(device), LiveBytes() as live:
         model = GPT(config)
+        if lora:
+            add_adapters(model, lora)
         weights = live.now
         idx = torch.zeros(batch_size, config.block_size, dtype=torch.long)
         for _ in range(min(accumulation, 2)):  # gradients exist during a second forward pass
@@ -157,31 +162,32 @@ def trace_step(config, batch_size, dtype, device, accumulation, loss):
 
 
 def memory_estimate(config, batch_size, dtype, device, accumulation=1, mode='none', world_size=1,
-                    optimizer='adamw', loss=models_loss):
+                    optimizer='adamw', loss=models_loss, lora=None):
     """
     Return the bytes of tensors per device in a training step of batch_size sequences of block_size,
     without torch.compile, which needs less: {'weights', 'gradients', 'moments', 'gathered',
     'activations', 'peak'}.
 
     The step really runs, on tensors without data, so the estimate covers any part and any
-    loss(model, X, Y). `mode` is none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054).
-    `moments` is the optimizer state. `gathered` is the most that FSDP holds unsharded.
-    `activations` is the rest of the peak: tensors saved by autograd, autocast's copies of weights,
-    and temporaries.
+    loss(model, X, Y). `mode` is none, ddp, zero1 or fsdp (https://arxiv.org/abs/1910.02054). `lora`
+    is the model's, if it has adapters. `moments` is the optimizer state. `gathered` is the most
+    that FSDP holds unsharded. `activations` is the rest of the peak: tensors saved by autograd,
+    autocast's copies of weights, and temporaries.
     """
     tokens = batch_size * config.block_size
     if tokens > LARGEST_BATCH:
         raise UserError(f'batch_size {batch_size} x block_size {config.block_size} = {tokens:,} '
                         f'tokens per micro-batch: lower them to {LARGEST_BATCH:,} in all')
-    model, weights, peak = trace_step(config, batch_size, dtype, device, accumulation, loss)
+    model, weights, peak = trace_step(config, lora, batch_size, dtype, device, accumulation, loss)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights_share = 1 / world_size if mode == 'fsdp' else 1
     moments_share = 1 / world_size if mode in ('zero1', 'fsdp') else 1
     sizes = dict(
         weights=round(weights * weights_share),
-        gradients=round(weights * weights_share),
+        gradients=round(gradients * weights_share),
         moments=round(4 * moment_numel(optimizer, model) * moments_share),
         gathered=gathered_bytes(model, dtype) if mode == 'fsdp' else 0,
-        activations=peak - 2 * weights,
+        activations=peak - weights - gradients,
     )
     return sizes | {'peak': sum(sizes.values())}
 
@@ -205,8 +211,10 @@ def gathered_bytes(model, dtype):
     """
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     outside = model.get_num_params(False) - in_blocks
-    per_weight = 3 * getattr(torch, dtype).itemsize + 4
-    return 12 * outside + per_weight * in_blocks // model.config.n_layer
+    itemsize, n_layer = getattr(torch, dtype).itemsize, model.config.n_layer
+    if hasattr(model, 'lora'):  # then hardly any weight has a gradient
+        return 4 * outside + 2 * itemsize * in_blocks // n_layer
+    return 12 * outside + (3 * itemsize + 4) * in_blocks // n_layer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,7 +234,10 @@ def meta_model(settings):
     if settings['vocab_size'] is not None:
         vocab_size = min(vocab_size, settings['vocab_size'])
     with user_errors():
-        return GPT.without_data(GPTConfig.from_settings(settings, vocab_size))
+        model = GPT.without_data(GPTConfig.from_settings(settings, vocab_size))
+    if settings.get('lora_rank'):
+        add_adapters(model, settings)
+    return model
 
 
 def describe(model, settings, device, dtype, gpu=''):
@@ -260,9 +271,11 @@ def flops_lines(model):
     title = f'FLOPs per token at sequence length {model.config.block_size}'
     note = 'matmuls only; causal counts half of the scores'
     rows = [(f'{part}, forward', full[part], causal[part]) for part in full]
+    ratio = model.flops_per_token() / sum(full.values())  # 3, or less if some weights are frozen
     rows += [
         ('forward', sum(full.values()), sum(causal.values())),
-        ('training, 3 x forward', model.flops_per_token(), model.flops_per_token(causal=True)),
+        (f'training, {ratio:.3g} x forward',
+         model.flops_per_token(), model.flops_per_token(causal=True)),
     ]
     lines = [f"{title:<42} {'full':>16} {'causal':>16}  {note}"]
     return lines + [f'  {name:<40} {a:>16,.0f} {b:>16,.0f}' for name, a, b in rows]
@@ -280,7 +293,7 @@ def training_memory(model, settings, device, dtype, gpu='', mode='none', n=1):
     # A GPU is estimated with the kernels of a CPU. In bfloat16 some of them keep more than a GPU's.
     traced_dtype = 'float16' if gpu and dtype == 'bfloat16' else dtype
     sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation, mode, n,
-                            optimizer)
+                            optimizer, lora=getattr(model, 'lora', None))
     if device.type == 'cpu' and not gpu:
         weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
         add_process(sizes, present.get('resident', present['peak']) - weights)
@@ -372,11 +385,11 @@ def list_configs():
               f'{model.flops_per_token() / 1e9:>12.4g}')
 
 
-def consolidate_checkpoint(source, path):
-    """Write a checkpoint, sharded or not, as one file, as train.py would."""
+def consolidate_checkpoint(source, path, merge=False):
+    """Write a checkpoint, sharded or not, as one file, as train.py would if not for `merge`."""
     from engine.checked_file import save_checked
     from engine.checkpoint import load_checkpoint
-    saved = load_checkpoint(source)
+    saved = load_checkpoint(source, merge=merge)
     if os.path.lexists(path):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")
     try:
@@ -440,18 +453,24 @@ def main():
     ckpt = ''  # inspect this checkpoint: a file, or a run's out_dir
     consolidate = ''  # write the checkpoint, sharded or not, to this one file, as train.py would
     export = ''  # write the checkpoint to a folder for transformers, or to a .onnx file
+    merge = ''  # write the checkpoint to this one file, LoRA's adapters merged with their base
+    peft = ''  # write LoRA's adapters to a folder for Hugging Face's PEFT
     list = False  # print a table of every file in config/ with its counts
     device = 'auto'  # cuda, mps or cpu; or a GPU that is elsewhere: --device=H100 tells its costs
     gpus: PositiveInt = 1  # with --device=H100: how many of them
     mfu: Share = 0.4  # with --device=H100: the share of its peak that training reaches, a guess
     config, given = configure(__file__, TRAIN)
-    for key in ('consolidate', 'export'):
+    for key in ('consolidate', 'export', 'merge', 'peft'):
         if config[key] and not config['ckpt']:
             raise UserError(f'--{key} needs --ckpt=FOLDER, the checkpoint to read')
     if config['list']:
         list_configs()
     elif config['consolidate']:
         consolidate_checkpoint(config['ckpt'], config['consolidate'])
+    elif config['merge']:
+        consolidate_checkpoint(config['ckpt'], config['merge'], merge=True)
+    elif config['peft']:
+        save_peft(config['ckpt'], config['peft'])
     elif config['export']:
         export_checkpoint(config['ckpt'], config['export'], config['dtype'])
     elif config['ckpt']:

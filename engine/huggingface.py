@@ -370,28 +370,26 @@ def tensors_there(model, family):
             bias = name.removesuffix('weight') + 'bias'
             state.setdefault(bias, weight.new_zeros(len(weight)))
 
-    head_dim, n_kv_head = c.head_dim, c.kv_heads
-    qkv_rows = [n * head_dim for n in (c.n_head, n_kv_head, n_kv_head)]
     tensors = {}
     for name, tensor in state.items():
         if is_transposed(name, family):
             tensor = tensor.T
         names = names_there(name, family)
-        rows = qkv_rows if len(names) == 3 else len(tensor) // len(names)  # gate and up
-        for theirs, part in zip(names, tensor.split(rows)):
+        for theirs, part in zip(names, split_rows(tensor, names, c)):
             tensors[theirs] = part.contiguous()
     return tensors
 
 
+def split_rows(tensor, names, c):
+    """Divide the rows of our tensor among theirs of those names."""
+    if len(names) == 3:
+        return tensor.split([n * c.head_dim for n in (c.n_head, c.kv_heads, c.kv_heads)])
+    return tensor.chunk(len(names))  # gate and up
+
+
 def save_pretrained(model, folder, ckpt):
-    """
-    Implement GPT.save_pretrained; see there. The folder is renamed into place once it is complete.
-    """
+    """Implement GPT.save_pretrained; see there."""
     hf = config_json(model)
-    save_file = optional('safetensors.torch', 'to write safetensors').save_file
-    folder = os.path.normpath(folder)
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise UserError(f"'{folder}' already exists: choose another name, or remove it first")
     if model.config.doc_mask_token is not None:
         print('NOTE: this format cannot express doc_mask: in a window of several '
               'documents, transformers gives different logits', file=sys.stderr)
@@ -404,12 +402,23 @@ def save_pretrained(model, folder, ckpt):
         texts['chat_template.jinja'] = ckpt['chat_template']
     texts['README.md'] = model_card(model, ckpt or {}, hf['architectures'][0], tokenizer)
     tensors = tensors_there(model, FAMILIES[hf['model_type']])
+    write_folder(folder, tensors, 'model.safetensors', texts)
+
+
+def write_folder(folder, tensors, tensor_file, texts):
+    """
+    Write {name: tensor} as safetensors, and {file name: text}, to a new folder. It is renamed into
+    place once it is complete.
+    """
+    save_file = optional('safetensors.torch', 'to write safetensors').save_file
+    folder = os.path.normpath(folder)
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f"'{folder}' already exists: choose another name, or remove it first")
     try:
         with folder_beside(folder) as temporary:
             complete = os.path.join(temporary, 'complete')
             os.mkdir(complete)  # readable by others, unlike the temporary folder
-            tensor_file = os.path.join(complete, 'model.safetensors')
-            save_file(tensors, tensor_file, metadata={'format': 'pt'})
+            save_file(tensors, os.path.join(complete, tensor_file), metadata={'format': 'pt'})
             for name, text in texts.items():
                 with open(os.path.join(complete, name), 'w', encoding='utf-8') as f:
                     f.write(text)

@@ -27,6 +27,7 @@ from data.loader import Loader
 from engine.attention_kernel import choose_attention
 from engine.common import UserError, end_with_parent, first_line, out_of_memory
 from engine.fast_linear import matrix_bytes, prepare_to_generate
+from engine.lora import add_adapters
 from engine.machine import limit_memory, memory, synchronize
 from engine.parallel import Parallel
 from engine.report import GradientStatistics
@@ -84,6 +85,8 @@ def build_model(s):
     with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT prints
         config = module.GPTConfig(**{k: v for k, v in s['model'].items() if k in known})
         model = module.GPT(config).to(torch.device(s['device']))
+    if s['lora_rank'] and not s['versus']:
+        add_adapters(model, s)
     defaults = asdict(our_model.GPTConfig())
     lost = [k for k, v in s['model'].items() if k not in known and v not in (defaults[k], None)]
     return model, f"it does not know {', '.join(lost)}: not the same model" if lost else ''

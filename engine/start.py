@@ -16,6 +16,7 @@ from engine.checkpoint import (
 from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
+from engine.lora import SETTINGS, base_weights, start_adapters
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
@@ -64,6 +65,9 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
     if used and starts_new_run and not config['eval_only']:
         check_overwrite(config, given, used, console)
     if not resuming and init_from in ('scratch', 'auto'):
+        if config['lora_rank']:
+            raise UserError(f'lora_rank={config["lora_rank"]} needs a trained model: name one with '
+                            '--init_from=FOLDER')
         with user_errors():
             model_config = GPTConfig.from_settings(config, data_vocab)
         shards = folder.parallel.shard_size if by_rows(folder) else 1
@@ -83,6 +87,7 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
                         f"'{ckpt['path']}' has only {model.config.vocab_size}")
     check_tokenizer(ckpt, tokenizer, config['dataset'], resuming, console)
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
+    start_adapters(model, ckpt, config, resuming)
     return model.config, model, ckpt if resuming else None
 
 
@@ -136,7 +141,7 @@ def load_to_resume(folder, path, console):
     one in out_dir to continue that run.
     """
     if path:
-        ckpt = load_checkpoint(path, moments=False, weights=not by_rows(folder))
+        ckpt = load_checkpoint(path, moments=False, weights=not by_rows(folder), merge=False)
         folder.starts_from(ckpt['path'])
     else:
         ckpt = load_newest(folder, console)
@@ -147,6 +152,8 @@ def load_to_resume(folder, path, console):
     if is_ours(ckpt):
         with reading(ckpt['path']):
             check(ckpt, {'config': dict.fromkeys(DATA_SETTINGS, object)})
+    if 'lora' in ckpt:  # restore_weights() reads the adapters
+        ckpt |= dict(weights=ckpt.get('weights', ckpt['model']), model=base_weights(ckpt))
     return ckpt
 
 
@@ -154,12 +161,12 @@ def load_newest(folder, console):
     """Load the newest checkpoint in out_dir, or the previous one if it is damaged."""
     previous = previous_of(folder.path, newest_checkpoint(folder.path))
     try:
-        return load_checkpoint(folder.path, moments=False, weights=not by_rows(folder))
+        return load_checkpoint(folder.path, moments=False, weights=not by_rows(folder), merge=False)
     except UserError as e:
         if not os.path.exists(previous):
             raise
         console.say(f'WARNING: {e}; using the previous checkpoint')
-        return load_checkpoint(previous, moments=False, weights=not by_rows(folder))
+        return load_checkpoint(previous, moments=False, weights=not by_rows(folder), merge=False)
 
 
 def by_rows(folder):
@@ -188,7 +195,7 @@ def fit_model(ckpt, config, given, resuming):
     Return the model in a checkpoint, in float32. Raise ValueError if the user asked for a part that
     differs from the checkpoint's.
     """
-    model_keys = {f.name for f in fields(GPTConfig)}
+    model_keys = {f.name for f in fields(GPTConfig)} | set(SETTINGS if resuming else ())
     asked = {key: value for key, value in config.items()
              if key in model_keys and key in given and value is not None}
     if 'arch_preset' in given:
@@ -199,12 +206,12 @@ def fit_model(ckpt, config, given, resuming):
     ckpt['model_args'].update({key: asked[key] for key in FREE & asked.keys()})
     ckpt['model_args']['dropout'] = config['dropout']  # as in nanoGPT: not from ckpt
     model = GPT.from_dict(ckpt).float()
-    stored = asdict(model.config)
+    stored = asdict(model.config) | ckpt.get('lora', {'lora_rank': 0})
     stored['n_kv_head'] = stored['n_kv_head'] or stored['n_head']
     stored['d_ff'] = stored['d_ff'] or model.transformer.h[0].mlp.c_proj.in_features
     for key, value in asked.items():
         free = key in FREE or key == 'block_size' and not resuming
-        if value != stored[key] and not free:
+        if value != stored.get(key, value) and not free:
             where = given.get(key, given.get('arch_preset'))
             raise ValueError(f"{key}={value} {where} does not fit the checkpoint "
                              f"'{ckpt['path']}', which has {key}={stored[key]}; give the settings "

@@ -47,7 +47,7 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     """
     device, dtype = parallel.device, settings['dtype']
     # before the peak, whose measurement leaves memory to this process that is not the run's
-    estimate = estimate_memory(model.config, loss, batches, settings['optimizer'], opt,
+    estimate = estimate_memory(model, loss, batches, settings['optimizer'], opt,
                                state_tensors, dtype, parallel, console)
     peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
     if not peak:
@@ -83,6 +83,7 @@ def startup_report(settings, costs, attention, model, opt, batches, splits, data
     epochs = max_iters * tokens / train_loader.n_tokens
     n_params = model.get_num_params(False)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = f', {n_trainable:,} of them trained' if n_trainable < n_params else ''
     schedule = settings['lr_schedule'] if settings['decay_lr'] else 'constant'
     memory_here = total_memory(device) / GIB
     resumed = f' from {iter_num} on' if iter_num else ''
@@ -95,7 +96,7 @@ def startup_report(settings, costs, attention, model, opt, batches, splits, data
     if parallel.n_replicas > 1:
         processes += f' in groups of {parallel.shard_size}'
     summary = {
-        'model': f'{n_params:,} parameters: {c.n_layer} layers, width {c.n_embd}, context '
+        'model': f'{n_params:,} parameters{trained}: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
         'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
                 f"{tokenizer.name if tokenizer else 'unknown'}{read}{packed_text(train_loader)}",
@@ -181,8 +182,8 @@ def architecture_line(c, flex):
 
 
 def flops_line(model):
-    parts = model.flops_by_part()
-    each = ', '.join(f'{part} {3 * n / 1e9:.4g}' for part, n in parts.items())
+    parts, to_train = model.flops_by_part(), model.flops_by_part(training=True)
+    each = ', '.join(f'{part} {n / 1e9:.4g}' for part, n in to_train.items())
     ratio = (parts['attention projections'] + parts['attention scores']) / parts['ffn']
     return (f'{model.flops_per_token() / 1e9:.4g} GFLOP to train, attention in full ({each}); '
             f'{model.flops_per_token(causal=True) / 1e9:.4g} causal (half of the scores); '
@@ -196,8 +197,7 @@ def memory_line(estimate, compiled):
     return f"about {estimate['peak'] / GIB:.2f} GiB per device estimated: {parts}{note}"
 
 
-def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype, parallel,
-                    console):
+def estimate_memory(model, loss, batches, name, opt, state_tensors, dtype, parallel, console):
     """
     Estimate the memory of a step, with state_tensors and, on a CPU, the rest of the process,
     because memory() counts all of it. If the step cannot be run without data, print a NOTE and use
@@ -205,9 +205,9 @@ def estimate_memory(model_config, loss, batches, name, opt, state_tensors, dtype
     """
     device, present = parallel.device, memory(parallel.device)
     try:
-        estimate = memory_estimate(model_config, batches.batch_size, dtype, device,
+        estimate = memory_estimate(model.config, batches.batch_size, dtype, device,
                                    batches.per_rank, parallel.mode, parallel.shard_size, name,
-                                   loss)
+                                   loss, getattr(model, 'lora', None))
     except UserError:  # the micro-batch is too large for any machine
         raise
     except Exception as e:  # not everything runs on tensors without data

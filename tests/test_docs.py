@@ -51,6 +51,7 @@ NEEDS = {
     r'model\.onnx': ['onnx', 'onnxscript'],
     r'parquet': ['pyarrow', 'tokenizers'],
     r'--tokenizer=bpe': ['tokenizers'],
+    r'--peft=': ['safetensors'],
 }
 # copies of the quick start's run, which the commands read
 RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
@@ -95,6 +96,7 @@ def add_texts(here, text):
     (here / 'prompts.txt').write_text('def main(\nimport os\n')
     talks = [json.dumps({'instruction': f'{n} + {n}?', 'output': str(2 * n)}) for n in range(40)]
     (here / 'talks.jsonl').write_text('\n'.join(talks))
+    (here / 'lora.py').write_text('lora_rank = 8\n')
     paragraphs = text.split('\n\n')
     lines = '\n'.join(json.dumps({'text': paragraph}) for paragraph in paragraphs)
     (here / 'more.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
@@ -134,6 +136,8 @@ def workspace(tmp_path_factory):
     succeeded(command('train.py', *first_run, sharded, '--out_dir=out', cwd=here, processes=2))
     for name in RUNS:
         shutil.copytree(here / 'out-quick-test', here / name)
+    adapters = '--init_from=out-quick-test', '--lora_rank=2', '--out_dir=out-lora'
+    succeeded(command('train.py', *first_run, *adapters, cwd=here))
     for folder in '../nanoGPT', '.peers/nanoGPT':
         shutil.copy(here / 'model.py', here / folder)
     shutil.copy(here / 'out-first/ckpt.pt', here / 'out-first/ckpt_000500.pt')
