@@ -8,7 +8,7 @@ import torch
 from data.tokenizer import find_tokenizer
 from engine.common import UserError, user_errors
 from engine.huggingface import load_weights
-from model import GPT, cap_logits, softmax_losses
+from model import GPT, cap_logits
 
 
 class Distillation:
@@ -41,20 +41,20 @@ class Distillation:
         return lambda *rows: self.losses(hidden, *rows)
 
     def losses(self, hidden, first, logits, targets, softcap, need_grad):
-        """Return softmax_losses() of the rows from `first` on, mixed with the KL divergence."""
-        learned = logits[:, :len(self.head)]  # without ids that only pad the vocabulary
-        student = self.log_probs(learned, softcap)
-        teacher = self.log_probs(hidden[first:first + len(logits)] @ self.head.T, self.softcap)
-        kl = (teacher.exp() * (teacher - student)).sum(-1, keepdim=True) * (targets >= 0)
-        grad = self.w * self.T * (student.exp() - teacher.exp())
-        if softcap:
-            grad *= 1 - torch.tanh(learned.float() / softcap).square()
-        losses = softmax_losses(logits, targets, softcap, need_grad)
-        if need_grad:  # the logits now hold the gradient of the cross-entropy
-            logits *= 1 - self.w
-            learned += grad
-        return (1 - self.w) * losses + self.w * self.T ** 2 * kl
+        """Return what softmax_losses() does, for the rows from `first` on and the mixed loss."""
+        w, T, n_ids, seen = self.w, self.T, len(self.head), targets >= 0
+        student, targets = capped(logits, softcap), targets.clamp(min=0)
+        teacher = capped(hidden[first:first + len(logits)] @ self.head.T, self.softcap)
+        hard = student.log_softmax(-1)
+        soft, their_soft = (student[:, :n_ids] / T).log_softmax(-1), (teacher / T).log_softmax(-1)
+        kl = (their_soft.exp() * (their_soft - soft)).sum(-1, keepdim=True)
+        if need_grad:
+            one_hot = torch.zeros_like(hard).scatter_(1, targets, 1.0)
+            grad = (1 - w) * (hard.exp() - one_hot)
+            grad[:, :n_ids] += w * T * (soft.exp() - their_soft.exp())
+            logits.copy_(grad * (1 - (student / softcap).square()) if softcap else grad)
+        return ((w - 1) * hard.gather(1, targets) + w * T ** 2 * kl) * seen
 
-    def log_probs(self, logits, softcap):
-        capped = cap_logits(logits.float(), softcap) if softcap else logits.float()
-        return torch.log_softmax(capped / self.T, dim=-1)
+
+def capped(logits, softcap):
+    return cap_logits(logits.float(), softcap) if softcap else logits.float()

@@ -1,4 +1,7 @@
 """Distillation: the loss, the teachers that fit, and runs with one: python -m pytest tests/test_distill.py"""
+import ast
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,6 +20,8 @@ from conftest import (
     train,
     train_mode,
 )
+from data.chat import CHATML, conversation_ids, messages_of, with_separator
+from data.chat_pystdlib.prepare import LONGEST, questions
 from data.tokenizer import get_tokenizer
 from engine.checks import check_settings
 from engine.common import UserError
@@ -99,6 +104,23 @@ def test_under_bfloat16_autocast_the_loss_is_near_that_of_float32():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.02)
     for grad, expected_grad in zip(torch.autograd.grad(loss, (x, weight)), expected_grads):
         assert (grad - expected_grad).norm() < 0.05 * expected_grad.norm()
+
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
+def test_compiled_it_has_the_same_gradients():
+    """torch.compile of torch 2.13 makes wrong code if softmax_losses() overwrites logits that the KL also reads."""
+    torch.manual_seed(0)
+    x, weight, targets = loss_inputs(N, C, V)
+    teacher, _ = soft_loss()
+
+    def loss(x, hidden):
+        return linear_cross_entropy(x, weight, targets, loss_of_rows=lambda *rows: teacher.losses(hidden, *rows))
+
+    expected = torch.autograd.grad(loss(x, teacher.hidden), (x, weight))
+    found = torch.autograd.grad(torch.compile(loss)(x, teacher.hidden), (x, weight))
+    torch.compiler.reset()
+    for grad, expected_grad in zip(found, expected):
+        close(grad, expected_grad)
 
 
 # the teacher of a run
@@ -203,3 +225,19 @@ def test_every_mode_distils_as_one_process(text_set, finished, tmp_path, mode):
         succeeded(train_mode(name, text_set, tmp_path / name, f'--teacher={finished[0]}', '--max_iters=5'))
     one, other = losses(tmp_path / 'one'), losses(tmp_path / mode)
     assert other == pytest.approx(one, rel=1e-5) and len(one) == 5
+
+
+# the recipe of a chat about signatures
+
+def test_questions_of_the_chat_recipe():
+    """self counts as an argument, a default is another argument's, or a conversation is cut at block_size."""
+    source = "def wrap(self, text, width=70): pass\ndef _hidden(a): pass\ndef any_number(*args): pass"
+    found = [questions('textwrap', f) for f in ast.parse(source).body]
+    shown = 'textwrap.wrap(self, text, width=70)'
+    assert {q.removeprefix(f'{shown}\n'): a for q, a in found[0].items() if 'Argument' not in q} == {
+        'Module?': 'textwrap', 'How many arguments?': '2', 'Default of width?': '70'}
+    assert found[0].items() & {(f'{shown}\nArgument 1?', 'text'), (f'{shown}\nArgument 2?', 'width')}
+    assert found[1:] == [{}, {}]
+    template, _ = with_separator(CHATML, get_tokenizer('byte'))
+    q, a = 'q' * (LONGEST - 9), 'a' * 9
+    assert len(conversation_ids(messages_of({'instruction': q, 'output': a}), get_tokenizer('byte'), template)[0]) <= 129
