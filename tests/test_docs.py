@@ -44,6 +44,7 @@ cells = {name: {key: cells[name][key] for key in cells[name] if key != 'max_iter
 # {pattern: libraries}: without them these commands are skipped
 NEEDS = {
     r'compare\.py|--metrics': ['scipy', 'matplotlib'],
+    r'score\.py': ['scipy'],
     r'--attention=': ['matplotlib'],
     r'--wandb_log': ['wandb'],
     r'--tensorboard_log': ['tensorboard'],
@@ -53,7 +54,7 @@ NEEDS = {
     r'--tokenizer=bpe': ['tokenizers'],
 }
 # copies of the quick start's run, which the commands read
-RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
+RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-chat-pystdlib', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
         '../nanoGPT', '.peers/nanoGPT']
 DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 

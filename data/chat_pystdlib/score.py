@@ -37,8 +37,8 @@ def answers(ckpt, questions):
         longest = max(map(len, prompts))
         padding = torch.tensor([longest - len(ids) for ids in prompts])
         padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
-        rows = model.generate(padded, model.config.block_size - longest, temperature=0,
-                              left_padding=padding)[:, longest:]
+        room = max(1, model.config.block_size - longest)
+        rows = model.generate(padded, room, temperature=0, left_padding=padding)[:, longest:]
         found += [tokenizer.decode(ids).split(stop)[0] for ids in rows.tolist()]
     return found
 
