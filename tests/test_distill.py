@@ -240,4 +240,5 @@ def test_questions_of_the_chat_recipe():
     assert found[1:] == [{}, {}]
     template, _ = with_separator(CHATML, get_tokenizer('byte'))
     q, a = 'q' * (LONGEST - 9), 'a' * 9
-    assert len(conversation_ids(messages_of({'instruction': q, 'output': a}), get_tokenizer('byte'), template)[0]) <= 129
+    messages = messages_of({'instruction': q, 'output': a})
+    assert len(conversation_ids(messages, get_tokenizer('byte'), template)[0]) <= 129

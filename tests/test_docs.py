@@ -54,16 +54,17 @@ NEEDS = {
     r'--tokenizer=bpe': ['tokenizers'],
 }
 # copies of the quick start's run, which the commands read
-RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-chat-pystdlib', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
-        '../nanoGPT', '.peers/nanoGPT']
+RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-chat-pystdlib', 'out-first', 'OUT_DIR',
+        'gpt2', 'gpt2-xl', '../nanoGPT', '.peers/nanoGPT']
 DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 
 
 def code(page):
     """Yield the lines of a page's shell blocks, then its code spans. A backslash continues a line."""
     text = page.read_text()
-    for block in re.findall(r'^```(?:sh)?\n(.*?)^```', text, re.M | re.S):
-        yield from block.replace('\\\n', ' ').splitlines()
+    for language, block in re.findall(r'^```(\w*)\n(.*?)^```', text, re.M | re.S):
+        if language in ('', 'sh'):
+            yield from block.replace('\\\n', ' ').splitlines()
     yield from re.findall(r'`([^`\n]+)`', text)
 
 
