@@ -702,7 +702,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     The softmax is in float32, on `softmax_rows` rows at a time.
 
     x (N, C), weight (V, C), targets (N,) -> scalar float32. reduction='none' returns the (N,)
-    losses, 0 where ignored, and has no gradients.
+    losses, 0 where ignored, and has no gradients. loss_of_rows(first row, ...) replaces
+    softmax_losses(...), as in engine/distill.py.
 
     F.linear_cross_entropy of newer torch is not used, because its chunked path ignores autocast,
     breaks torch.compile's graph, is invisible to FlopCounterMode, and was several times slower than
@@ -710,15 +711,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, chunk, softmax_rows, need_grad,
-                reduction='mean'):
+                reduction='mean', loss_of_rows=None):
         w, dw = weight.to(dtype), None
         dx = torch.empty_like(x) if need_grad else None
         loss, losses = torch.zeros((), dtype=torch.float32, device=x.device), []
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             logits = rows @ w.T  # (chunk, V)
-            for logits_rows, t_rows in zip(logits.split(softmax_rows), t.split(softmax_rows)):
-                row_losses = softmax_losses(logits_rows, t_rows, softcap, need_grad)
+            firsts = range(i, x.size(0), softmax_rows)
+            for first, *part in zip(firsts, logits.split(softmax_rows), t.split(softmax_rows)):
+                if loss_of_rows is None:
+                    row_losses = softmax_losses(*part, softcap, need_grad)
+                else:
+                    row_losses = loss_of_rows(first, *part, softcap, need_grad)
                 loss += row_losses.sum()
                 if reduction == 'none':
                     losses.append(row_losses[:, 0])
@@ -743,10 +748,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         # a (1, 1) tensor, because a 0-dim float32 would not promote dw's dtype
         grad = (grad / count).view(1, 1)
         dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
-        return (dx * grad).to(dx.dtype), dw, *[None] * 7
+        return (dx * grad).to(dx.dtype), dw, *[None] * 8
 
 
-def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
+def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean', loss_of_rows=None):
     """
     Apply LinearCrossEntropy to x (N, C), weight (V, C), targets (N,) in autocast's dtype. Return a
     scalar in nats per token or, with reduction='none' inside torch.no_grad(), (N,) losses.
@@ -768,7 +773,8 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean'):
             f"reduction={reduction!r}, but it must be 'mean', or 'none' inside torch.no_grad()")
     with no_autocast:
         return LinearCrossEntropy.apply(
-            x, weight, targets, softcap, dtype, chunk, softmax_rows, need_grad, reduction)
+            x, weight, targets, softcap, dtype, chunk, softmax_rows, need_grad, reduction,
+            loss_of_rows)
 
 
 # the model
@@ -824,7 +830,7 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None, all_logits=False, reduction='mean',
-                left_padding=None):
+                left_padding=None, loss_of_rows=None):
         """
         idx (B, T) int64 -> (logits, loss). Raise ValueError if idx and the cache together are
         longer than block_size.
@@ -837,6 +843,7 @@ class GPT(nn.Module):
         matmul with the head. All logits are after the softcap. reduction='none', only inside
         torch.no_grad(): the loss is per token, (B, T), 0 where ignored. cache is a list from
         new_cache(); idx continues it. The first left_padding (B,) ids of each row are ignored.
+        loss_of_rows changes the loss: see LinearCrossEntropy.
         """
         B, T = idx.size()
         start = cache[0].length if cache else 0
@@ -867,7 +874,8 @@ class GPT(nn.Module):
         softcap = self.config.logit_softcap
         if targets is not None:
             loss = linear_cross_entropy(
-                x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), softcap, reduction)
+                x.reshape(B * T, -1), self.lm_head.weight, targets.reshape(-1), softcap, reduction,
+                loss_of_rows)
             loss = loss.view(B, T) if reduction == 'none' else loss
         if targets is None or all_logits:
             logits = self.lm_head(x if all_logits else x[:, [-1], :])

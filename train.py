@@ -39,12 +39,13 @@ from configurator import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Share,
     Size,
     configure,
 )
 from data.chat import end_of_turn
 from data.loader import MicroBatches, find_datasets
-from engine import lora, machine, optim, report, start
+from engine import distill, lora, machine, optim, report, start
 from engine.attention_kernel import choose_attention
 from engine.batch_size import auto_batch_size
 from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
@@ -92,6 +93,10 @@ doc_mask = False  # attention stays within a document; an end-of-text token star
 gradient_accumulation_steps: PositiveInt = 5 * 8  # micro-batches per iteration, over all processes
 batch_size: PositiveInt | Literal['auto'] = 12  # sequences per micro-batch; auto: as many as fit
 block_size: Size = 1024  # tokens per sequence, the context length
+# distillation: the loss is (1 - w) cross-entropy + w T^2 KL(teacher || model)
+teacher = ''  # a run, a checkpoint, a Hugging Face folder or hub id, same tokenizer; '': none
+distill_weight: Share = 0.5  # w
+distill_temperature: PositiveFloat = 2.0  # T, which divides both models' logits for the KL
 # model: keys that are None come from arch_preset
 arch_preset = 'custom'  # gpt2, llama (or team), hybrid, modern, or custom: nanoGPT's mix
 n_layer: Layers = 12  # blocks
@@ -167,7 +172,8 @@ def training_loss(model, X, Y):
     report the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price
     of another matmul with the head and of (B, T, V) floats.
     """
-    return model(X, Y)[1]
+    loss_of_rows = distillation.loss_of_rows(X) if distillation else None
+    return model(X, Y, loss_of_rows=loss_of_rows)[1]
 
 
 # set-up: processes and device
@@ -266,6 +272,8 @@ if loaded is not None:
     if 'compile' not in given and is_ours(loaded):  # the same kernels give the same numbers
         compile = loaded['config'].get('compile', compile)
 del loaded  # free its memory
+distillation = None if eval_only or not teacher else distill.Distillation(
+    config, model_config, tokenizer, device)
 
 # set-up: batches, and the prompt of the samples
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
@@ -275,8 +283,8 @@ if sample_interval and tokenizer:
     end = end_of_turn(meta['chat_template']) if 'chat_template' in meta else None
 
 # set-up: what it will cost
-costs = measure_costs(config, given, raw_model, training_loss, opt, state_tensors, batches, splits,
-                      state.iter_num, compile, parallel, console)
+costs = measure_costs(config, given, raw_model, training_loss, distillation, opt,
+                      state_tensors, batches, splits, state.iter_num, compile, parallel, console)
 compiled = config['compile'] = costs.compiled
 attention = choose_attention(model_config, batches.batch_size, dtype, parallel)
 summary, details = startup_report(config, costs, attention, raw_model, opt, batches, splits,

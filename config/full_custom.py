@@ -44,6 +44,11 @@ doc_mask = False  # True: attention never crosses the end of a document; slower
 batch_size = 8  # sequences per micro-batch: as many as fit
 gradient_accumulation_steps = 8  # micro-batches per iteration, over all processes
 
+# --- distillation: the training loss is (1 - w) cross-entropy + w T^2 KL(teacher || model)
+teacher = ''  # a run's out_dir, a checkpoint, a Hugging Face folder or id, same tokenizer; '': none
+distill_weight = 0.5  # w, above 0 and at most 1
+distill_temperature = 2.0  # T, which divides both models' logits for the KL
+
 # --- optimizer
 optimizer = 'adamw'  # adamw | muon | normuon (for the blocks' matrices, AdamW for the rest)
 muon_learning_rate = 0.02  # Muon's peak: spectral norm of a step (x sqrt(rows / columns) if tall)

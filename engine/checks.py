@@ -47,6 +47,8 @@ def check_start(config):
         raise UserError(no_checkpoint(config['out_dir']))
     if init_from not in ('scratch', 'resume', 'auto'):
         check_weights_exist(init_from)
+    if config['teacher']:
+        check_weights_exist(config['teacher'])
 
 
 def check_length(config, given):
@@ -95,6 +97,8 @@ def notes(config, given, parallel):
          'without --attention_backend=chunked'),
         ('muon_learning_rate', not has_muon, 'without --optimizer=muon or normuon'),
         ('muon_momentum', not has_muon, 'without --optimizer=muon or normuon'),
+        ('distill_weight', not config['teacher'], 'without --teacher=DIR'),
+        ('distill_temperature', not config['teacher'], 'without --teacher=DIR'),
         ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),
         ('restart_iters', schedule != 'sgdr', 'without --lr_schedule=sgdr'),
         ('restart_mult', schedule != 'sgdr', 'without --lr_schedule=sgdr'),

@@ -73,8 +73,8 @@ def check_weights_exist(name):
     if is_pretrained(name):
         return
     if not os.path.exists(name):
-        raise UserError(f"no checkpoint at '{name}', and it is neither 'resume', a Hugging Face "
-                        'folder nor a hub id such as gpt2')
+        raise UserError(f"no checkpoint at '{name}', and it is neither a Hugging Face folder nor a "
+                        'hub id such as gpt2')
     if os.path.isdir(name) and not is_sharded(name) and not checkpoints_in(name):
         raise UserError(no_checkpoint(os.path.join(name, 'ckpt.pt')))
 

@@ -39,8 +39,8 @@ class Costs:
                     memory_estimate=self.estimate, torch_version=str(torch.__version__))
 
 
-def measure_costs(settings, given, model, loss, opt, state_tensors, batches, splits, iter_num,
-                  compile, parallel, console):
+def measure_costs(settings, given, model, loss, distillation, opt, state_tensors, batches, splits,
+                  iter_num, compile, parallel, console):
     """
     Estimate the Costs of the rest of a run, the same on all processes. Measure the peak if it is
     unknown.
@@ -53,7 +53,10 @@ def measure_costs(settings, given, model, loss, opt, state_tensors, batches, spl
     if not peak:
         peak, peak_source = peak_flops(device, dtype)
     peak = parallel.mean(peak)  # all processes must decide alike
-    block_size, flops_per_token = model.config.block_size, model.flops_per_token()
+    block_size = model.config.block_size
+    flops_per_token = model.flops_per_token()
+    if distillation:
+        flops_per_token += distillation.flops_per_token
     tokens_per_iter = batches.accumulation_steps * batches.batch_size * block_size
     iters_left = 0 if settings['eval_only'] else settings['max_iters'] - iter_num
     evaluations = iters_left // settings['eval_interval'] + 1

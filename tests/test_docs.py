@@ -44,6 +44,7 @@ cells = {name: {key: cells[name][key] for key in cells[name] if key != 'max_iter
 # {pattern: libraries}: without them these commands are skipped
 NEEDS = {
     r'compare\.py|--metrics': ['scipy', 'matplotlib'],
+    r'score\.py': ['scipy'],
     r'--attention=': ['matplotlib'],
     r'--wandb_log': ['wandb'],
     r'--tensorboard_log': ['tensorboard'],
@@ -54,16 +55,17 @@ NEEDS = {
     r'--peft=': ['safetensors'],
 }
 # copies of the quick start's run, which the commands read
-RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-first', 'OUT_DIR', 'gpt2', 'gpt2-xl',
-        '../nanoGPT', '.peers/nanoGPT']
+RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-chat-pystdlib', 'out-first', 'OUT_DIR',
+        'gpt2', 'gpt2-xl', '../nanoGPT', '.peers/nanoGPT']
 DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 
 
 def code(page):
     """Yield the lines of a page's shell blocks, then its code spans. A backslash continues a line."""
     text = page.read_text()
-    for block in re.findall(r'^```(?:sh)?\n(.*?)^```', text, re.M | re.S):
-        yield from block.replace('\\\n', ' ').splitlines()
+    for language, block in re.findall(r'^```(\w*)\n(.*?)^```', text, re.M | re.S):
+        if language in ('', 'sh'):
+            yield from block.replace('\\\n', ' ').splitlines()
     yield from re.findall(r'`([^`\n]+)`', text)
 
 

@@ -47,7 +47,7 @@ def test_a_folder_of_text_is_answered_with_the_command_that_prepares_it(tmp_path
 
 
 @pytest.mark.parametrize('init_from, message', [
-    ('out-typo', "no checkpoint at 'out-typo', and it is neither 'resume'"),
+    ('out-typo', "no checkpoint at 'out-typo', and it is neither a Hugging Face folder"),
     ('notes', "no checkpoint at 'notes/ckpt.pt', and none in the folders here"),
 ])
 def test_missing_weights_are_said_before_the_data_is_prepared(tmp_path, monkeypatch, init_from, message):

@@ -1,0 +1,68 @@
+"""Questions about signatures in the Python standard library, as a chat, without a download.
+
+    python data/chat_pystdlib/prepare.py [--out_dir=DIR]
+
+Functions whose crc32(name) % 10 == 0 are val, wherever they occur.
+"""
+import ast
+import json
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
+
+from data.chat import CHATML, with_separator
+from data.documents import find_sources
+from data.preparation import Preparation
+from data.pystdlib.prepare import sources
+from data.source import small_parser
+from data.tokenizer import get_tokenizer
+
+download_mb = 0
+vocab_size = 256
+LONGEST = 66  # bytes of a question and its answer; with ChatML they fit into 128 ids
+
+
+def questions(module, f):
+    """Return {question: answer} about an ast.FunctionDef."""
+    names = [arg.arg for arg in f.args.args if arg.arg not in ('self', 'cls')]
+    if f.name.startswith('_') or not names or f.args.vararg or f.args.kwarg or f.args.kwonlyargs:
+        return {}
+    shown = f'{module}.{f.name}({ast.unparse(f.args)})'
+    i = zlib.crc32(shown.encode()) % len(names)
+    found = {f'{shown}\nModule?': module, f'{shown}\nArgument {i + 1}?': names[i],
+             f'{shown}\nHow many arguments?': str(len(names))}
+    for default in f.args.defaults[-1:]:
+        found[f'{shown}\nDefault of {names[-1]}?'] = ast.unparse(default)
+    return {q: a for q, a in found.items() if len((q + a).encode()) <= LONGEST}
+
+
+def conversations():
+    """Return {'train': {question: answer}, 'val': ...} about all functions."""
+    found = {'train': {}, 'val': {}}
+    for path, source in sources(Path(sysconfig.get_path('stdlib')))[0]:
+        module = path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+        for f in ast.walk(ast.parse(source)):
+            if isinstance(f, ast.FunctionDef):
+                split = 'train' if zlib.crc32(f.name.encode()) % 10 else 'val'
+                found[split] |= questions(module, f)
+    return found
+
+
+def prepare(out_dir):
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files, tokenizer = [], get_tokenizer('byte')
+    for split, pairs in conversations().items():
+        path = out_dir / f'{split}.jsonl'
+        lines = [json.dumps({'instruction': q, 'output': a}) for q, a in pairs.items()]
+        path.write_text('\n'.join(lines), encoding='utf-8')
+        files += find_sources([path], split)
+    template, separator = with_separator(CHATML, tokenizer)
+    chat = {'chat_template': template, 'chat_separator': separator}
+    Preparation(files, out_dir, tokenizer, tokens_per_shard=2**62, chat=chat).run(overwrite=True)
+
+
+if __name__ == '__main__':
+    prepare(**vars(small_parser(__file__, __doc__, takes_input=False).parse_args()))
