@@ -279,11 +279,14 @@ def draw(prompt):
 
 def ask():
     """Answer one prompt after another. A mistake in one does not end the session."""
-    messages = []
+    messages = []  # of a chat
     while True:
         try:
             text = input('\n> ')
-            reply(messages, text) if chat else print_samples([text])
+            if chat:
+                reply(messages, text)
+            else:
+                print_samples([text])
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as e:
@@ -292,18 +295,17 @@ def ask():
 
 def reply(messages, text):
     """
-    Add a message of the user and the model's reply. The oldest turns are forgotten when the
-    conversation no longer fits into block_size.
+    Print the reply to a text of the user, and add both to the messages. The oldest turns are
+    forgotten when the conversation no longer fits into block_size.
     """
-    block_size = model.config.block_size
     turn = [{'role': 'user', 'content': text}]
-    room = block_size - min(max_new_tokens, block_size // 2)
+    n_tokens = min(max_new_tokens, model.config.block_size // 2)
+    room = model.config.block_size - n_tokens
     while len(ids := reply_prompt(messages + turn, tokenizer, template)) > room:
         if not messages:
             raise UserError(f'the message has {len(ids)} tokens with the template around it, and '
                             f'block_size leaves room for {room} before the reply: shorten it')
         del messages[:2]
-    n_tokens = min(max_new_tokens, block_size - len(ids))
     sample = Continuation(tokenizer, n_tokens, ends, [*stop_strings, end_of_turn(template)])
     for piece in stream_text([ids], [sample]):
         say(piece, end='')
@@ -324,6 +326,7 @@ with reader_may_exit():
         say(f'http://{host}:{serve} is a page, and http://{host}:{serve}/v1 the base_url of '
             "OpenAI's clients; Ctrl-C ends the server", file=sys.stderr)
         name = out_dir if init_from == 'resume' else init_from
+        config['stop_strings'] = stop_strings
         Server(name, model, tokenizer, template, ends, config).run(listener)
     else:
         print_samples(starts)

@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic import AliasChoices, BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from data.chat import conversation_ids, end_of_turn, reply_prompt
+from data.chat import end_of_turn, reply_prompt
 from data.tokenizer import prompt_ids
 from engine.attention_map import attention_weights, draw_attention
 from engine.batching import Batcher, Request
@@ -90,7 +90,7 @@ class Server:
     def make_request(self, body):
         """Return the Request of a Body. Raise UserError if it cannot be served."""
         default, block_size = self.settings, self.model.config.block_size
-        ids, least = self.ids_of(body), body.max_tokens or 1
+        ids, least = self.ids_of(body), body.max_tokens or 1  # tokens of the reply
         if len(ids) + least > block_size:
             raise UserError(f'a prompt of {len(ids)} tokens and max_tokens={least} exceed '
                             f'block_size={block_size}')
@@ -106,15 +106,16 @@ class Server:
         reply = Continuation(self.tokenizer, n_tokens, self.ends, [text for text in stop if text])
         return Request(ids, reply, top_k=default['top_k'] or None, **sampling)
 
-    def ids_of(self, body, reply=True):
-        """Return the ids of a prompt or of messages; with `reply`, a reply can follow them."""
+    def ids_of(self, body):
+        """Return the ids of a prompt, or of messages and the beginning of a reply."""
         if not body.messages:
             return prompt_ids(body.prompt, self.tokenizer, self.model.config.vocab_size)
         if self.template is None:
             raise UserError('the model was not trained on conversations: use /v1/completions')
-        if reply:
+        try:
             return reply_prompt(body.messages, self.tokenizer, self.template)
-        return conversation_ids(body.messages, self.tokenizer, self.template)[0].tolist()
+        except UserError as e:
+            raise UserError(f'the conversation {e}') from None
 
     async def pieces(self, request, http):
         """Yield the text of a request as it grows, until it ends or the client has left."""
@@ -137,7 +138,7 @@ class Server:
 
     async def draw(self, body):
         """Return a picture of each head's attention in a text."""
-        ids = self.ids_of(body, reply=False)[-min(MAP_TOKENS, self.model.config.block_size):]
+        ids = self.ids_of(body)[-min(MAP_TOKENS, self.model.config.block_size):]
         idx = torch.tensor([ids], device=next(self.model.parameters()).device)
         layers = await self.batcher.call(attention_weights, self.model, idx)
         maps, tokens = torch.cat(layers).cpu().numpy(), [self.tokenizer.decode([i]) for i in ids]
@@ -185,11 +186,12 @@ def error_body(status, message):
 
 def refuse(http, error):
     """Return the response to an exception, in OpenAI's shape."""
-    status, message = getattr(error, 'status_code', 400), getattr(error, 'detail', str(error))
     if isinstance(error, RequestValidationError):
         mistake = error.errors()[0]
-        message = f"{'.'.join(map(str, mistake['loc'][1:]))}: {mistake['msg']}"
-    return JSONResponse(error_body(status, message), status)
+        place = '.'.join(map(str, mistake['loc'][1:]))
+        return JSONResponse(error_body(400, f"{place}: {mistake['msg']}"), 400)
+    status = getattr(error, 'status_code', 400)
+    return JSONResponse(error_body(status, getattr(error, 'detail', str(error))), status)
 
 
 def make_app(server):
@@ -206,9 +208,10 @@ def make_app(server):
     @app.get('/v1/models')
     def models():
         model = {'id': server.name, 'object': 'model', 'created': 0, 'owned_by': 'plainGPT'}
-        for_page = {'chat': server.template is not None,
-                    'temperature': server.settings['temperature'],
-                    'top_p': server.settings['top_p']}
+        settings, block_size = server.settings, server.model.config.block_size
+        for_page = {'chat': server.template is not None, 'temperature': settings['temperature'],
+                    'top_p': settings['top_p'],
+                    'max_tokens': min(settings['max_new_tokens'], block_size // 2)}
         return {'object': 'list', 'data': [model | for_page]}
 
     @app.post('/v1/completions')

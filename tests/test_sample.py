@@ -405,7 +405,12 @@ def test_attention_is_drawn_for_each_head(long_context, tmp_path, prompt, legibl
 
 # mistakes
 
-@pytest.mark.parametrize('library, flag', [('matplotlib', '--attention=map.png'), ('scipy', '--metrics=True')])
+@pytest.mark.parametrize('library, flag', [
+    ('matplotlib', '--attention=map.png'),
+    ('scipy', '--metrics=True'),
+    ('fastapi', '--serve=8000'),
+    ('uvicorn', '--serve=8000'),
+])
 def test_a_missing_library_is_one_line(finished, library, flag):
     refused(command('sample.py', f'--out_dir={finished[0]}', flag, before=missing(library)), f'pip install {library}')
 

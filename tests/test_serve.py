@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT, command, one_line, refused
-from data.chat import CHATML, conversation_ids, end_of_turn, reply_prompt, with_separator
+from data.chat import CHATML, end_of_turn, reply_prompt, with_separator
 from data.tokenizer import get_tokenizer
 from engine.attention_map import attention_weights
 from engine.batching import Batcher, Request
@@ -275,8 +275,8 @@ def test_the_map_is_of_the_text(server, monkeypatch):
         assert answer.status_code == 200 and answer.headers['content-type'] == 'image/png'
     expected = torch.cat(attention_weights(server.model, torch.tensor([list(b'Faust')])))
     assert drawn[0][1] == list('Faust') and torch.allclose(torch.tensor(drawn[0][0]), expected)
-    text = bytes(conversation_ids(messages, BYTE, server.template)[0].tolist()).decode()
-    assert ''.join(drawn[1][1]) == text and text.endswith('Goethe<|im_end|>\n')
+    assert ''.join(drawn[1][1]).endswith('Faust?<|im_end|>\n<|im_start|>assistant\nGoethe<|im_end|>\n'
+                                         '<|im_start|>assistant\n')
 
 
 def test_sample_py_serves_until_ctrl_c(finished):
