@@ -53,14 +53,14 @@ out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as ou
 init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
 prompts = ''  # instead of start: a file with one prompt per line, all continued in one batch
-num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts and interactive: 1
+num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts, interactive, beams: 1
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
 top_p: Share = 1.0  # draw from the likeliest tokens that reach this probability; 1.0: all
 min_p: Fraction = 0.0  # drop tokens below this share of the likeliest one's probability
 repetition_penalty: PositiveFloat = 1.0  # above 1.0: tokens that have occurred become less likely
-num_beams: PositiveInt = 1  # above 1: beam search of this width; its num_samples best, default 1
+num_beams: PositiveInt = 1  # above 1: beam search of this width, which draws nothing
 length_penalty: NonNegativeFloat = 1.0  # of beams: higher favours longer ones; see docs/generate.md
 tokenizer = ''  # instead of the checkpoint's: gpt2, byte, a tokenizer.json, a data set's folder
 stop = True  # end a sample where the model says end of text
@@ -121,7 +121,7 @@ if serve:
 if isinstance(stop_strings, str):
     stop_strings = [stop_strings]
 stop_strings = [text for text in map(str, stop_strings) if text]
-if (prompts or interactive or num_beams > 1) and 'num_samples' not in given:
+if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
 if 1 < num_beams < num_samples:
     raise UserError(f'--num_beams={num_beams} finds {num_beams} samples, so --num_samples must be '
@@ -170,7 +170,7 @@ if tokenizer is None:
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
-rows = max_batch if serve else 1 if chat else max(num_beams, num_samples * len(starts))
+rows = max_batch if serve else max(num_beams, num_samples * len(starts))
 weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows)
 ends = {tokenizer.eot} - {None} if stop else set()  # ids that end a sample
 template = ckpt.get('chat_template')
