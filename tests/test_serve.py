@@ -157,7 +157,7 @@ def test_fifty_clients_at_once_get_their_own_text(server):
 @pytest.mark.parametrize('fails, words', [
     (lambda *args, **kwargs: 1 / 0, 'division by zero'),
     (lambda *args, **kwargs: (torch.full((1, 1, 256), math.nan), None), 'logits of the model are not finite'),
-], ids=str)
+], ids=['error', 'NaN'])
 def test_an_error_ends_its_requests_and_not_the_server(server, monkeypatch, fails, words, stream):
     """The batch's thread died, and all later requests waited for ever; or NaN became a token."""
     def ask(**options):
