@@ -1090,13 +1090,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-               stop=None, use_cache=True, slide=1, left_padding=None):
+               stop=None, use_cache=True, slide=1, left_padding=None, min_p=0.0,
+               repetition_penalty=1.0):
         """
         Yield (B,) int64 ids that continue idx (B, T). temperature 0 is greedy. top_k keeps the k
         likeliest tokens. top_p keeps the fewest likeliest tokens whose probabilities add up to it.
-        seed makes the draws of the batch repeatable. After a row draws `stop` it only repeats it;
-        the stream ends when all rows have stopped. Padding ids are never drawn. left_padding (B,)
-        ids, of any value, precede shorter prompts. Raise ValueError if an argument is out of range.
+        min_p drops tokens below this share of the likeliest one's probability. seed makes the draws
+        of the batch repeatable. After a row draws `stop` it only repeats it; the stream ends when
+        all rows have stopped. Padding ids are never drawn. left_padding (B,) ids, of any value,
+        precede shorter prompts. Raise ValueError if an argument is out of range.
 
         Past block_size the model sees only the last block_size tokens, at positions from 0, as in
         nanoGPT. Every position then changes with each token, so the cache is useless and each token
@@ -1112,11 +1114,15 @@ class GPT(nn.Module):
         require_range('temperature', temperature, divides_logits(temperature))
         require_range('top_k', top_k, top_k is None or top_k > 0)
         require_range('top_p', top_p, top_p is None or 0 < top_p <= 1)
+        require_range('min_p', min_p, 0 <= min_p < 1)
+        require_range('repetition_penalty', repetition_penalty, repetition_penalty > 0)
         require_range('slide', slide, 1 <= slide <= block_size)
         pads = [0] * B if left_padding is None else left_padding.tolist()
         require_range('left_padding', pads, len(pads) == B and all(0 <= pad < T for pad in pads))
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
+        for row, pad in zip(tokens, pads):
+            row[:pad] = row[pad]  # an id of the prompt, so that padding penalizes no other
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
         cache = self.new_cache(B, min(block_size, T + max_new_tokens)) if use_cache else None
         was_training, previous = self.training, None
@@ -1135,8 +1141,9 @@ class GPT(nn.Module):
                         layer.length = 0
                 # .forward, because a compiled __call__ would recompile for each shape
                 logits, _ = self.forward(context, cache=cache, left_padding=padding)
-                logits = logits[:, -1, :n_ids].float()
-                token = sample_token(logits, temperature, top_k, top_p, generator)
+                logits = logits[:, -1].float()
+                logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)[:, :n_ids]
+                token = sample_token(logits, temperature, top_k, top_p, generator, min_p)
                 if stop is not None:
                     token = token.masked_fill(done, stop)
                     done |= token == stop
@@ -1153,7 +1160,16 @@ class GPT(nn.Module):
         return torch.cat((idx, torch.stack(steps, dim=1)), dim=1) if steps else idx
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def penalize_repetition(logits, tokens, penalty):
+    """
+    Make the ids in tokens (B, T) less likely to come again: divide positive logits (B, V) by the
+    penalty and multiply negative ones by it. https://arxiv.org/abs/1909.05858
+    """
+    seen = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=0.0):
     """Draw one id per row from logits (B, V) float32. Return (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -1167,6 +1183,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         drop = probs.cumsum(-1) - probs >= top_p
         drop = torch.zeros_like(drop).scatter(1, order, drop)  # undo the sort
         logits = logits.masked_fill(drop, float('-inf'))
+    if min_p:
+        least = logits.amax(-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < least, float('-inf'))
     drawn = torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator)
     if ids is not None:
         drawn = ids.gather(1, drawn)

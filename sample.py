@@ -5,23 +5,41 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out --start="def main(" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --out_dir=out --prompts=prompts.txt    # one per line, continued together
+    python sample.py --out_dir=out --prompts=prompts.txt --json=True    # a line of JSON per sample
+    python sample.py --out_dir=out --num_beams=4 --max_new_tokens=50    # beam search
     python sample.py --out_dir=out --interactive=True
+    python sample.py --out_dir=out --chat=True              # talk to a model of conversations
+    python sample.py --out_dir=out --serve=8000             # for a browser and OpenAI's clients
     python sample.py --init_from=gpt2
     python sample.py --out_dir=out --metrics=True           # compare samples with real text
     python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
-import codecs
 import itertools
+import socket
 import sys
+from json import dumps
 from typing import Literal
 
 import torch
 
-from configurator import LogitScale, NonNegativeInt, PositiveInt, Seed, Share, configure
+from configurator import (
+    Fraction,
+    LogitScale,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Share,
+    configure,
+)
+from data.chat import end_of_turn, reply_prompt
 from data.tokenizer import Ids, find_tokenizer, prompt_ids, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
+from engine.beam import beam_search
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, optional, printable, reader_may_exit, user_errors
+from engine.continuation import Continuation
 from engine.cost import check_sampling_fits
 from engine.fast_linear import prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
@@ -35,16 +53,23 @@ out_dir = 'out'  # a run's folder (its ckpt.pt), or a checkpoint file such as ou
 init_from = 'resume'  # from out_dir; or another run's, a Hugging Face folder, a hub id such as gpt2
 start = '\n'  # the prompt, or FILE:prompt.txt; <|endoftext|> is that token; empty: only that token
 prompts = ''  # instead of start: a file with one prompt per line, all continued in one batch
-num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts and interactive: 1
+num_samples: PositiveInt = 10  # per prompt, drawn in one batch; prompts, interactive, beams: 1
 max_new_tokens: NonNegativeInt = 500  # tokens per sample
 temperature: LogitScale = 0.8  # 1.0: the model's probabilities; lower: safer; 0: likeliest
 top_k: NonNegativeInt = 200  # draw from this many likeliest tokens; 0: from all
 top_p: Share = 1.0  # draw from the likeliest tokens that reach this probability; 1.0: all
+min_p: Fraction = 0.0  # drop tokens below this share of the likeliest one's probability
+repetition_penalty: PositiveFloat = 1.0  # above 1.0: tokens that have occurred become less likely
+num_beams: PositiveInt = 1  # above 1: beam search of this width, which draws nothing
+length_penalty: NonNegativeFloat = 1.0  # of beams: higher favours longer ones; see docs/generate.md
 tokenizer = ''  # instead of the checkpoint's: gpt2, byte, a tokenizer.json, a data set's folder
 stop = True  # end a sample where the model says end of text
+stop_strings: str | list = ''  # end a sample before this text, or before one of ['this', 'that']
 slide: PositiveInt = 1  # past block_size the window moves this far; 1: as nanoGPT; more: faster
 seed: Seed = 1337  # the same seed, the same text
 interactive = False  # ask for prompt after prompt, until Ctrl-D
+chat = False  # talk turn by turn, until Ctrl-D, to a model trained on conversations
+json = False  # print one line of JSON per sample, for programs
 metrics = False  # also print diversity, repetition, perplexity of samples and val (needs scipy)
 attention = ''  # instead of samples: a file such as map.png for each head's attention to the prompt
 device = 'auto'  # cuda, mps or cpu
@@ -52,25 +77,55 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of weights;
 quantize: Literal['', 'int8'] = ''  # int8: Linears at half the memory of 16 bits
 raw = False  # print control characters, such as a terminal's escapes, instead of escaping them
 compile = False  # nanoGPT's key; does nothing: generation has a KV cache instead
+# server
+serve: NonNegativeInt = 0  # port of a server for browsers and OpenAI's clients; 0: none
+host = '127.0.0.1'  # address to listen on; 0.0.0.0: other machines reach it
+api_key = ''  # the key that clients have to send; empty: none
+max_batch: PositiveInt = 16  # requests that are continued together
+max_queue: NonNegativeInt = 64  # requests that may wait besides; more are refused
+timeout: PositiveFloat = 300.0  # seconds until a request is given up
 config, given = configure(__file__)
 globals().update(config)
 # ------------------------------------------------------------------------------------------------
 
+# {setting: others that it does not go with}
+CONFLICTS = {
+    'serve': 'chat interactive attention prompts start num_samples num_beams json metrics seed',
+    'chat': 'interactive attention prompts start num_samples num_beams json metrics',
+    'interactive': 'attention prompts start',
+    'attention': 'prompts num_beams json metrics',
+    'metrics': 'prompts num_beams json',
+    'prompts': 'start',
+    'num_beams': 'temperature top_k top_p min_p repetition_penalty slide seed',
+}
+changed = {name for name in given if config[name] != given.history[name][0][0]}
+for name, others in CONFLICTS.items():
+    for other in others.split():
+        if {name, other} <= changed:
+            raise UserError(f'--{name} and --{other} do not go together: leave one of them out')
 if metrics and max_new_tokens == 0:
     raise UserError('--metrics needs samples: --max_new_tokens of 1 or more, not 0')
 if attention and not attention.endswith(('.png', '.jpg', '.pdf', '.svg')):
     raise UserError(f"--attention='{attention}' must end in .png, .jpg, .pdf or .svg")
-if attention and (metrics or interactive):
-    raise UserError('--attention draws instead of sampling: leave out --metrics and --interactive')
 if attention:
     optional('matplotlib', '--attention')
 if metrics:
     optional('scipy', '--metrics')
-if prompts and (metrics or interactive or attention or 'start' in given):
-    raise UserError('--prompts continues the lines of a file: leave out --start, --metrics, '
-                    '--attention and --interactive')
-if (prompts or interactive) and 'num_samples' not in given:
+if serve:
+    for library in 'fastapi', 'uvicorn':
+        optional(library, '--serve')
+    from engine.serve import Server
+    if serve > 65535:
+        raise UserError(f'--serve={serve} is no port: ports end at 65535')
+    listener = socket.create_server((host, serve))  # finds out early whether the port is in use
+if isinstance(stop_strings, str):
+    stop_strings = [stop_strings]
+stop_strings = [text for text in map(str, stop_strings) if text]
+if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
+if 1 < num_beams < num_samples:
+    raise UserError(f'--num_beams={num_beams} finds {num_beams} samples, so --num_samples must be '
+                    f'at most that, not {num_samples}')
 
 
 def read_prompt_file(path):
@@ -103,6 +158,8 @@ device, _ = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
 with user_errors():
     model = GPT.from_dict(ckpt)
+if not all(p.isfinite().all() for p in model.parameters()):
+    raise UserError(f"{ckpt['path']} has weights that are not finite: take an earlier checkpoint")
 if not tokenizer:
     tokenizer = find_tokenizer(ckpt, model.config.vocab_size)
 if tokenizer is None:
@@ -113,8 +170,13 @@ if tokenizer is None:
 known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
-weights, dtype, trial = prepare_to_generate(
-    model, device, dtype, quantize, rows=num_samples * len(starts))
+rows = max_batch if serve else max(num_beams, num_samples * len(starts))
+weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows)
+ends = {tokenizer.eot} - {None} if stop else set()  # ids that end a sample
+template = ckpt.get('chat_template')
+if chat and template is None:
+    raise UserError(f"{ckpt['path']} has no chat template: make a model that has one by training "
+                    'on a data set of data/prepare.py --chat=FILE.jsonl')
 
 megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
@@ -125,43 +187,71 @@ if trial:
     say(trial, file=sys.stderr)
 
 
-def generate(starts):
+def stream_text(rows, samples):
     """
-    Print num_samples continuations of each prompt, the first one token by token, and the metrics. A
-    character that is cut off at the end is left out.
+    Continue rows of ids, and push their tokens to the samples, which are Continuations. Yield ''
+    when the first token is there, then the first sample's text piece by piece.
     """
-    starts = [prompt for prompt in starts for _ in range(num_samples)]
-    ids = [prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in starts]
-    longest = max(map(len, ids))
-    padding = [longest - len(row) for row in ids]
-    padded = [[0] * n + row for n, row in zip(padding, ids)]
-    eot = tokenizer.eot if stop else None
-    check_sampling_fits(model.config, len(ids), longest, max_new_tokens, device,
+    longest, n_tokens = max(map(len, rows)), samples[0].max_new_tokens
+    padding = [longest - len(row) for row in rows]
+    padded = [[0] * n + row for n, row in zip(padding, rows)]
+    check_sampling_fits(model.config, len(rows), longest, n_tokens, device,
                         model.cache_dtype().itemsize)
-    new_decoder = codecs.getincrementaldecoder('utf-8')
-    steps = model.stream(torch.tensor(padded, device=device), max_new_tokens, temperature,
-                         top_k or None, top_p, seed, eot, slide=slide,
-                         left_padding=torch.tensor(padding))
+    steps = model.stream(torch.tensor(padded, device=device), n_tokens, temperature, top_k or None,
+                         top_p, seed, slide=slide, left_padding=torch.tensor(padding), min_p=min_p,
+                         repetition_penalty=repetition_penalty)
     with user_errors():  # the stream checks its arguments before its first step
         first_step = list(itertools.islice(steps, 1))
-
-    rows = [[] for _ in ids]
-    shown = new_decoder('replace')
-    say(starts[0], end='')
+    yield ''
     for step in itertools.chain(first_step, steps):
-        for row, token in zip(rows, step.tolist()):
-            if not row or row[-1] != eot:
-                row.append(token)
-        if rows[0][-1] != eot:
-            text = shown.decode(tokenizer.decode_bytes(rows[0][-1:]))
-            say(text, end='')
-    print()
-    for prompt, row in zip(starts[1:], rows[1:]):
-        tokens = [token for token in row if token != eot]
-        text = new_decoder('replace').decode(tokenizer.decode_bytes(tokens))
-        say(f'---------------\n{prompt}{text}')
+        pieces = [sample.push(token) for sample, token in zip(samples, step.tolist())]
+        yield pieces[0]
+        if all(sample.finish for sample in samples):
+            return
+
+
+def generate(starts):
+    """Print num_samples continuations of each prompt, the first as it grows, and the metrics."""
+    starts = [prompt for prompt in starts for _ in range(num_samples)]
+    rows = [prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in starts]
+    samples = [Continuation(tokenizer, max_new_tokens, ends, stop_strings) for _ in rows]
+    pieces = stream_text(rows, samples)
+    next(pieces)  # a mistake is found before anything is printed
+    for piece in itertools.chain([starts[0]], pieces, ['\n']):
+        if not json:
+            say(piece, end='')
+    for i, (prompt, sample) in enumerate(zip(starts, samples)):
+        if i or json:
+            write(i, prompt, sample)
     if metrics:
-        print(f'---------------\n{compare_with_real_text(ids[0], rows)}')
+        print(f'---------------\n{compare_with_real_text(rows[0], [s.ids for s in samples])}')
+
+
+def search(starts):
+    """Print the num_samples best continuations of each prompt that beam search finds."""
+    found = []
+    for prompt in starts:
+        ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
+        check_sampling_fits(model.config, 2 * num_beams, len(ids), max_new_tokens, device,
+                            model.cache_dtype().itemsize, 'num_beams or max_new_tokens')
+        beams = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, ends)
+        for score, new_ids in beams[:num_samples]:
+            sample = Continuation(tokenizer, max_new_tokens, ends, stop_strings)
+            for token in new_ids:
+                sample.push(token)
+            found.append((prompt, sample, score))
+    for i, (prompt, sample, score) in enumerate(found):
+        write(i, prompt, sample, score=round(score, 4))
+
+
+def write(i, prompt, sample, **numbers):
+    """Print sample i: as a line of JSON with the numbers, or as text, with dashes in between."""
+    if json:
+        facts = dict(prompt=prompt, text=sample.text, tokens=len(sample.ids),
+                     finish_reason=sample.finish)
+        print(dumps(facts | numbers), flush=True)
+    else:
+        say(('---------------\n' if i else '') + prompt + sample.text)
 
 
 def compare_with_real_text(prompt, rows):
@@ -189,20 +279,54 @@ def draw(prompt):
 
 def ask():
     """Answer one prompt after another. A mistake in one does not end the session."""
+    messages = []  # of a chat
     while True:
         try:
-            generate([input('\n> ')])
+            text = input('\n> ')
+            if chat:
+                reply(messages, text)
+            else:
+                print_samples([text])
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as e:
             say(str(e), file=sys.stderr)
 
 
+def reply(messages, text):
+    """
+    Print the reply to a text of the user, and add both to the messages. The oldest turns are
+    forgotten when the conversation no longer fits into block_size.
+    """
+    turn = [{'role': 'user', 'content': text}]
+    n_tokens = min(max_new_tokens, model.config.block_size // 2)
+    room = model.config.block_size - n_tokens
+    while len(ids := reply_prompt(messages + turn, tokenizer, template)) > room:
+        if not messages:
+            raise UserError(f'the message has {len(ids)} tokens with the template around it, and '
+                            f'block_size leaves room for {room} before the reply: shorten it')
+        del messages[:2]
+    sample = Continuation(tokenizer, n_tokens, ends, [*stop_strings, end_of_turn(template)])
+    for piece in stream_text([ids], [sample]):
+        say(piece, end='')
+    print()
+    messages += turn + [{'role': 'assistant', 'content': sample.text}]
+
+
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
+print_samples = search if num_beams > 1 else generate
 with reader_may_exit():
     if attention:
         draw(starts[0])
-    elif interactive:
+    elif interactive or chat:
         ask()
+    elif serve:
+        check_sampling_fits(model.config, max_batch, model.config.block_size, 0, device,
+                            model.cache_dtype().itemsize, 'max_batch')
+        say(f'http://{host}:{serve} is a page, and http://{host}:{serve}/v1 the base_url of '
+            "OpenAI's clients; Ctrl-C ends the server", file=sys.stderr)
+        name = out_dir if init_from == 'resume' else init_from
+        config['stop_strings'] = stop_strings
+        Server(name, model, tokenizer, template, ends, config).run(listener)
     else:
-        generate(starts)
+        print_samples(starts)

@@ -80,7 +80,8 @@ def cache_bytes(config, length, itemsize):
     return 2 * config.n_layer * config.kv_heads * config.head_dim * length * itemsize
 
 
-def check_sampling_fits(config, n_samples, prompt_tokens, new_tokens, device, itemsize):
+def check_sampling_fits(config, n_samples, prompt_tokens, new_tokens, device, itemsize,
+                        keys='num_samples or max_new_tokens'):
     """
     Raise UserError if the ids, the KV cache and the logits of samples exceed the device's memory.
     """
@@ -88,8 +89,7 @@ def check_sampling_fits(config, n_samples, prompt_tokens, new_tokens, device, it
     cache = cache_bytes(config, min(config.block_size, length), itemsize)
     ids = 2 * 8 * length  # twice, because stream() makes room for the new ones in a copy
     needed = n_samples * (cache + ids + 4 * config.vocab_size)
-    check_memory(needed, device, f'{n_samples:,} samples of up to {length:,} tokens',
-                 'num_samples or max_new_tokens')
+    check_memory(needed, device, f'{n_samples:,} samples of up to {length:,} tokens', keys)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ TEXTS = ['', ' ', 'x', '..', '/', '/dev/null', '/nonexistent/x', 'None', 'a:0.5,
          '%s%n', 'FILE:/dev/null', 'x.pt', 'README.md', '-', '"', "'; ls", '{}', 'pystdlib:2']
 LONG = {'max_iters', 'eval_iters', 'gradient_accumulation_steps', 'num_samples', 'max_new_tokens', 'repeats', 'warmup',
         'prompt_tokens', 'new_tokens', 'accumulation', 'n_layer', 'batch_size', 'block_size', 'search', 'jobs',
-        'max_seconds', 'attention_chunk_size', 'seed'}  # a large legal value takes long, and is no nonsense
-FREE = {'device', 'out_dir', 'init_from', 'dataset', 'start'}  # these have tests of their own values below
+        'max_seconds', 'attention_chunk_size', 'seed', 'num_beams'}  # a large legal value takes long
+FREE = {'device', 'out_dir', 'init_from', 'dataset', 'start', 'serve'}  # these have tests of their own values
 
 
 def is_number(setting):
@@ -49,7 +49,7 @@ def random_flag(rng, block):
     """Return (flag, whether a script must refuse it)."""
     name = rng.choice([name for name in block if name not in LONG or rng.random() < 0.3])
     setting = block[name]
-    if setting.kind is str and not setting.choices():
+    if str in (setting.choices() or [setting.kind]):
         return f'--{name}={rng.choice(TEXTS)}', False
     if is_number(setting) and name not in LONG and rng.random() < 0.5:
         return f'--{name}={rng.choice(NUMBERS)}', False

@@ -1,4 +1,5 @@
 """Text out of a trained model: python -m pytest tests/test_sample.py"""
+import json
 import math
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from conftest import ROOT, checkpoint, command, copy_run, missing, one_line, refused
+from data.chat import CHATML, with_separator
 from data.loader import write_dataset
 from data.tokenizer import get_tokenizer
+from engine.beam import beam_search
 from engine.checkpoint import load_checkpoint
+from engine.continuation import Continuation
 from engine.text_metrics import (
     bleu,
     distinct,
@@ -21,7 +25,7 @@ from engine.text_metrics import (
     real_texts,
     repetition,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, penalize_repetition, sample_token
 from tests.warm import HANGS
 
 SAMPLE = '--device=cpu --dtype=float32 --stop=False --max_new_tokens=50'.split()
@@ -162,6 +166,119 @@ def test_no_output_sends_a_terminals_escapes(finished, tmp_path, flags, library)
     assert r'\x1b' in done.stdout + done.stderr and not control & set(done.stdout + done.stderr)
 
 
+# beams, penalties, stop strings, JSON, chat
+
+@pytest.fixture(scope='module')
+def beside_transformers(tmp_path_factory):
+    """(our model, the same one in transformers), with random weights that are large enough to be decided."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=50, activation='gelu_tanh')
+    model = GPT(GPTConfig(**sizes)).eval()
+    for p in model.parameters():
+        p.data.mul_(8 if p.dim() > 1 else 1)
+    folder = tmp_path_factory.mktemp('beams')
+    model.save_pretrained(folder)
+    return model, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize('num_beams', [2, 5])
+@pytest.mark.parametrize('length_penalty', [-1.0, 0.0, 1.0, 2.0])
+def test_beams_are_those_of_transformers(beside_transformers, num_beams, length_penalty):
+    """A beam that ends too early or too late, hypotheses in another order, a score without its length."""
+    model, theirs = beside_transformers
+    for seed in range(6):
+        prompt = torch.randint(50, (1, 1 + seed), generator=torch.Generator().manual_seed(seed))
+        expected = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_beams=num_beams, num_return_sequences=num_beams,
+            length_penalty=length_penalty, max_new_tokens=20, do_sample=False, eos_token_id=seed, pad_token_id=49,
+            return_dict_in_generate=True, output_scores=True)
+        found = beam_search(model, prompt[0].tolist(), 20, num_beams, length_penalty, {seed})
+        assert len(found) == num_beams
+        for (score, ids), row, value in zip(found, expected.sequences.tolist(), expected.sequences_scores.tolist()):
+            assert row[1 + seed:][:len(ids)] == ids and set(row[1 + seed + len(ids):]) <= {49}
+            assert score == pytest.approx(value, rel=1e-5)
+
+
+def test_one_beam_is_greedy(trained):
+    ids = trained.tokenizer.encode('line 7')
+    [(_, found)] = beam_search(trained.model, ids, 10, 1)
+    assert found == trained.model.generate(torch.tensor([ids]), 10, temperature=0)[0, 6:].tolist()
+
+
+def test_min_p_and_the_penalty_are_those_of_transformers():
+    """A penalty that makes negative logits likelier, or a threshold on the sum instead of the likeliest token."""
+    process = pytest.importorskip('transformers').generation.logits_process
+    logits, seen = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.arange(30).view(3, 10)
+    penalized = penalize_repetition(logits, seen, 1.3)
+    assert torch.equal(penalized, process.RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone()))
+    kept = process.MinPLogitsWarper(0.3)(seen, logits.clone()).isfinite()
+    drawn = torch.stack([sample_token(logits, min_p=0.3, generator=torch.Generator().manual_seed(i))
+                         for i in range(300)])
+    assert [set(drawn[:, row].tolist()) for row in range(3)] == [set(row.nonzero()[:, 0].tolist()) for row in kept]
+
+
+def test_padding_is_not_penalized(trained):
+    """The ids of the padding counted as tokens of a shorter prompt."""
+    prompts, options = [[9, 8, 7, 6], [0, 0, 5, 4]], dict(temperature=0, repetition_penalty=1e6)
+    together = trained.model.generate(torch.tensor(prompts), 8, left_padding=torch.tensor([0, 2]), **options)
+    assert together[1, 4:].tolist() == trained.model.generate(torch.tensor([[5, 4]]), 8, **options)[0, 2:].tolist()
+
+
+@pytest.mark.parametrize('tokens, stops, pieces, finish', [
+    ('abc', [], ['a', 'b', 'c'], None),
+    ('abcd', [], ['a', 'b', 'c', 'd'], 'length'),
+    ('abcdef', ['cd'], ['a', 'b', '', ''], 'stop'),
+    ('abca', ['cd'], ['a', 'b', '', 'ca'], 'length'),
+    ('aab', ['ab'], ['', 'a', ''], 'stop'),
+    ('ab\0d', ['bc'], ['a', '', 'b'], 'stop'),
+    ('abab', ['b', 'ab'], ['', ''], 'stop'),
+    ('éa', ['x'], ['', 'é', 'a'], None),
+], ids=str)
+def test_text_ends_before_a_stop_string(tokens, stops, pieces, finish):
+    """A piece that shows the beginning of a stop string, or keeps back what was none."""
+    sample = Continuation(get_tokenizer('byte'), 4, ends={0}, stop_strings=stops)
+    assert [sample.push(token) for token in tokens.encode()][:len(pieces)] == pieces
+    assert sample.finish == finish and sample.text == ''.join(pieces)
+
+
+def test_json_is_one_line_per_sample(finished, trained, tmp_path):
+    """Text that a program has to cut apart, without the reason why it ends."""
+    (tmp_path / 'prompts.txt').write_text('line 7 says\nx\n')
+    flags = [f'--out_dir={finished[0]}', *SAMPLE, f'--prompts={tmp_path / "prompts.txt"}', '--max_new_tokens=5']
+    done = command('sample.py', *flags, '--json=True', '--temperature=0')
+    samples = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [sample['prompt'] for sample in samples] == ['line 7 says', 'x'], done.stderr
+    for sample in samples:
+        ids = torch.tensor([trained.tokenizer.encode(sample['prompt'])])
+        new = trained.model.generate(ids, 5, temperature=0)[0, ids.size(1):].tolist()
+        assert sample['tokens'] == 5 and sample['finish_reason'] == 'length'
+        assert sample['text'] == bytes(new).decode(errors='replace').rstrip('\ufffd')
+    done = command('sample.py', *flags, '--json=True', '--num_beams=3', '--num_samples=2')
+    scores = [json.loads(line)['score'] for line in done.stdout.splitlines()]
+    assert len(scores) == 4 and scores[0] >= scores[1] and scores[2] >= scores[3], done.stderr
+
+
+@pytest.fixture(scope='module')
+def talker(tmp_path_factory):
+    """A checkpoint with a chat template."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=150, vocab_size=256, bias=False))
+    out_dir, tokenizer = tmp_path_factory.mktemp('talker'), get_tokenizer('byte')
+    torch.save({'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': tokenizer.spec,
+                'chat_template': with_separator(CHATML, tokenizer)[0]}, out_dir / 'ckpt.pt')
+    return out_dir
+
+
+def test_a_chat_goes_on_past_block_size(talker):
+    """A history that grew beyond block_size ended the chat, and so did one message that is too long."""
+    messages = ['a' * 30, 'b' * 200, 'c' * 30, 'd' * 30]
+    flags = [f'--out_dir={talker}', '--chat=True', '--device=cpu', '--max_new_tokens=3']
+    done = subprocess.run([sys.executable, 'sample.py', *flags], cwd=ROOT, input='\n'.join(messages) + '\n',
+                          capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0 and done.stdout.count('> ') == 5, done.stderr
+    assert done.stderr.count('shorten it') == 1 and 'block_size leaves room for 147' in done.stderr
+
+
 # metrics
 
 def test_metrics_of_words_are_those_counted_by_hand():
@@ -288,7 +405,12 @@ def test_attention_is_drawn_for_each_head(long_context, tmp_path, prompt, legibl
 
 # mistakes
 
-@pytest.mark.parametrize('library, flag', [('matplotlib', '--attention=map.png'), ('scipy', '--metrics=True')])
+@pytest.mark.parametrize('library, flag', [
+    ('matplotlib', '--attention=map.png'),
+    ('scipy', '--metrics=True'),
+    ('fastapi', '--serve=8000'),
+    ('uvicorn', '--serve=8000'),
+])
 def test_a_missing_library_is_one_line(finished, library, flag):
     refused(command('sample.py', f'--out_dir={finished[0]}', flag, before=missing(library)), f'pip install {library}')
 
@@ -314,6 +436,16 @@ def test_a_missing_library_is_one_line(finished, library, flag):
     (['--start=FILE:/bin/true'], ['/bin/true', 'UTF-8']),
     (['--prompts=README.md', '--start=a'], ['--start']),
     (['--prompts=README.md', '--interactive=True'], ['--interactive']),
+    (['--chat=True', '--json=True'], ['--json']),
+    (['--chat=True'], ['chat template', 'data/prepare.py --chat']),
+    (['--num_beams=4', '--top_k=5'], ['--top_k']),
+    (['--num_beams=4', '--num_samples=5'], ['--num_beams=4', 'not 5']),
+    (['--num_beams=4', '--max_new_tokens=17'], ['block_size=16', '--max_new_tokens']),
+    (['--length_penalty=-1'], ['length_penalty']),
+    (['--min_p=1'], ['min_p']),
+    (['--repetition_penalty=0'], ['repetition_penalty']),
+    (['--serve=65536'], ['65535']),
+    (['--serve=8000', '--chat=True'], ['--chat']),
     (['--out_dir=nowhere'], ['nowhere']),
     (['--device=tpu'], ['tpu']),
 ])
@@ -322,3 +454,12 @@ def test_sampling_mistakes_are_one_line(finished, flags, words):
     done = command('sample.py', f'--out_dir={finished[0]}', *flags)
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     one_line(done.stderr.splitlines()[-1], 'sample.py: ', *words)  # the model's line may precede it
+
+
+def test_weights_that_are_not_finite_are_one_line(finished, tmp_path):
+    """A traceback out of torch.multinomial, or greedy text out of NaN."""
+    out_dir = copy_run(finished[0], tmp_path / 'nan')
+    ckpt = checkpoint(out_dir)
+    ckpt['model']['lm_head.weight'][3, 3] = math.nan
+    torch.save({key: ckpt[key] for key in ckpt if key != 'checksums'}, out_dir / 'ckpt.pt')
+    refused(command('sample.py', f'--out_dir={out_dir}', '--device=cpu'), 'not finite', 'ckpt.pt')
