@@ -227,7 +227,7 @@ def test_a_checkpoint_that_lacks_what_a_resume_reads_is_one_line(text_set, finis
     (['--max_iters=1.5'], ['max_iters', 'int']),
     (['--max_itres=5'], ['max_itres', 'max_iters']),
     (['--init_from=resume'], ['no checkpoint']),
-    (['--init_from=nowhere'], ['nowhere', 'resume']),
+    (['--init_from=nowhere'], ['nowhere', 'hub id']),
     (['--dataset=shakspeare'], ['shakspeare', 'pystdlib']),
     (['--vocab_size=100'], ['vocab_size', '256']),
     (['--block_size=99999'], ['train.bin', 'block_size']),
