@@ -425,7 +425,7 @@ def save_checkpoint(best, wait):
     facts = asdict(state) | about_adapters | dict(
         scaler=scaler.state_dict(), model_args=asdict(raw_model.config), config=dict(config),
         tokenizer=tokenizer.spec if tokenizer else meta.get('tokenizer'),
-        chat_template=meta.get('chat_template'),
+        chat_template=meta.get('chat_template', getattr(raw_model, 'chat_template', None)),
         torch_version=str(torch.__version__))
     moments, param_groups = parallel.moments(opt)
     sets = {'model': weights, 'optimizer': moments} | state_tensors

@@ -60,15 +60,23 @@ def messages_of(row):
     else:
         role, content = FORMATS[kind][kind][0]
         pairs = [(ROLES[turn[role]], turn[content]) for turn in row[kind]]
-    roles = [role for role, _ in pairs]
+    messages = [{'role': role, 'content': content} for role, content in pairs]
+    check_turns(messages)
+    if len(messages) < 2:
+        raise UserError('has no reply of the assistant')
+    for message in messages:
+        if not message['content'].strip():
+            raise UserError(f"has a message of the {message['role']} without text")
+    return messages
+
+
+def check_turns(messages):
+    """Raise UserError unless user and assistant take turns, perhaps after a system message."""
+    roles = [message.get('role') for message in messages]
     turns = roles[1:] if roles[:1] == ['system'] else roles
-    if len(turns) < 2 or turns != (['user', 'assistant'] * len(turns))[:len(turns)]:
-        order = ', '.join(roles) or 'none'
+    if not turns or turns != (['user', 'assistant'] * len(turns))[:len(turns)]:
+        order = ', '.join(map(str, roles)) or 'none'
         raise UserError(f'has roles out of order ({order:.80}): user and assistant take turns')
-    for role, content in pairs:
-        if not content.strip():
-            raise UserError(f'has a message of the {role} without text')
-    return [{'role': role, 'content': content} for role, content in pairs]
 
 
 def conversation_ids(messages, tokenizer, template):
@@ -115,8 +123,8 @@ def render(messages, template):
             before = write(messages[:n], template, reply=True)
             after = write(messages[:n + 1], template).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
-                raise UserError('is changed by a chat template that rewrites earlier turns: keep '
-                                'one reply per conversation, or edit the template')
+                raise UserError('the chat template rewrites earlier turns: keep one reply per '
+                                'conversation, or edit the template')
             spans.append((len(before), len(after)))
     return text, spans
 
@@ -127,7 +135,7 @@ def write(messages, template, reply=False):
         return compile_template(template).render(
             messages=messages, add_generation_prompt=reply, tools=None, documents=None)
     except Exception as e:  # a foreign template can fail in any way
-        raise UserError(f'is refused by the chat template: {first_line(e)}') from None
+        raise UserError(f'the chat template refuses the conversation: {first_line(e)}') from None
 
 
 @functools.cache
@@ -153,12 +161,17 @@ def folder_template(path):
     text = about.get('chat_template')
     if file.exists():
         text = file.read_text(encoding='utf-8', errors='replace')
+    kind = [{'name': str, 'template': str}] if isinstance(text, list) else (str, None)
+    try:
+        check(text, kind, 'chat_template')
+    except ValueError as e:
+        raise UserError(f"'{settings}' cannot be used: {e}") from None
     if isinstance(text, list):  # several templates with names
         text = {entry['name']: entry['template'] for entry in text}.get('default')
     for key in ('bos_token', 'eos_token'):
         word = about.get(key) or ''
         if text and key in text:
-            word = json.dumps(word['content'] if isinstance(word, dict) else word)
+            word = json.dumps(word.get('content', '') if isinstance(word, dict) else word)
             text = f'{{% set {key} = {word} %}}\n{text}'
     return text
 
@@ -169,10 +182,10 @@ def with_separator(template, tokenizer):
     writes it, changed only if it does not begin with such a token.
     """
     special = sorted(tokenizer.special, key=lambda i: (i != tokenizer.eot, i))
-    try:
-        ids = conversation_ids(EXAMPLE * 2, tokenizer, template)[0].tolist() if special else []
-    except UserError as e:
-        raise UserError(f'a short example {e}') from None
+    ids = conversation_ids(EXAMPLE * 2, tokenizer, template)[0].tolist() if special else []
+    if not end_of_turn(template):
+        raise UserError('the chat template writes nothing after a reply, so that a model would not '
+                        'learn to end it: add {{ eos_token }} there')
     if ids and ids[0] in special and ids.count(ids[0]) == 1:
         return template, ids[0]
     unused = [i for i in special if i not in ids]

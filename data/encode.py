@@ -82,6 +82,7 @@ class Encoder:
         return Encoded(ids, int(item.ends), len(text.encode('utf-8')))
 
     def encode_conversation(self, item):
+        """Return the ids of a conversation as they are stored. A bad one is skipped."""
         try:
             row = parse_json(item.content, None, self.bad_bytes)
             ids = stored_ids(row, self.tokenizer, self.template)

@@ -97,6 +97,8 @@ def notes(config, given, parallel):
          'without --attention_backend=chunked'),
         ('muon_learning_rate', not has_muon, 'without --optimizer=muon or normuon'),
         ('muon_momentum', not has_muon, 'without --optimizer=muon or normuon'),
+        ('lora_alpha', not config['lora_rank'], 'without --lora_rank'),
+        ('lora_targets', not config['lora_rank'], 'without --lora_rank'),
         ('distill_weight', not config['teacher'], 'without --teacher=DIR'),
         ('distill_temperature', not config['teacher'], 'without --teacher=DIR'),
         ('cooldown_frac', schedule != 'wsd', 'without --lr_schedule=wsd'),

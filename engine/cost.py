@@ -394,7 +394,8 @@ def consolidate_checkpoint(source, path, merge=False):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")
     try:
         with replacing(path) as f:
-            save_checked({key: value for key, value in saved.items() if key != 'path'}, f)
+            own = 'path', 'merged'  # notes of load_checkpoint()
+            save_checked({key: value for key, value in saved.items() if key not in own}, f)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"'{path}' could not be written: {first_line(e)}") from e
     print(printable(f"{saved['path']} -> {path}"))

@@ -54,6 +54,9 @@ def start_adapters(model, ckpt, config, resuming):
     if resuming and lora:
         config.update({key: lora[key] for key in SETTINGS})
     elif config['lora_rank']:
+        if ckpt.get('merged'):  # another CPU may round the sum otherwise: another checksum
+            raise UserError(f"'{ckpt['path']}' holds adapters itself; make a base of it first: "
+                            f"python model.py --ckpt={ckpt['path']} --merge=FILE")
         base = config['init_from'] if is_pretrained(config['init_from']) else ckpt['path']
         if os.path.realpath(os.path.dirname(base)) == os.path.realpath(config['out_dir']):
             raise UserError(f"the adapters will need '{base}' as it is: choose another --out_dir")
@@ -84,6 +87,9 @@ def base_weights(ckpt):
     """
     path, block_size = ckpt['lora']['base'], ckpt['model_args']['block_size']
     problem = f"'{ckpt['path']}' holds adapters of '{path}'"
+    beside = os.path.join(os.path.dirname(ckpt['path']), os.pardir, path)
+    if not os.path.exists(path) and os.path.exists(beside):
+        path = beside  # this process runs in another folder than train.py did
     try:
         base = load_weights(path, block_size)
     except UserError as e:
@@ -111,7 +117,8 @@ def merged(ckpt):
         for linear, A, B in pairs_in(ckpt['model']):
             weights[f'{linear}.weight'] += lora['lora_alpha'] / lora['lora_rank'] * (B @ A)
     own = 'lora', 'optimizer', 'scaler'
-    return {key: value for key, value in ckpt.items() if key not in own} | {'model': weights}
+    kept = {key: value for key, value in ckpt.items() if key not in own}
+    return kept | {'model': weights, 'merged': True}
 
 
 def save_peft(source, folder):

@@ -86,8 +86,13 @@ def starting_point(config, given, folder, data_vocab, tokenizer, console):
         raise UserError(f"data set '{config['dataset']}' has {data_vocab} ids, but the checkpoint "
                         f"'{ckpt['path']}' has only {model.config.vocab_size}")
     check_tokenizer(ckpt, tokenizer, config['dataset'], resuming, console)
+    teacher = ckpt['config'].get('teacher') if resuming and is_ours(ckpt) else None
+    if teacher and teacher != config['teacher']:
+        console.say(f"NOTE: until now this run had --teacher={teacher}, and goes on "
+                    f"{'with ' + config['teacher'] if config['teacher'] else 'without one'}")
     model.config.unpadded_vocab_size = data_vocab or model.config.unpadded_vocab_size
     start_adapters(model, ckpt, config, resuming)
+    model.chat_template = ckpt.get('chat_template')  # stays, even if this run trains on text
     return model.config, model, ckpt if resuming else None
 
 

@@ -65,7 +65,7 @@ BAD = [
     ({'messages': 'Hello'}, 'messages must be a list'),
     ({'messages': ['Hello']}, 'messages[0] must be a dict'),
     ({'messages': []}, 'out of order (none)'),
-    ({'messages': [USER]}, 'out of order (user)'),
+    ({'messages': [USER]}, 'no reply of the assistant'),
     ({'messages': [REPLY, USER]}, 'out of order (assistant, user)'),
     ({'messages': [USER, USER, REPLY]}, 'out of order'),
     ({'messages': [USER, {'role': 'tool', 'content': '4'}]}, "not 'tool'"),
@@ -187,17 +187,25 @@ def test_ids_and_masks_are_those_of_transformers(folder, request):
 
 
 @pytest.mark.parametrize('text, words', [
-    ('{% if %}', 'refused by the chat template'),
+    ('{% if %}', 'the chat template refuses'),
     ("{{ raise_exception('no system message') }}", 'no system message'),
-    ('{{ messages[0].content + 1 }}', 'refused by the chat template'),
+    ('{{ messages[0].content + 1 }}', 'the chat template refuses'),
     ('{{ messages[-1].content }}', 'rewrites earlier turns'),
-    ("{{ ''.__class__.__mro__ }}", 'refused by the chat template'),
+    ("{{ ''.__class__.__mro__ }}", 'the chat template refuses'),
 ])
 def test_a_template_that_fails_is_one_line(text, words):
     with pytest.raises(ValueError) as e:
         render(TALK, text)
     one_line(e.value, words)
-    with pytest.raises(ValueError, match='a short example'):
+    with pytest.raises(ValueError, match=words):
+        with_separator(text, get_tokenizer('byte'))
+
+
+def test_a_template_without_an_end_is_refused():
+    """A model that learns no end never stops, and every text begins with an end that is empty."""
+    text = ('{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}'
+            '{% if add_generation_prompt %}assistant: {% endif %}')
+    with pytest.raises(ValueError, match='nothing after a reply'):
         with_separator(text, get_tokenizer('byte'))
 
 

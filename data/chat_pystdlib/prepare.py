@@ -1,21 +1,22 @@
-"""Questions about signatures in the Python standard library, as a chat, without a download.
+"""
+Questions about signatures in the Python standard library, as a chat, without a download.
 
     python data/chat_pystdlib/prepare.py [--out_dir=DIR]
 
 Functions whose crc32(name) % 10 == 0 are val, wherever they occur.
 """
 import ast
-import json
 import sys
 import sysconfig
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
-from data.chat import CHATML, with_separator
-from data.documents import find_sources
-from data.preparation import Preparation
+from data.chat import CHATML, stored_ids, with_separator
+from data.loader import write_dataset
 from data.pystdlib.prepare import sources
 from data.source import small_parser
 from data.tokenizer import get_tokenizer
@@ -52,16 +53,16 @@ def conversations():
 
 
 def prepare(out_dir):
-    out_dir.mkdir(parents=True, exist_ok=True)
-    files, tokenizer = [], get_tokenizer('byte')
-    for split, pairs in conversations().items():
-        path = out_dir / f'{split}.jsonl'
-        lines = [json.dumps({'instruction': q, 'output': a}) for q, a in pairs.items()]
-        path.write_text('\n'.join(lines), encoding='utf-8')
-        files += find_sources([path], split)
+    tokenizer = get_tokenizer('byte')
     template, separator = with_separator(CHATML, tokenizer)
-    chat = {'chat_template': template, 'chat_separator': separator}
-    Preparation(files, out_dir, tokenizer, tokens_per_shard=2**62, chat=chat).run(overwrite=True)
+    splits = {}
+    for split, pairs in conversations().items():
+        rows = [{'instruction': q, 'output': a} for q, a in pairs.items()]
+        splits[split] = np.concatenate([stored_ids(row, tokenizer, template) for row in rows])
+        print(f'{split}: {len(splits[split]):,} tokens in {len(rows):,} conversations')
+    write_dataset(out_dir, splits, {
+        'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.spec,
+        'chat_template': template, 'chat_separator': separator})
 
 
 if __name__ == '__main__':
