@@ -11,7 +11,7 @@ class Continuation:
     """
     def __init__(self, tokenizer, max_new_tokens, ends=(), stop_strings=()):
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        self.ends, self.stop_strings = ends, stop_strings
+        self.ends, self.stop_strings = ends, [text for text in stop_strings if text]
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self.ids, self.text, self.n_shown = [], '', 0
         self.finish = None if max_new_tokens else 'length'
