@@ -3,7 +3,6 @@ Continuous batching: requests share one batch, and each joins it and leaves it a
 (https://www.usenix.org/conference/osdi22/presentation/yu).
 """
 import asyncio
-import collections
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,9 +29,10 @@ class Request:
         return self.cancelled or self.reply.finish is not None
 
     def draw(self, logits, n_ids):
-        """Draw the next token from logits (1, V). Return the piece of text that it adds."""
+        """Draw a token from logits (1, V). Return the text that it adds, or an exception."""
         if not logits.isfinite().all():
-            raise ValueError('the logits of the model are not finite')
+            self.cancelled = True
+            return ValueError('the logits of the model are not finite')
         logits = penalize_repetition(logits, torch.tensor([self.ids]), self.repetition_penalty)
         token = sample_token(logits[:, :n_ids], generator=self.generator, **self.sampling).item()
         self.ids.append(token)
@@ -47,8 +47,10 @@ class Batcher:
     """
     def __init__(self, model, max_rows):
         self.model, self.max_rows = model, max_rows
-        self.waiting = collections.deque()
-        self.requests, self.rows = [], []  # a row: (cache, index in it); new ones have their own
+        self.waiting = []
+        # A row is (cache, index in it). A new row has a cache of its own, which the prompt is read
+        # into without padding; the next step copies it into the common one.
+        self.requests, self.rows = [], []
         self.thread = ThreadPoolExecutor(1)  # the only one that uses the model
         self.task = None
 
@@ -65,6 +67,7 @@ class Batcher:
     async def run(self):
         """Step until there is no request. An error ends the requests that it meets."""
         while self.requests or self.waiting:
+            self.waiting = [request for request in self.waiting if not request.over]
             try:
                 pieces = await self.call(self.step)
             except Exception as e:
@@ -93,7 +96,7 @@ class Batcher:
             padding = [cache[0].length + 1 - len(request.ids) for request in self.requests]
             pieces = self.draw(self.requests, ends, cache, padding)
         while self.waiting and len(self.requests) < self.max_rows:
-            request = self.waiting.popleft()
+            request = self.waiting.pop(0)
             self.requests.append(request)
             width = len(request.ids) + request.reply.max_new_tokens
             self.rows.append((self.model.new_cache(1, width), 0))
