@@ -90,7 +90,8 @@ globals().update(config)
 
 # {setting: others that it does not go with}
 CONFLICTS = {
-    'serve': 'chat interactive attention prompts start num_samples num_beams json metrics seed',
+    'serve': 'chat interactive attention prompts start num_samples num_beams json metrics seed '
+             'slide',
     'chat': 'interactive attention prompts start num_samples num_beams json metrics',
     'interactive': 'attention prompts start',
     'attention': 'prompts num_beams json metrics',
@@ -120,9 +121,11 @@ if serve:
     listener = socket.create_server((host, serve))  # finds out early whether the port is in use
 if isinstance(stop_strings, str):
     stop_strings = [stop_strings]
-stop_strings = [text for text in map(str, stop_strings) if text]
+stop_strings = list(map(str, stop_strings))
 if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
+if num_beams == 1 and 'length_penalty' in changed:
+    raise UserError('--length_penalty is a setting of beam search: add --num_beams=4, for example')
 if 1 < num_beams < num_samples:
     raise UserError(f'--num_beams={num_beams} finds {num_beams} samples, so --num_samples must be '
                     f'at most that, not {num_samples}')
@@ -147,6 +150,7 @@ if prompts:
         raise UserError(f"the prompt file '{prompts}' is empty; write one prompt per line")
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
+
 
 def say(text, end='\n', file=None):
     """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""

@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic import AliasChoices, BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from data.chat import end_of_turn, reply_prompt
+from data.chat import check_turns, end_of_turn, reply_prompt
 from data.tokenizer import prompt_ids
 from engine.attention_map import attention_weights, draw_attention
 from engine.batching import Batcher, Request
@@ -54,18 +54,21 @@ class Server:
         self.name, self.model, self.tokenizer, self.template = name, model, tokenizer, template
         self.ends, self.settings = ends, settings
         self.batcher = Batcher(model, settings['max_batch'])
+        self.uvicorn = uvicorn.Server(uvicorn.Config(make_app(self), log_level='warning',
+                                                     timeout_graceful_shutdown=2))
 
     def run(self, listener):
         """Serve on a socket until Ctrl-C."""
-        config = uvicorn.Config(make_app(self), log_level='warning', timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[listener])
+        self.uvicorn.run(sockets=[listener])
 
-    def check_key(self, http: fastapi.Request):
+    async def check_headers(self, http: fastapi.Request):
         key = self.settings['api_key']
         sent = http.headers.get('authorization', '').removeprefix('Bearer ')
         right = secrets.compare_digest(sent.encode(), key.encode())
         if key and not right and http.url.path != '/':
             raise HTTPException(401, 'the API key is missing or wrong')
+        if int(http.headers.get('content-length', 0)) > 1000 * self.model.config.block_size:
+            raise HTTPException(413, 'the request is far longer than block_size')
 
     async def answer(self, body, http):
         """Return the response to a Body: an object, or a stream of them."""
@@ -103,7 +106,7 @@ class Server:
         stop = [stop] if isinstance(stop, str) else stop
         stop = [*stop, end_of_turn(self.template)] if body.messages else stop
         n_tokens = min(body.max_tokens or default['max_new_tokens'], block_size - len(ids))
-        reply = Continuation(self.tokenizer, n_tokens, self.ends, [text for text in stop if text])
+        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop)
         return Request(ids, reply, top_k=default['top_k'] or None, **sampling)
 
     def ids_of(self, body):
@@ -113,9 +116,10 @@ class Server:
         if self.template is None:
             raise UserError('the model was not trained on conversations: use /v1/completions')
         try:
-            return reply_prompt(body.messages, self.tokenizer, self.template)
+            check_turns(body.messages)
         except UserError as e:
             raise UserError(f'the conversation {e}') from None
+        return reply_prompt(body.messages, self.tokenizer, self.template)
 
     async def pieces(self, request, http):
         """Yield the text of a request as it grows, until it ends or the client has left."""
@@ -124,6 +128,8 @@ class Server:
             while not await http.is_disconnected():
                 if time.monotonic() > deadline:
                     raise HTTPException(503, f"not finished after {self.settings['timeout']:g} s")
+                if self.uvicorn.should_exit:
+                    raise HTTPException(503, 'the server is stopping')
                 try:
                     piece = await asyncio.wait_for(request.arrived.get(), timeout=0.5)
                 except TimeoutError:
@@ -188,8 +194,10 @@ def refuse(http, error):
     """Return the response to an exception, in OpenAI's shape."""
     if isinstance(error, RequestValidationError):
         mistake = error.errors()[0]
-        place = '.'.join(map(str, mistake['loc'][1:]))
-        return JSONResponse(error_body(400, f"{place}: {mistake['msg']}"), 400)
+        message = '.'.join(map(str, mistake['loc'])) + f": {mistake['msg']}"
+        if mistake['type'] == 'json_invalid':
+            message = f"the body is not JSON: {mistake['ctx']['error']}"
+        return JSONResponse(error_body(400, message), 400)
     status = getattr(error, 'status_code', 400)
     return JSONResponse(error_body(status, getattr(error, 'detail', str(error))), status)
 
@@ -198,7 +206,7 @@ def make_app(server):
     """Return the FastAPI app of a Server."""
     mistakes = HTTPException, RequestValidationError, UserError, UnicodeEncodeError
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None,
-                          dependencies=[fastapi.Depends(server.check_key)],
+                          dependencies=[fastapi.Depends(server.check_headers)],
                           exception_handlers=dict.fromkeys(mistakes, refuse))
 
     @app.get('/')
@@ -216,10 +224,13 @@ def make_app(server):
 
     @app.post('/v1/completions')
     async def completions(body: Body, http: fastapi.Request):
+        body.messages = []  # they belong to a chat
         return await server.answer(body, http)
 
     @app.post('/v1/chat/completions')
     async def chat_completions(body: Chat, http: fastapi.Request):
+        if body.messages[-1].get('role') != 'user':
+            raise UserError('the last message must be one of the user')
         return await server.answer(body, http)
 
     @app.post('/attention')

@@ -1,4 +1,5 @@
 """The server: a shared batch, OpenAI's protocol, clients that leave: python -m pytest tests/test_serve.py"""
+import asyncio
 import json
 import math
 import random
@@ -94,6 +95,45 @@ def test_a_cancelled_request_leaves_its_row():
     batcher.step()
     assert batcher.requests == [other] and len(batcher.rows[0][0][0].k) == 1
     assert len(cancelled.reply.ids) == 1 and len(other.reply.ids) == 2
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place():
+    """Requests whose clients had left filled the queue, and were read when their turn came."""
+    async def serve():
+        batcher = Batcher(model_of('gpt2'), max_rows=1)
+        first, left, other = request_of([1], 20), request_of([1], 20), request_of([1], 2)
+        for request in first, left, other:
+            batcher.submit(request)
+        await first.arrived.get()
+        left.cancelled = True
+        await first.arrived.get()
+        await first.arrived.get()
+        assert batcher.waiting == [other]
+        await batcher.task
+        return first, left, other
+    first, left, other = asyncio.run(serve())
+    assert [len(request.reply.ids) for request in (first, left, other)] == [20, 0, 2]
+
+
+def test_logits_that_are_not_finite_end_only_their_own_request(monkeypatch):
+    """One row with NaN failed every request of the batch."""
+    model = model_of('gpt2')
+    forward = model.forward
+
+    def fails(idx, **kwargs):
+        logits, loss = forward(idx, **kwargs)
+        logits[idx[:, -1] == 99] = math.nan
+        return logits, loss
+    monkeypatch.setattr(model, 'forward', fails)
+    broken, other = request_of([99], 5), request_of([1], 5)
+
+    async def serve():
+        batcher = Batcher(model, max_rows=2)
+        for request in other, broken:
+            batcher.submit(request)
+        await batcher.task
+    asyncio.run(serve())
+    assert 'not finite' in str(broken.arrived.get_nowait()) and len(other.reply.ids) == 5
 
 
 # over HTTP
@@ -222,12 +262,22 @@ def test_clients_that_vanish_free_their_rows(server, monkeypatch):
     assert len(requests) == 8 and all(request.reply.finish is None for request in requests)
 
 
+def test_a_template_without_an_end_of_turn_stops_no_reply(server, monkeypatch):
+    """The empty text between turns was a stop string, so every reply was empty."""
+    monkeypatch.setattr(server, 'template', "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    options = dict(model='tiny', messages=[{'role': 'user', 'content': 'a'}], max_tokens=5)
+    for stop in None, [''], ['', '#']:
+        answer = client_of(server).chat.completions.create(**options, stop=stop)
+        assert answer.usage.completion_tokens == 5 and answer.choices[0].message.content
+
+
 LONG = 'a' * 5000
 CHAT = '/v1/chat/completions'
 
 
 @pytest.mark.parametrize('path, body, status, words', [
-    ('/v1/completions', '{"prompt": ', 400, ['JSON']),
+    ('/v1/completions', '{"prompt": ', 400, ['the body is not JSON: ']),
+    ('/v1/completions', '', 400, ['body: ']),
     ('/v1/completions', '[' * 10000, 400, []),
     ('/v1/completions', '{"prompt": "\\ud800"}', 400, ['surrogates']),
     ('/v1/completions', {'prompt': ['a', 'b']}, 400, ['prompt', 'string']),
@@ -236,7 +286,13 @@ CHAT = '/v1/chat/completions'
     ('/v1/completions', {'prompt': 'a', 'max_tokens': 0}, 400, ['max_tokens']),
     ('/v1/completions', {'prompt': 'a', 'temperature': 1e-30}, 400, ['temperature']),
     ('/v1/completions', '{"prompt": "a", "temperature": NaN}', 400, ['temperature']),
+    ('/v1/completions', {'prompt': 'a' * 5_000_000}, 413, ['block_size']),
     (CHAT, {'messages': []}, 400, ['messages']),
+    (CHAT, {'messages': [{'content': 'a'}]}, 400, ['last message']),
+    (CHAT, {'messages': [{'role': 'bogus', 'content': 'a'}]}, 400, ['last message']),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}, 400,
+     ['last message']),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'a'}] * 2}, 400, ['the conversation has roles', 'user, user']),
     (CHAT, {'messages': [{'role': 'user'}]}, 400, ['chat template', 'content']),
     (CHAT, {'messages': [{'role': 'user', 'content': 3}]}, 400, ['messages.0.content', 'string']),
     (CHAT, {'messages': [{'role': 'user', 'content': LONG}]}, 400, ['tokens', 'block_size=4096']),
@@ -249,6 +305,13 @@ def test_mistakes_have_openais_shape(server, path, body, status, words):
     answer = httpx.post(server.url + path, content=content, headers=headers, timeout=HANGS)
     assert answer.status_code == status
     one_line(answer.json()['error']['message'], *words)
+
+
+def test_completions_ignore_messages(server):
+    """A chat in place of a text, for a client that sends both."""
+    body = {'prompt': 'ab', 'messages': [{'role': 'bogus', 'content': 'x'}], 'max_tokens': 1}
+    answer = httpx.post(f'{server.url}/v1/completions', json=body, headers={'authorization': 'Bearer secret'})
+    assert answer.json()['object'] == 'text_completion' and answer.json()['usage']['prompt_tokens'] == 2
 
 
 def test_the_key_is_asked_for(server):
@@ -277,6 +340,36 @@ def test_the_map_is_of_the_text(server, monkeypatch):
     assert drawn[0][1] == list('Faust') and torch.allclose(torch.tensor(drawn[0][0]), expected)
     assert ''.join(drawn[1][1]).endswith('Faust?<|im_end|>\n<|im_start|>assistant\nGoethe<|im_end|>\n'
                                          '<|im_start|>assistant\n')
+
+
+@pytest.fixture
+def long_texts(tmp_path):
+    """sample.py with a model that takes minutes for its longest text, and its address."""
+    model = GPT(GPTConfig(**TINY | dict(block_size=20000, position_encoding='rope')))
+    torch.save({'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': BYTE.spec},
+               tmp_path / 'ckpt.pt')
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    flags = f'--out_dir={tmp_path}', '--device=cpu', f'--serve={port}', '--max_new_tokens=19000'
+    process = subprocess.Popen([sys.executable, 'sample.py', *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert any(f'127.0.0.1:{port}/v1' in line for line in process.stderr)
+    yield process, f'http://127.0.0.1:{port}/v1/completions'
+    process.kill()
+
+
+def test_ctrl_c_answers_open_requests(long_texts):
+    """Tracebacks of CancelledError, and plain text that OpenAI's clients cannot read."""
+    process, url = long_texts
+    body = {'prompt': 'a', 'stream': True}
+    with ThreadPoolExecutor(1) as pool, httpx.stream('POST', url, json=body, timeout=HANGS) as stream:
+        whole, lines = pool.submit(httpx.post, url, json={'prompt': 'a'}, timeout=HANGS), stream.iter_lines()
+        next(lines)
+        time.sleep(1)  # both are open
+        process.send_signal(signal.SIGINT)
+        assert 'the server is stopping' in ''.join(lines)
+        assert whole.result().status_code == 503 and 'error' in whole.result().json()
+    process.wait(HANGS)
+    assert 'Traceback' not in process.stderr.read()
 
 
 def test_sample_py_serves_until_ctrl_c(finished):
