@@ -104,8 +104,8 @@ for name, others in CONFLICTS.items():
     for other in others.split():
         if {name, other} <= changed:
             raise UserError(f'--{name} and --{other} do not go together: leave one of them out')
-if metrics and max_new_tokens == 0:
-    raise UserError('--metrics needs samples: --max_new_tokens of 1 or more, not 0')
+if (metrics or num_beams > 1) and max_new_tokens == 0:
+    raise UserError('--metrics and --num_beams need --max_new_tokens of 1 or more, not 0')
 if attention and not attention.endswith(('.png', '.jpg', '.pdf', '.svg')):
     raise UserError(f"--attention='{attention}' must end in .png, .jpg, .pdf or .svg")
 if attention:
@@ -310,7 +310,7 @@ def reply(messages, text):
             raise UserError(f'the message has {len(ids)} tokens with the template around it, and '
                             f'block_size leaves room for {room} before the reply: shorten it')
         del messages[:2]
-    sample = Continuation(tokenizer, n_tokens, ends, [*stop_strings, end_of_turn(template)])
+    sample = Continuation(tokenizer, n_tokens, ends, stop_strings, end_of_turn(template))
     for piece in stream_text([ids], [sample]):
         say(piece, end='')
     print()

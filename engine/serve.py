@@ -104,9 +104,9 @@ class Server:
             raise UserError('temperature must be 0, or from 0.001 to 1000000')
         stop = body.stop or default['stop_strings']
         stop = [stop] if isinstance(stop, str) else stop
-        stop = [*stop, end_of_turn(self.template)] if body.messages else stop
+        turn_end = end_of_turn(self.template) if body.messages else ''
         n_tokens = min(body.max_tokens or default['max_new_tokens'], block_size - len(ids))
-        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop)
+        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop, turn_end)
         return Request(ids, reply, top_k=default['top_k'] or None, **sampling)
 
     def ids_of(self, body):

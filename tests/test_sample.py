@@ -229,6 +229,7 @@ def test_padding_is_not_penalized(trained):
 @pytest.mark.parametrize('tokens, stops, pieces, finish', [
     ('abc', [], ['a', 'b', 'c'], None),
     ('abcd', [], ['a', 'b', 'c', 'd'], 'length'),
+    ('abcd', [''], ['a', 'b', 'c', 'd'], 'length'),
     ('abcdef', ['cd'], ['a', 'b', '', ''], 'stop'),
     ('abca', ['cd'], ['a', 'b', '', 'ca'], 'length'),
     ('aab', ['ab'], ['', 'a', ''], 'stop'),
@@ -241,6 +242,13 @@ def test_text_ends_before_a_stop_string(tokens, stops, pieces, finish):
     sample = Continuation(get_tokenizer('byte'), 4, ends={0}, stop_strings=stops)
     assert [sample.push(token) for token in tokens.encode()][:len(pieces)] == pieces
     assert sample.finish == finish and sample.text == ''.join(pieces)
+
+
+@pytest.mark.parametrize('said, text', [('ab<|', 'ab'), ('a<|b', 'a<|b'), ('a<|>', 'a')])
+def test_a_reply_that_is_cut_does_not_show_half_an_end_of_turn(said, text):
+    """'None<|im_end' on the screen and in the history of a chat."""
+    sample = Continuation(get_tokenizer('byte'), 4, end_of_turn='<|>')
+    assert ''.join(map(sample.push, said.encode())) == sample.text == text
 
 
 def test_json_is_one_line_per_sample(finished, trained, tmp_path):
@@ -423,6 +431,7 @@ def test_a_missing_library_is_one_line(finished, library, flag):
     (['--attention=map.png', '--start=' + 'a' * 17], ['block_size']),
     (['--attention=map.png', '--metrics=True'], ['--metrics']),
     (['--metrics=True', '--max_new_tokens=0'], ['--max_new_tokens']),
+    (['--num_beams=4', '--max_new_tokens=0'], ['--max_new_tokens']),
     (['--temperature=-1.0'], ['temperature']),
     (['--temperature=1e308'], ['temperature']),
     (['--temperature=1e-40'], ['temperature']),
@@ -444,10 +453,12 @@ def test_a_missing_library_is_one_line(finished, library, flag):
     (['--num_beams=4', '--num_samples=5'], ['--num_beams=4', 'not 5']),
     (['--num_beams=4', '--max_new_tokens=17'], ['block_size=16', '--max_new_tokens']),
     (['--length_penalty=-1'], ['length_penalty']),
+    (['--length_penalty=2'], ['--num_beams']),
     (['--min_p=1'], ['min_p']),
     (['--repetition_penalty=0'], ['repetition_penalty']),
     (['--serve=65536'], ['65535']),
     (['--serve=8000', '--chat=True'], ['--chat']),
+    (['--serve=8000', '--slide=4'], ['--slide']),
     (['--out_dir=nowhere'], ['nowhere']),
     (['--device=tpu'], ['tpu']),
 ])
