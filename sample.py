@@ -302,14 +302,15 @@ def reply(messages, text):
     Print the reply to a text of the user, and add both to the messages. The oldest turns are
     forgotten when the conversation no longer fits into block_size.
     """
-    turn = [{'role': 'user', 'content': text}]
-    n_tokens = min(max_new_tokens, model.config.block_size // 2)
-    room = model.config.block_size - n_tokens
-    while len(ids := reply_prompt(messages + turn, tokenizer, template)) > room:
-        if not messages:
-            raise UserError(f'the message has {len(ids)} tokens with the template around it, and '
-                            f'block_size leaves room for {room} before the reply: shorten it')
+    turn, block_size = [{'role': 'user', 'content': text}], model.config.block_size
+    ids = reply_prompt(messages + turn, tokenizer, template)
+    while messages and len(ids) > block_size - min(max_new_tokens, block_size // 2):
         del messages[:2]
+        ids = reply_prompt(messages + turn, tokenizer, template)
+    if len(ids) >= block_size:
+        raise UserError(f'the message has {len(ids)} tokens with the template around it, which '
+                        f'leaves no room for a reply in block_size={block_size}: shorten it')
+    n_tokens = min(max_new_tokens, block_size - len(ids))
     sample = Continuation(tokenizer, n_tokens, ends, stop_strings, end_of_turn(template))
     for piece in stream_text([ids], [sample]):
         say(piece, end='')

@@ -21,7 +21,7 @@ from conftest import (
     train_mode,
 )
 from data.chat import CHATML, conversation_ids, messages_of, with_separator
-from data.chat_pystdlib.prepare import LONGEST, questions
+from data.chat_pystdlib.prepare import LONGEST, in_twos, questions
 from data.tokenizer import get_tokenizer
 from engine.checks import check_settings
 from engine.common import UserError
@@ -234,11 +234,11 @@ def test_questions_of_the_chat_recipe():
     source = "def wrap(self, text, width=70): pass\ndef _hidden(a): pass\ndef any_number(*args): pass"
     found = [questions('textwrap', f) for f in ast.parse(source).body]
     shown = 'textwrap.wrap(self, text, width=70)'
-    assert {q.removeprefix(f'{shown}\n'): a for q, a in found[0].items() if 'Argument' not in q} == {
+    assert {q.removeprefix(f'{shown} '): a for q, a in found[0].items() if 'Argument' not in q} == {
         'Module?': 'textwrap', 'How many arguments?': '2', 'Default of width?': '70'}
-    assert found[0].items() & {(f'{shown}\nArgument 1?', 'text'), (f'{shown}\nArgument 2?', 'width')}
+    assert found[0].items() & {(f'{shown} Argument 1?', 'text'), (f'{shown} Argument 2?', 'width')}
     assert found[1:] == [{}, {}]
     template, _ = with_separator(CHATML, get_tokenizer('byte'))
-    q, a = 'q' * (LONGEST - 9), 'a' * 9
-    messages = messages_of({'instruction': q, 'output': a})
-    assert len(conversation_ids(messages, get_tokenizer('byte'), template)[0]) <= 129
+    talk, = in_twos({'q' * (LONGEST - 9): 'a' * 9, 'r' * (LONGEST - 9): 'b' * 9})
+    messages = messages_of(talk)
+    assert len(messages) == 4 and len(conversation_ids(messages, get_tokenizer('byte'), template)[0]) <= 257

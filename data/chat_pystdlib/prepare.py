@@ -6,6 +6,7 @@ Questions about signatures in the Python standard library, as a chat, without a 
 Functions whose crc32(name) % 10 == 0 are val, wherever they occur.
 """
 import ast
+import random
 import sys
 import sysconfig
 import zlib
@@ -23,7 +24,7 @@ from data.tokenizer import get_tokenizer
 
 download_mb = 0
 vocab_size = 256
-LONGEST = 66  # bytes of a question and its answer; with ChatML they fit into 128 ids
+LONGEST = 76  # bytes of a question and its answer; with ChatML two of them fit into 256 ids
 
 
 def questions(module, f):
@@ -33,10 +34,10 @@ def questions(module, f):
         return {}
     shown = f'{module}.{f.name}({ast.unparse(f.args)})'
     i = zlib.crc32(shown.encode()) % len(names)
-    found = {f'{shown}\nModule?': module, f'{shown}\nArgument {i + 1}?': names[i],
-             f'{shown}\nHow many arguments?': str(len(names))}
+    found = {f'{shown} Module?': module, f'{shown} Argument {i + 1}?': names[i],
+             f'{shown} How many arguments?': str(len(names))}
     for default in f.args.defaults[-1:]:
-        found[f'{shown}\nDefault of {names[-1]}?'] = ast.unparse(default)
+        found[f'{shown} Default of {names[-1]}?'] = ast.unparse(default)
     return {q: a for q, a in found.items() if len((q + a).encode()) <= LONGEST}
 
 
@@ -52,14 +53,22 @@ def conversations():
     return found
 
 
+def in_twos(pairs):
+    """Yield conversations of two random questions each, so that a model learns to go on."""
+    pairs = random.Random(0).sample([*pairs.items()], len(pairs))
+    for two in zip(pairs[::2], pairs[1::2]):
+        yield {'messages': [{'role': role, 'content': text} for pair in two
+                            for role, text in zip(('user', 'assistant'), pair)]}
+
+
 def prepare(out_dir):
     tokenizer = get_tokenizer('byte')
     template, separator = with_separator(CHATML, tokenizer)
     splits = {}
     for split, pairs in conversations().items():
-        rows = [{'instruction': q, 'output': a} for q, a in pairs.items()]
-        splits[split] = np.concatenate([stored_ids(row, tokenizer, template) for row in rows])
-        print(f'{split}: {len(splits[split]):,} tokens in {len(rows):,} conversations')
+        ids = [stored_ids(talk, tokenizer, template) for talk in in_twos(pairs)]
+        splits[split] = np.concatenate(ids)
+        print(f'{split}: {len(splits[split]):,} tokens in {len(ids):,} conversations')
     write_dataset(out_dir, splits, {
         'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.spec,
         'chat_template': template, 'chat_separator': separator})

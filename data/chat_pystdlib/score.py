@@ -28,13 +28,13 @@ def answer(model, tokenizer, template, question):
     if template:
         prompt = reply_prompt([{'role': 'user', 'content': question}], tokenizer, template)
         stop = end_of_turn(template)
-    room = max(1, model.config.block_size - len(prompt))
+    room = max(1, min(64, model.config.block_size - len(prompt)))
     ids = model.generate(torch.tensor([prompt]), room, temperature=0)[0, len(prompt):]
     return tokenizer.decode(ids).split(stop)[0]
 
 
 sys.excepthook = show_error
-asked = [*conversations()['val'].items()][::3]
+asked = [*conversations()['val'].items()][::6]
 print(f'{len(asked)} questions')
 for path in sys.argv[1:]:
     ckpt = load_checkpoint(path)
