@@ -48,8 +48,7 @@ class Batcher:
     def __init__(self, model, max_rows):
         self.model, self.max_rows = model, max_rows
         self.waiting = []
-        # A row is (cache, index in it). A new row has a cache of its own, which the prompt is read
-        # into without padding; the next step copies it into the common one.
+        # a row: (cache, index in it); a new one has its own cache, to read its prompt unpadded
         self.requests, self.rows = [], []
         self.thread = ThreadPoolExecutor(1)  # the only one that uses the model
         self.task = None

@@ -7,7 +7,7 @@ class Continuation:
     Takes tokens one by one and returns the pieces of text that they add. The sample ends before an
     id of `ends` or before a stop string ('stop'), or after max_new_tokens ('length'); `finish` says
     which, and is None until then. Pieces have whole characters only, and do not show what may still
-    become a stop string. `end_of_turn` is a stop string whose beginning is not shown at last either.
+    become a stop string. `end_of_turn` is one whose beginning is not shown at last either.
     """
     def __init__(self, tokenizer, max_new_tokens, ends=(), stop_strings=(), end_of_turn=''):
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens

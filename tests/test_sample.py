@@ -286,7 +286,7 @@ def test_a_chat_goes_on_past_block_size(talker):
     done = subprocess.run([sys.executable, 'sample.py', *flags], cwd=ROOT, input='\n'.join(messages) + '\n',
                           capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0 and done.stdout.count('> ') == 5, done.stderr
-    assert done.stderr.count('shorten it') == 1 and 'block_size leaves room for 147' in done.stderr
+    assert done.stderr.count('shorten it') == 1 and 'no room for a reply in block_size=150' in done.stderr
 
 
 # metrics

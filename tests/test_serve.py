@@ -341,7 +341,7 @@ def long_texts(tmp_path):
                tmp_path / 'ckpt.pt')
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    flags = f'--out_dir={tmp_path}', '--device=cpu', f'--serve={port}', '--max_new_tokens=19000'
+    flags = f'--out_dir={tmp_path}', '--device=cpu', f'--serve={port}', '--max_new_tokens=19000', '--stop=False'
     process = subprocess.Popen([sys.executable, 'sample.py', *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert any(f'127.0.0.1:{port}/v1' in line for line in process.stderr)
     yield process, f'http://127.0.0.1:{port}/v1/completions'
