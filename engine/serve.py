@@ -114,8 +114,8 @@ class Server:
         if not body.messages:
             return prompt_ids(body.prompt, self.tokenizer, self.model.config.vocab_size)
         if self.template is None:
-            raise UserError('the model was not trained on conversations: untick chat on the page, or '
-                            'use /v1/completions')
+            raise UserError('the model was not trained on conversations: use /v1/completions, or '
+                            'untick chat on the page')
         try:
             check_turns(body.messages)
         except UserError as e:
