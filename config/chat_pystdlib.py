@@ -16,7 +16,7 @@ zero_init_residual = True
 n_layer = 3
 n_head = 4
 n_embd = 128
-block_size = 256  # twice the quick start's: ChatML takes 51 bytes of a question and its answer
+block_size = 256  # twice the quick start's: ChatML takes 61 bytes of a question and its answer
 
 # 8 sequences x 256 tokens x 1 = 2,048 tokens per iteration
 batch_size = 8

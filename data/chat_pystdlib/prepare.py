@@ -24,7 +24,7 @@ from data.tokenizer import get_tokenizer
 
 download_mb = 0
 vocab_size = 256
-LONGEST = 76  # bytes of a question and its answer; with ChatML two of them fit into 256 ids
+LONGEST = 67  # bytes of a question and its answer; with ChatML two of them fit into 256 ids
 
 
 def questions(module, f):
