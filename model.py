@@ -1142,8 +1142,9 @@ class GPT(nn.Module):
                 # .forward, because a compiled __call__ would recompile for each shape
                 logits, _ = self.forward(context, cache=cache, left_padding=padding)
                 logits = logits[:, -1].float()
-                logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)[:, :n_ids]
-                token = sample_token(logits, temperature, top_k, top_p, generator, min_p)
+                if repetition_penalty != 1:
+                    logits = penalize_repetition(logits, tokens[:, :n], repetition_penalty)
+                token = sample_token(logits[:, :n_ids], temperature, top_k, top_p, generator, min_p)
                 if stop is not None:
                     token = token.masked_fill(done, stop)
                     done |= token == stop

@@ -62,7 +62,7 @@ def messages_of(row):
         pairs = [(ROLES[turn[role]], turn[content]) for turn in row[kind]]
     messages = [{'role': role, 'content': content} for role, content in pairs]
     check_turns(messages)
-    if len(messages) < 2:
+    if all(message['role'] != 'assistant' for message in messages):
         raise UserError('has no reply of the assistant')
     for message in messages:
         if not message['content'].strip():

@@ -33,7 +33,8 @@ class Request:
         if not logits.isfinite().all():
             self.cancelled = True
             return ValueError('the logits of the model are not finite')
-        logits = penalize_repetition(logits, torch.tensor([self.ids]), self.repetition_penalty)
+        if self.repetition_penalty != 1:
+            logits = penalize_repetition(logits, torch.tensor([self.ids]), self.repetition_penalty)
         token = sample_token(logits[:, :n_ids], generator=self.generator, **self.sampling).item()
         self.ids.append(token)
         return self.reply.push(token)

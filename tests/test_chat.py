@@ -66,6 +66,7 @@ BAD = [
     ({'messages': ['Hello']}, 'messages[0] must be a dict'),
     ({'messages': []}, 'out of order (none)'),
     ({'messages': [USER]}, 'no reply of the assistant'),
+    ({'messages': [{'role': 'system', 'content': 'Be brief.'}, USER]}, 'no reply of the assistant'),
     ({'messages': [REPLY, USER]}, 'out of order (assistant, user)'),
     ({'messages': [USER, USER, REPLY]}, 'out of order'),
     ({'messages': [USER, {'role': 'tool', 'content': '4'}]}, "not 'tool'"),
