@@ -85,14 +85,7 @@ def conversation_ids(messages, tokenizer, template):
     them. It learns what the assistant says, and what ends its turn.
     """
     text, spans = render(messages, template)
-    if hasattr(tokenizer, 'reader'):  # a tokenizer.json, which knows the characters of each id
-        encoding = tokenizer.reader.encode(text, add_special_tokens=False)
-        ids, places = encoding.ids, encoding.offsets
-    else:  # the bytes of the ids are those of the text
-        ids = tokenizer.encode(text)
-        ends = np.cumsum([len(tokenizer.table[i]) for i in ids]).tolist()
-        places = list(zip([0, *ends], ends))
-        spans = [[len(text[:at].encode()) for at in span] for span in spans]
+    ids, places = tokenizer.encode_with_places(text)
     starts, ends = np.array(places).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
     for first, end in spans:

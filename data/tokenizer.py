@@ -35,6 +35,15 @@ class Tokenizer:
         """
         return np.array(self.encode(text), np.int64)
 
+    def encode_with_places(self, text):
+        """Return (ids, [(first, end)]): the ids of a text, and the characters of each id in it."""
+        ids = self.encode(text)
+        lengths = np.array([len(self.table[i]) for i in ids], int)
+        ends = lengths.cumsum()  # in bytes
+        # the number of the character of each byte: 10xxxxxx continues one
+        character = np.cumsum(np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80) - 1
+        return ids, list(zip(character[ends - lengths], character[ends - 1] + 1))
+
     def decode_bytes(self, ids):
         """
         Return the bytes of ids, which may end inside a character. Raise UserError for an unknown
@@ -222,6 +231,10 @@ class HuggingFace(Tokenizer):
 
     def encode(self, text):
         return self.reader.encode(text, add_special_tokens=False).ids
+
+    def encode_with_places(self, text):
+        encoding = self.reader.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_corpus(self, text, continued=False):
         reader = self.continuing_reader if continued else self.corpus_reader

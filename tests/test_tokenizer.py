@@ -31,6 +31,10 @@ def test_tokenizers_round_trip(name):
         prefix = b' ' if name.startswith('llama') and text else b''
         assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == prefix + text.encode('utf-8')
         assert again.encode(text) == ids == tokenizer.encode_corpus(text).tolist()
+        same, places = tokenizer.encode_with_places(text)
+        assert same == ids and set(range(len(text))) <= {at for place in places for at in range(*place)}
+        for i, (first, end) in zip(ids, places):
+            assert tokenizer.decode_bytes([i]).removeprefix(prefix) in text[first:end].encode(), (text, i)
         n_bytes = tokenizer.token_bytes()
         assert n_bytes.shape == (tokenizer.vocab_size,)
         assert n_bytes[ids].sum() == len(prefix + text.encode('utf-8')) - ids.count(tokenizer.eot)
