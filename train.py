@@ -546,5 +546,5 @@ if stop_status:
 elif run_log.outcome != 'not finite':
     complete = state.iter_num >= max_iters or eval_only
     run_log.outcome = 'finished' if complete else 'stopped early'
-run_log.close(run_folder.best)
+run_log.close(run_folder.best, chat='chat_template' in meta)
 parallel.leave(stop_status or int(run_log.outcome == 'not finite'))

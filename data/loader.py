@@ -298,6 +298,10 @@ class Shard(NamedTuple):
                 ids[row] = np.frombuffer(data, self.dtype)
         return ids
 
+    def offset(self, start, column):
+        """Return the token offset of an id of a window."""
+        return start + column
+
     def refuse_shorter(self, size):
         now = max(0, size - self.header_bytes) // self.dtype.itemsize
         raise UserError(f'{self.path} has become shorter: {self.n_tokens} tokens when it was '
@@ -493,11 +497,11 @@ class Loader:
         ids = np.maximum(ids, ~ids)  # only conversations have negative ids
         if self.vocab_size is not None and (ids >= self.vocab_size).any():
             row, column = np.argwhere(ids >= self.vocab_size)[0]
-            path, at = self.shards[numbers[row]].path, starts[row] + column
-            found = f'id {ids[row, column]} at token {at}'
+            shard = self.shards[numbers[row]]
+            found = f'id {ids[row, column]} at token {shard.offset(starts[row], column)}'
             remedy = f"raise vocab_size, or {REMEDY} with the model's tokenizer"
             problem = f'{found} is not below vocab_size {self.vocab_size}'
-            raise UserError(f'{path}: {problem}: {remedy}')
+            raise UserError(f'{shard.path}: {problem}: {remedy}')
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets)
         if self.device.type == 'cuda':
             x, y = x.pin_memory(), y.pin_memory()

@@ -60,3 +60,10 @@ class PackedShard:
                 row[at:at + n] = self.shard.read([self.starts[number]], n)[0]
                 at += n
         return ids
+
+    def offset(self, start, column):
+        """Return the token offset in the file of an id of a window."""
+        for number in self.windows[start // self.block_size]:
+            if column < self.lengths[number]:
+                return self.starts[number] + column
+            column -= self.lengths[number]

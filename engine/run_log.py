@@ -143,11 +143,14 @@ class RunLog:
         self.console.say(f'{what} is not finite at iteration {self.state.iter_num}: nothing saved; '
                          'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
 
-    def close(self, best_path):
-        """Close the sinks, write the log, draw the losses and print how the run ended."""
+    def close(self, best_path, chat=False):
+        """
+        Close the sinks, write the log, draw the losses and print how the run ended. `chat`: the
+        model learned conversations.
+        """
         self.tell('close')
         self.write()
-        for line in end_of_run(self, best_path, self.draw()):
+        for line in end_of_run(self, best_path, self.draw(), chat):
             self.console.say(line)
 
     def draw(self):
@@ -186,7 +189,7 @@ class RunLog:
         self.written, self.cost = time.time(), time.time() - started
 
 
-def end_of_run(run_log, best_path, picture):
+def end_of_run(run_log, best_path, picture, chat):
     """Return the last lines of a run: how it ended, what it learned, where that is, what next."""
     data, out_dir = run_log.data, run_log.out_dir
     first, last = run_log.first_iter, run_log.state.iter_num
@@ -210,7 +213,7 @@ def end_of_run(run_log, best_path, picture):
     if picture:
         lines.append(f'picture   {picture}')
     if data['checkpoints']:
-        command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
+        command = f'python sample.py --out_dir={shlex.quote(out_dir)}' + ' --chat=True' * chat
         if run_log.outcome.startswith('SIG'):
             command = 'the same command with --init_from=resume continues it'
         lines.append(f'next      {command}')

@@ -101,7 +101,7 @@ def startup_report(settings, costs, attention, model, opt, batches, splits, data
     summary = {
         'model': f'{n_params:,} parameters{trained}: {c.n_layer} layers, width {c.n_embd}, context '
                  f'{c.block_size}, {c.normalization}, {c.position_encoding}, {c.ffn_type}',
-        'data': f"{settings['dataset']}: {train_loader.n_tokens:,} train tokens, tokenizer "
+        'data': f"{settings['dataset']}: {count_tokens(train_loader):,} train tokens, tokenizer "
                 f"{tokenizer.name if tokenizer else 'unknown'}{read}{packed_text(train_loader)}",
         'training': training,
         'machine': f"{device_name(device)}{processes}, {settings['dtype']}, "
@@ -156,6 +156,13 @@ def say_startup(summary, details, costs, out_dir, verbose, console):
                     f'more; {QUICK_LOOK}')
 
 
+def count_tokens(loader):
+    """Return the number of tokens in a loader, without what pads packed windows."""
+    if not loader.packed:
+        return loader.n_tokens
+    return sum(sum(shard.lengths) for shard in loader.shards)
+
+
 def packed_text(loader):
     """Return how conversations were packed; '' for a data set of text."""
     if not loader.packed:
@@ -166,10 +173,11 @@ def packed_text(loader):
 
 
 def data_line(data_sets, train_loader, val_loader, total_tokens):
-    line = f'{train_loader.n_tokens:,} train tokens, {val_loader.n_tokens:,} val tokens'
+    line = f'{count_tokens(train_loader):,} train tokens, {count_tokens(val_loader):,} val tokens'
     for (name, share, _), loader in zip(data_sets, getattr(train_loader, 'loaders', [])):
         epochs = total_tokens * share / loader.n_tokens
-        line += f'; {share:.3g} from {name}, {epochs:.2f} epochs of its {loader.n_tokens:,} tokens'
+        line += (f'; {share:.3g} from {name}, {epochs:.2f} epochs of its '
+                 f'{count_tokens(loader):,} tokens')
     return line
 
 

@@ -37,6 +37,7 @@ from data.packing import pack
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 from engine.evaluate import loss_and_error
 from engine.huggingface import load_pretrained
+from engine.startup_report import count_tokens
 from model import GPT, GPTConfig
 
 T = 48  # block_size
@@ -333,6 +334,22 @@ def test_a_conversation_longer_than_the_context_is_cut_and_counted(tmp_path):
     refused(train(folder, tmp_path / 'no', '--block_size=1'), 'has a reply within block_size')
 
 
+def test_an_id_past_the_vocabulary_is_found_in_the_file(tmp_path):
+    """The offset was one in packed windows, where no file has it."""
+    talks = [[max(~254, min(i, 254)) for i in talk] for talk in some_talks(100)]
+    talks[40][1] = ~255
+    folder = write_talks(tmp_path, talks, 90)
+    loader = Loader(folder, 'train', T, vocab_size=255)
+    at = sum(map(len, talks[:40])) + 1
+    with pytest.raises(ValueError, match=f'train.bin: id 255 at token {at} is not below vocab_size 255'):
+        loader.batch(np.arange(loader.n_windows))
+
+
+def test_padding_is_not_counted_as_tokens(talks):
+    """The start-up report counted what fills up the packed windows."""
+    assert count_tokens(Loader(talks, 'train', T)) == sum(map(len, some_talks(200)[:180]))
+
+
 @pytest.mark.parametrize('change, words', [
     ({'chat_separator': 1}, 'does not begin with a conversation'),
     ({'chat_separator': None}, 'chat_separator'),
@@ -476,7 +493,8 @@ def test_an_exported_chat_model_has_its_template(talks, tmp_path):
     """transformers cannot talk to it, or writes other ids."""
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('safetensors')
-    succeeded(train(talks, tmp_path / 'out', '--arch_preset=llama', '--max_iters=1', f'--block_size={T}'))
+    done = train(talks, tmp_path / 'out', '--arch_preset=llama', '--max_iters=1', f'--block_size={T}')
+    succeeded(done, f"next      python sample.py --out_dir={tmp_path / 'out'} --chat=True")
     succeeded(command('model.py', f"--ckpt={tmp_path / 'out'}", f"--export={tmp_path / 'hf'}"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     template = read_meta(talks)['chat_template']
