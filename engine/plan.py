@@ -10,6 +10,7 @@ import torch
 
 from engine.common import GIB, optional
 from engine.cost import memory_estimate
+from engine.lora import add_adapters
 from engine.machine import free_memory
 from engine.side import Side
 from model import GPT
@@ -24,7 +25,7 @@ def plan_ranks(config, s, model, device):
     """
     rate, source = config['plan_tflops'] * 1e12, 'as given'
     if not rate:
-        rate, source = measure_rate(s, model.config, device)
+        rate, source = measure_rate(s, model, device)
     print(f'one device: {rate / 1e12:.3g} TFLOP/s ({source}); '
           f"interconnect {config['interconnect_gbps']:g} Gbit/s per rank, each way")
     print(f"{'ranks':>6} {'mode':>7} {'micro-batches':>14} {'tokens/step':>14} {'GiB/rank':>10} "
@@ -40,7 +41,8 @@ def plan_ranks(config, s, model, device):
         for mode, (sent, in_group) in traffic.items():
             divided = ('fsdp', shard_size) if mode == 'hybrid' else (mode, ranks)
             sizes = memory_estimate(model.config, s['batch_size'], s['dtype'], device,
-                                    micro_batches, *divided, s['optimizer'])
+                                    micro_batches, *divided, s['optimizer'],
+                                    lora=getattr(model, 'lora', None))
             sending = sent / bytes_per_sec + in_group / in_group_per_sec
             seconds = max(computing, sending), computing + sending
             rows.append(dict(ranks=ranks, mode=mode, micro_batches=micro_batches,
@@ -79,43 +81,49 @@ def memory_figure(rows, title):
 def bytes_sent(model, dtype, micro_batches, ranks, shard_size=0):
     """
     Return {mode: (bytes that a rank sends per step, bytes that it sends within its group of
-    shard_size ranks)}. DDP reduces float32 gradients. ZeRO-1 also sends the new weights. In every
-    micro-batch, FSDP gathers the blocks in dtype for the forward and for the backward pass, gathers
-    the rest once in float32, and reduces float32 gradients. Hybrid FSDP does so within the group,
-    and once per step reduces the rank's share of the gradients over the groups.
+    shard_size ranks)}. DDP reduces float32 gradients, which frozen weights do not have. ZeRO-1 also
+    sends the new weights. In every micro-batch, FSDP gathers the blocks in dtype for the forward
+    and for the backward pass, gathers the rest once in float32, and reduces float32 gradients.
+    Hybrid FSDP does so within the group, and once per step reduces the rank's share of the
+    gradients over the groups.
     """
     n = model.get_num_params(False)
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     size = getattr(torch, dtype).itemsize
-    per_micro_batch = (2 * size + 4) * in_blocks + 8 * (n - in_blocks)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    per_micro_batch = 2 * size * in_blocks + 4 * (n - in_blocks) + 4 * n_trained
 
     def ring(members):
         return (members - 1) / members
 
-    sent = {'ddp': (8 * n * ring(ranks), 0), 'zero1': (12 * n * ring(ranks), 0),
+    sent = {'ddp': (8 * n_trained * ring(ranks), 0), 'zero1': (12 * n_trained * ring(ranks), 0),
             'fsdp': (micro_batches * per_micro_batch * ring(ranks), 0)}
     if shard_size and ranks > shard_size and ranks % shard_size == 0:
-        sent['hybrid'] = (8 * n / shard_size * ring(ranks // shard_size),
+        sent['hybrid'] = (8 * n_trained / shard_size * ring(ranks // shard_size),
                           micro_batches * per_micro_batch * ring(shard_size))
     return sent
 
 
-def measure_rate(s, model_config, device):
+def measure_rate(s, model, device):
     """Measure (training FLOP/s of one device, source) with as many layers as fit comfortably."""
-    def needed(layers):
-        config = replace(model_config, n_layer=layers)
-        return memory_estimate(config, s['batch_size'], s['dtype'], device)['peak']
+    lora = getattr(model, 'lora', None)
 
-    layers = model_config.n_layer
+    def needed(layers):
+        config = replace(model.config, n_layer=layers)
+        return memory_estimate(config, s['batch_size'], s['dtype'], device, lora=lora)['peak']
+
+    layers = model.config.n_layer
     while layers > 1 and needed(layers) > 0.6 * free_memory(device):
         layers = max(1, layers // 2)
-    config = replace(model_config, n_layer=layers)
+    config = replace(model.config, n_layer=layers)
     side = Side('one device', s | dict(what='train', model=asdict(config), accumulation=1))
     side.step()
     seconds = min(side.step()['whole'] for _ in range(3))
     side.close()
-    flops_per_token = GPT.without_data(config).flops_per_token()
+    smaller = GPT.without_data(config)
+    if lora:
+        add_adapters(smaller, lora)
     source = 'measured here'
-    if layers < model_config.n_layer:
-        source += f', with {layers} of {model_config.n_layer} layers'
-    return flops_per_token * s['batch_size'] * config.block_size / seconds, source
+    if layers < model.config.n_layer:
+        source += f', with {layers} of {model.config.n_layer} layers'
+    return smaller.flops_per_token() * s['batch_size'] * config.block_size / seconds, source

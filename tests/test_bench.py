@@ -277,6 +277,17 @@ def test_planned_traffic_is_what_torch_sends(tmp_path):
     assert ddp['tokens'] == 12 * 4 * 32 and '64' in out
 
 
+def test_a_plan_knows_adapters(tmp_path):
+    """Gradients and moments of frozen weights, which --lora_rank does not have."""
+    _, result = bench(tmp_path, '--plan=4', '--plan_tflops=0.001', '--lora_rank=2', '--lora_targets=attn,mlp',
+                      '--fsdp_shard_size=2')
+    rows = {row['mode']: row for row in result['plan']}
+    n_adapters = 2 * 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)  # 2 layers, rank 2, widths in and out
+    for mode, share in dict(ddp=1, zero1=1, fsdp=4, hybrid=2).items():
+        assert rows[mode]['sizes']['gradients'] == 4 * n_adapters / share
+    assert rows['ddp']['sent'] == 2 * 4 * n_adapters * 3 / 4
+
+
 def test_a_plan_is_drawn():
     """Bars whose height is not the memory of the plan."""
     pytest.importorskip('matplotlib')
