@@ -53,6 +53,7 @@ class Server:
     def __init__(self, name, model, tokenizer, template, ends, settings):
         self.name, self.model, self.tokenizer, self.template = name, model, tokenizer, template
         self.ends, self.settings = ends, settings
+        self.turn_end = end_of_turn(template) if template else ''
         self.batcher = Batcher(model, settings['max_batch'])
         self.uvicorn = uvicorn.Server(uvicorn.Config(make_app(self), log_level='warning',
                                                      timeout_graceful_shutdown=2))
@@ -104,9 +105,9 @@ class Server:
             raise UserError('temperature must be 0, or from 0.001 to 1000000')
         stop = body.stop or default['stop_strings']
         stop = [stop] if isinstance(stop, str) else stop
-        turn_end = end_of_turn(self.template) if body.messages else ''
         n_tokens = min(body.max_tokens or default['max_new_tokens'], block_size - len(ids))
-        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop, turn_end)
+        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop,
+                             self.turn_end if body.messages else '')
         return Request(ids, reply, top_k=default['top_k'] or None, **sampling)
 
     def ids_of(self, body):
@@ -219,7 +220,7 @@ def make_app(server):
         model = {'id': server.name, 'object': 'model', 'created': 0, 'owned_by': 'plainGPT'}
         settings, block_size = server.settings, server.model.config.block_size
         for_page = {'chat': server.template is not None, 'temperature': settings['temperature'],
-                    'top_p': settings['top_p'],
+                    'top_p': settings['top_p'], 'block_size': block_size,
                     'max_tokens': min(settings['max_new_tokens'], block_size // 2)}
         return {'object': 'list', 'data': [model | for_page]}
 

@@ -234,6 +234,13 @@ def test_a_conversation_is_answered_in_the_models_template(server, stream):
     assert text == text_alone(server, ids, 20, [end])
 
 
+def test_the_template_is_asked_for_its_end_once(server, monkeypatch):
+    """Each request rendered the example again that tells what ends a turn."""
+    monkeypatch.setattr('engine.serve.end_of_turn', lambda template: 1 / 0)
+    messages = [{'role': 'user', 'content': 'Who wrote Faust?'}]
+    assert client_of(server).chat.completions.create(model='tiny', messages=messages, max_tokens=1).usage
+
+
 def test_a_reply_ends_where_its_turn_does(server, monkeypatch):
     """A reply that shows the template's end of turn, and goes on with what the user might say."""
     said = iter(b'Goethe.<|im_end|>\n<|im_start|>user')
@@ -311,9 +318,11 @@ def test_the_key_is_asked_for(server):
         answer = httpx.post(server.url + path, json={}, headers={'authorization': 'Bearer wrong'})
         assert answer.status_code == 401 and 'API key' in answer.json()['error']['message']
     assert httpx.get(f'{server.url}/v1/models').status_code == 401
-    assert [model.id for model in client_of(server).models.list()] == ['tiny']
+    [model] = client_of(server).models.list()
+    assert (model.id, model.block_size, model.max_tokens) == ('tiny', 4096, 2000)  # the page reads them
     page = httpx.get(server.url)
     assert page.status_code == 200 and '</script>' in page.text
+    assert '<link rel="icon" href="data:,">' in page.text, 'browsers ask for favicon.ico'
     assert '//' not in page.text.replace('// ', ''), 'a resource from elsewhere'
     assert 'access-control-allow-origin' not in page.headers
 
