@@ -119,9 +119,6 @@ if serve:
     if serve > 65535:
         raise UserError(f'--serve={serve} is no port: ports end at 65535')
     listener = socket.create_server((host, serve))  # finds out early whether the port is in use
-if isinstance(stop_strings, str):
-    stop_strings = [stop_strings]
-stop_strings = list(map(str, stop_strings))
 if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
 if num_beams == 1 and 'length_penalty' in changed:
@@ -199,8 +196,7 @@ def stream_text(rows, samples):
     longest, n_tokens = max(map(len, rows)), samples[0].max_new_tokens
     padding = [longest - len(row) for row in rows]
     padded = [[0] * n + row for n, row in zip(padding, rows)]
-    check_sampling_fits(model.config, len(rows), longest, n_tokens, device,
-                        model.cache_dtype().itemsize)
+    check_sampling_fits(model, len(rows), longest, n_tokens, device)
     steps = model.stream(torch.tensor(padded, device=device), n_tokens, temperature, top_k or None,
                          top_p, seed, slide=slide, left_padding=torch.tensor(padding), min_p=min_p,
                          repetition_penalty=repetition_penalty)
@@ -233,19 +229,16 @@ def generate(starts):
 
 def search(starts):
     """Print the num_samples best continuations of each prompt that beam search finds."""
-    found = []
-    for prompt in starts:
+    for number, prompt in enumerate(starts):
         ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
-        check_sampling_fits(model.config, 2 * num_beams, len(ids), max_new_tokens, device,
-                            model.cache_dtype().itemsize, 'num_beams or max_new_tokens')
+        check_sampling_fits(model, 2 * num_beams, len(ids), max_new_tokens, device,
+                            'num_beams or max_new_tokens')
         beams = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, ends)
-        for score, new_ids in beams[:num_samples]:
+        for rank, (score, new_ids) in enumerate(beams[:num_samples]):
             sample = Continuation(tokenizer, max_new_tokens, ends, stop_strings)
             for token in new_ids:
                 sample.push(token)
-            found.append((prompt, sample, score))
-    for i, (prompt, sample, score) in enumerate(found):
-        write(i, prompt, sample, score=round(score, 4))
+            write(number + rank, prompt, sample, score=round(score, 4))
 
 
 def write(i, prompt, sample, **numbers):
@@ -326,12 +319,10 @@ with reader_may_exit():
     elif interactive or chat:
         ask()
     elif serve:
-        check_sampling_fits(model.config, max_batch, model.config.block_size, 0, device,
-                            model.cache_dtype().itemsize, 'max_batch')
+        check_sampling_fits(model, max_batch, model.config.block_size, 0, device, 'max_batch')
         say(f'http://{host}:{serve} is a page, and http://{host}:{serve}/v1 the base_url of '
             "OpenAI's clients; Ctrl-C ends the server", file=sys.stderr)
         name = out_dir if init_from == 'resume' else init_from
-        config['stop_strings'] = stop_strings
         Server(name, model, tokenizer, template, ends, config).run(listener)
     else:
         print_samples(starts)

@@ -14,11 +14,13 @@ from model import penalize_repetition, sample_token
 
 class Request:
     """
-    A prompt that a Continuation, `reply`, continues. `ids` are those of both; `sampling` are
-    arguments of sample_token. `arrived` gets each piece of the text, at last None or an exception.
+    A prompt that a Continuation, `reply`, continues. `ids` are those of both; a row of a KV cache
+    holds all of them but the last one, which the next step reads. `sampling` are arguments of
+    sample_token. `arrived` gets each piece of the text, at last None or an exception.
     """
     def __init__(self, prompt, reply, seed=None, repetition_penalty=1.0, **sampling):
         self.ids, self.reply = list(prompt), reply
+        self.cache, self.row = None, 0
         self.repetition_penalty, self.sampling = repetition_penalty, sampling
         self.generator = torch.Generator()  # its own, so that no other request changes its draws
         self.generator.manual_seed(self.generator.seed() if seed is None else seed)
@@ -42,15 +44,12 @@ class Request:
 
 class Batcher:
     """
-    Continues requests, up to max_rows of them at a time. A row of a KV cache holds all ids of a
-    request but the last one, which the next step reads. Rows end in the same column, and shorter
-    ones are padded on the left.
+    Continues requests, up to max_rows of them at a time. Their rows of a common cache end in the
+    same column, and shorter ones are padded on the left.
     """
     def __init__(self, model, max_rows):
         self.model, self.max_rows = model, max_rows
-        self.waiting = []
-        # a row: (cache, index in it); a new one has its own cache, to read its prompt unpadded
-        self.requests, self.rows = [], []
+        self.waiting, self.requests = [], []
         self.thread = ThreadPoolExecutor(1)  # the only one that uses the model
         self.task = None
 
@@ -72,9 +71,9 @@ class Batcher:
                 pieces = await self.call(self.step)
             except Exception as e:
                 traceback.print_exc()  # the clients are told, too
-                pieces, failed, self.requests, self.rows = [], self.requests, [], []
-                for request in failed:
+                for request in self.requests:
                     request.arrived.put_nowait(e)
+                pieces, self.requests = [], []
             for request, piece in zip(self.requests, pieces):
                 request.arrived.put_nowait(piece)
                 if request.over:
@@ -86,46 +85,49 @@ class Batcher:
         Drop requests that are over, draw a token for each of the others, and then the first one for
         those that join. Return the pieces of text that this adds.
         """
-        kept = [i for i, request in enumerate(self.requests) if not request.over]
-        if len(kept) < len(self.rows) or len({id(cache) for cache, _ in self.rows}) > 1:
-            self.requests = [self.requests[i] for i in kept]
-            self.rows = self.merge([self.rows[i] for i in kept]) if kept else []
-        pieces = []
-        if self.requests:
-            cache, ends = self.rows[0][0], [request.ids[-1:] for request in self.requests]
-            padding = [cache[0].length + 1 - len(request.ids) for request in self.requests]
-            pieces = self.draw(self.requests, ends, cache, padding)
+        requests = [request for request in self.requests if not request.over]
+        changed = len(requests) < len(self.requests)
+        if requests and (changed or len({id(request.cache) for request in requests}) > 1):
+            self.merge(requests)
+        self.requests, pieces = requests, []
+        if requests:
+            end = requests[0].cache[0].length
+            padding = [end + 1 - len(request.ids) for request in requests]
+            pieces = self.draw(requests, [request.ids[-1:] for request in requests], padding)
         while self.waiting and len(self.requests) < self.max_rows:
             request = self.waiting.pop(0)
             self.requests.append(request)
             width = len(request.ids) + request.reply.max_new_tokens
-            self.rows.append((self.model.new_cache(1, width), 0))
-            pieces += self.draw([request], [request.ids], self.rows[-1][0], [0])
+            request.cache = self.model.new_cache(1, width)  # its own, to read its prompt unpadded
+            pieces += self.draw([request], [request.ids], [0])
         return pieces
 
-    def draw(self, requests, idx, cache, padding):
+    def draw(self, requests, idx, padding):
         """Continue a cache by idx (B, T), and draw a token for each request. Return the pieces."""
+        cache = requests[0].cache
         idx, padding = (torch.tensor(x, device=cache[0].k.device) for x in (idx, padding))
         logits, _ = self.model.forward(idx, cache=cache, left_padding=padding)
         logits = logits[:, -1].float().cpu()
         n_ids = self.model.config.unpadded_vocab_size or self.model.config.vocab_size
         return [request.draw(logits[[i]], n_ids) for i, request in enumerate(requests)]
 
-    def merge(self, rows):
-        """Return the rows of `requests` in one cache, without columns that none of them needs."""
-        lengths = [len(request.ids) - 1 for request in self.requests]
-        end = max(lengths)
-        room = max(r.reply.max_new_tokens - len(r.reply.ids) for r in self.requests)
-        merged = self.model.new_cache(len(rows), min(end + room, self.model.config.block_size))
-        for to, (n, (cache, row)) in enumerate(zip(lengths, rows)):
-            for new, old in zip(merged, cache):
-                new.length = end
-                new.k[to, :, :end - n] = new.v[to, :, :end - n] = 0  # NaN there would spread
-                new.k[to, :, end - n:end] = old.k[row, :, old.length - n:old.length]
-                new.v[to, :, end - n:end] = old.v[row, :, old.length - n:old.length]
-        firsts = [(cache[0], row) for cache, row in rows]
+    def merge(self, requests):
+        """Copy the rows of requests into one cache, without columns that none of them needs."""
+        end = max(len(request.ids) for request in requests) - 1
+        room = max(r.reply.max_new_tokens - len(r.reply.ids) for r in requests)
+        width = min(end + room, self.model.config.block_size)
+        merged = self.model.new_cache(len(requests), width)
+        for row, request in enumerate(requests):
+            n = len(request.ids) - 1
+            for new, old in zip(merged, request.cache):
+                first, new.length = old.length - n, end
+                new.k[row, :, :end - n] = new.v[row, :, :end - n] = 0  # NaN there would spread
+                new.k[row, :, end - n:end] = old.k[request.row, :, first:old.length]
+                new.v[row, :, end - n:end] = old.v[request.row, :, first:old.length]
+        firsts = [(request.cache[0], request.row) for request in requests]
         merged[0].doc = torch.stack(
             [F.pad(old.doc[row], (end - old.length, 0), value=-1) for old, row in firsts])
         if self.model.config.token_shift:
             merged[0].last = torch.stack([old.last[row] for old, row in firsts])
-        return [(merged, i) for i in range(len(rows))]
+        for row, request in enumerate(requests):
+            request.cache, request.row = merged, row

@@ -12,7 +12,8 @@ class Continuation:
     def __init__(self, tokenizer, max_new_tokens, ends=(), stop_strings=(), end_of_turn=''):
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.ends, self.end_of_turn = ends, end_of_turn
-        self.stop_strings = [text for text in (*stop_strings, end_of_turn) if text]
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+        self.stop_strings = [str(text) for text in (*stop_strings, end_of_turn) if text]
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self.ids, self.text, self.n_shown = [], '', 0
         self.finish = None if max_new_tokens else 'length'

@@ -80,13 +80,14 @@ def cache_bytes(config, length, itemsize):
     return 2 * config.n_layer * config.kv_heads * config.head_dim * length * itemsize
 
 
-def check_sampling_fits(config, n_samples, prompt_tokens, new_tokens, device, itemsize,
+def check_sampling_fits(model, n_samples, prompt_tokens, new_tokens, device,
                         keys='num_samples or max_new_tokens'):
     """
     Raise UserError if the ids, the KV cache and the logits of samples exceed the device's memory.
     """
     length = prompt_tokens + new_tokens
-    cache = cache_bytes(config, min(config.block_size, length), itemsize)
+    config = model.config
+    cache = cache_bytes(config, min(config.block_size, length), model.cache_dtype().itemsize)
     ids = 2 * 8 * length  # twice, because stream() makes room for the new ones in a copy
     needed = n_samples * (cache + ids + 4 * config.vocab_size)
     check_memory(needed, device, f'{n_samples:,} samples of up to {length:,} tokens', keys)

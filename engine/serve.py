@@ -44,10 +44,6 @@ class Body(BaseModel):
     stream: bool = False
 
 
-class Chat(Body):
-    messages: list[dict[str, str]] = Field(min_length=1)
-
-
 class Server:
     """A model for requests. `ends` are ids that end a text, `settings` are those of sample.py."""
     def __init__(self, name, model, tokenizer, template, ends, settings):
@@ -103,10 +99,9 @@ class Server:
         sampling |= body.model_dump(include={'temperature', 'top_p', 'seed'}, exclude_none=True)
         if not divides_logits(sampling['temperature']):
             raise UserError('temperature must be 0, or from 0.001 to 1000000')
-        stop = body.stop or default['stop_strings']
-        stop = [stop] if isinstance(stop, str) else stop
         n_tokens = min(body.max_tokens or default['max_new_tokens'], block_size - len(ids))
-        reply = Continuation(self.tokenizer, n_tokens, self.ends, stop,
+        reply = Continuation(self.tokenizer, n_tokens, self.ends,
+                             body.stop or default['stop_strings'],
                              self.turn_end if body.messages else '')
         return Request(ids, reply, top_k=default['top_k'] or None, **sampling)
 
@@ -197,8 +192,6 @@ def refuse(http, error):
     if isinstance(error, RequestValidationError):
         mistake = error.errors()[0]
         message = '.'.join(map(str, mistake['loc'])) + f": {mistake['msg']}"
-        if mistake['type'] == 'json_invalid':
-            message = f"the body is not JSON: {mistake['ctx']['error']}"
         return JSONResponse(error_body(400, message), 400)
     status = getattr(error, 'status_code', 400)
     return JSONResponse(error_body(status, getattr(error, 'detail', str(error))), status)
@@ -230,9 +223,9 @@ def make_app(server):
         return await server.answer(body, http)
 
     @app.post('/v1/chat/completions')
-    async def chat_completions(body: Chat, http: fastapi.Request):
-        if body.messages[-1].get('role') != 'user':
-            raise UserError('the last message must be one of the user')
+    async def chat_completions(body: Body, http: fastapi.Request):
+        if not body.messages or body.messages[-1].get('role') != 'user':
+            raise UserError('the last of messages must be one of the user')
         return await server.answer(body, http)
 
     @app.post('/attention')

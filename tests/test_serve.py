@@ -93,7 +93,7 @@ def test_a_cancelled_request_leaves_its_row():
     batcher.step()
     cancelled.cancelled = True
     batcher.step()
-    assert batcher.requests == [other] and len(batcher.rows[0][0][0].k) == 1
+    assert batcher.requests == [other] and len(other.cache[0].k) == 1
     assert len(cancelled.reply.ids) == 1 and len(other.reply.ids) == 2
 
 
@@ -274,7 +274,7 @@ CHAT = '/v1/chat/completions'
 
 
 @pytest.mark.parametrize('path, body, status, words', [
-    ('/v1/completions', '{"prompt": ', 400, ['the body is not JSON: ']),
+    ('/v1/completions', '{"prompt": ', 400, ['JSON decode error']),
     ('/v1/completions', '', 400, ['body: ']),
     ('/v1/completions', '[' * 10000, 400, []),
     ('/v1/completions', '{"prompt": "\\ud800"}', 400, ['surrogates']),
@@ -285,11 +285,11 @@ CHAT = '/v1/chat/completions'
     ('/v1/completions', {'prompt': 'a', 'temperature': 1e-30}, 400, ['temperature']),
     ('/v1/completions', '{"prompt": "a", "temperature": NaN}', 400, ['temperature']),
     ('/v1/completions', {'prompt': 'a' * 5_000_000}, 413, ['block_size']),
-    (CHAT, {'messages': []}, 400, ['messages']),
-    (CHAT, {'messages': [{'content': 'a'}]}, 400, ['last message']),
-    (CHAT, {'messages': [{'role': 'bogus', 'content': 'a'}]}, 400, ['last message']),
+    (CHAT, {'messages': []}, 400, ['last of messages']),
+    (CHAT, {'messages': [{'content': 'a'}]}, 400, ['last of messages']),
+    (CHAT, {'messages': [{'role': 'bogus', 'content': 'a'}]}, 400, ['last of messages']),
     (CHAT, {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}, 400,
-     ['last message']),
+     ['last of messages']),
     (CHAT, {'messages': [{'role': 'user', 'content': 'a'}] * 2}, 400, ['the conversation has roles', 'user, user']),
     (CHAT, {'messages': [{'role': 'user'}]}, 400, ['chat template', 'content']),
     (CHAT, {'messages': [{'role': 'user', 'content': 3}]}, 400, ['messages.0.content', 'string']),
