@@ -132,10 +132,8 @@ def read_prompt_file(path):
     try:
         with open(path, encoding='utf-8') as f:
             return f.read()
-    except OSError as e:
-        raise UserError(f"the prompt file '{path}' cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"the prompt file '{path}' is not text in UTF-8: {e.reason}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"the prompt file '{path}' cannot be read as UTF-8: {e}") from e
 
 
 starts = [start]
@@ -190,8 +188,8 @@ if trial:
 
 def stream_text(rows, samples):
     """
-    Continue rows of ids, and push their tokens to the samples, which are Continuations. Yield ''
-    when the first token is there, then the first sample's text piece by piece.
+    Continue rows of ids, and push their tokens to the samples, which are Continuations. Yield the
+    first sample's text piece by piece.
     """
     longest, n_tokens = max(map(len, rows)), samples[0].max_new_tokens
     padding = [longest - len(row) for row in rows]
@@ -200,14 +198,12 @@ def stream_text(rows, samples):
     steps = model.stream(torch.tensor(padded, device=device), n_tokens, temperature, top_k or None,
                          top_p, seed, slide=slide, left_padding=torch.tensor(padding), min_p=min_p,
                          repetition_penalty=repetition_penalty)
-    with user_errors():  # the stream checks its arguments before its first step
-        first_step = list(itertools.islice(steps, 1))
-    yield ''
-    for step in itertools.chain(first_step, steps):
-        pieces = [sample.push(token) for sample, token in zip(samples, step.tolist())]
-        yield pieces[0]
-        if all(sample.finish for sample in samples):
-            return
+    with user_errors():  # the stream checks its arguments
+        for step in steps:
+            pieces = [sample.push(token) for sample, token in zip(samples, step.tolist())]
+            yield pieces[0]
+            if all(sample.finish for sample in samples):
+                return
 
 
 def generate(starts):
@@ -215,11 +211,11 @@ def generate(starts):
     starts = [prompt for prompt in starts for _ in range(num_samples)]
     rows = [prompt_ids(prompt, tokenizer, model.config.vocab_size) for prompt in starts]
     samples = [Continuation(tokenizer, max_new_tokens, ends, stop_strings) for _ in rows]
-    pieces = stream_text(rows, samples)
-    next(pieces)  # a mistake is found before anything is printed
-    for piece in itertools.chain([starts[0]], pieces, ['\n']):
+    text = starts[0]  # shown with the first piece, when no mistake has been found
+    for piece in itertools.chain(stream_text(rows, samples), ['\n']):
         if not json:
-            say(piece, end='')
+            say(text + piece, end='')
+        text = ''
     for i, (prompt, sample) in enumerate(zip(starts, samples)):
         if i or json:
             write(i, prompt, sample)

@@ -139,7 +139,7 @@ class Server:
         finally:
             request.cancelled = True
 
-    async def draw(self, body):
+    async def draw(self, body: Body):
         """Return a picture of each head's attention in a text."""
         ids = self.ids_of(body)[-min(MAP_TOKENS, self.model.config.block_size):]
         idx = torch.tensor([ids], device=next(self.model.parameters()).device)
@@ -228,7 +228,5 @@ def make_app(server):
             raise UserError('the last of messages must be one of the user')
         return await server.answer(body, http)
 
-    @app.post('/attention')
-    async def attention(body: Body):
-        return await server.draw(body)
+    app.post('/attention')(server.draw)
     return app
