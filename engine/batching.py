@@ -78,6 +78,7 @@ class Batcher:
                 request.arrived.put_nowait(piece)
                 if request.over:
                     request.arrived.put_nowait(None)
+                    request.cache = None  # free its memory, even while the client is still reading
 
     @torch.no_grad()
     def step(self):
@@ -86,8 +87,8 @@ class Batcher:
         those that join. Return the pieces of text that this adds.
         """
         requests = [request for request in self.requests if not request.over]
-        changed = len(requests) < len(self.requests)
-        if requests and (changed or len({id(request.cache) for request in requests}) > 1):
+        n_caches = len({id(request.cache) for request in requests})
+        if n_caches > 1 or 0 < len(requests) < len(self.requests):
             self.merge(requests)
         self.requests, pieces = requests, []
         if requests:
