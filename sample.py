@@ -292,13 +292,16 @@ def reply(messages, text):
     forgotten when the conversation no longer fits into block_size.
     """
     turn, block_size = [{'role': 'user', 'content': text}], model.config.block_size
-    ids = reply_prompt(messages + turn, tokenizer, template)
-    while messages and len(ids) > block_size - min(max_new_tokens, block_size // 2):
-        del messages[:2]
-        ids = reply_prompt(messages + turn, tokenizer, template)
+    for n_forgotten in range(0, len(messages) + 1, 2):
+        ids = reply_prompt(messages[n_forgotten:] + turn, tokenizer, template)
+        if len(ids) <= block_size - min(max_new_tokens, block_size // 8):
+            break
     if len(ids) >= block_size:
         raise UserError(f'the message has {len(ids)} tokens with the template around it, which '
                         f'leaves no room for a reply in block_size={block_size}: shorten it')
+    if n_forgotten:
+        say('(the model no longer sees the oldest turns)', file=sys.stderr)
+    del messages[:n_forgotten]
     n_tokens = min(max_new_tokens, block_size - len(ids))
     sample = Continuation(tokenizer, n_tokens, ends, stop_strings, end_of_turn(template))
     for piece in stream_text([ids], [sample]):

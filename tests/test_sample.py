@@ -280,13 +280,14 @@ def talker(tmp_path_factory):
 
 
 def test_a_chat_goes_on_past_block_size(talker):
-    """A history that grew beyond block_size ended the chat, and so did one message that is too long."""
+    """A long history ended the chat or vanished without a word; a message that is too long cost the history."""
     messages = ['a' * 30, 'b' * 200, 'c' * 30, 'd' * 30]
     flags = [f'--out_dir={talker}', '--chat=True', '--device=cpu', '--max_new_tokens=3']
     done = subprocess.run([sys.executable, 'sample.py', *flags], cwd=ROOT, input='\n'.join(messages) + '\n',
                           capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0 and done.stdout.count('> ') == 5, done.stderr
     assert done.stderr.count('shorten it') == 1 and 'no room for a reply in block_size=150' in done.stderr
+    assert done.stderr.count('no longer sees the oldest turns') == 2  # neither at first nor at the long message
 
 
 # metrics
