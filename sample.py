@@ -225,16 +225,17 @@ def generate(starts):
 
 def search(starts):
     """Print the num_samples best continuations of each prompt that beam search finds."""
-    for number, prompt in enumerate(starts):
+    numbers = itertools.count()
+    for prompt in starts:
         ids = prompt_ids(prompt, tokenizer, model.config.vocab_size)
         check_sampling_fits(model, 2 * num_beams, len(ids), max_new_tokens, device,
                             'num_beams or max_new_tokens')
         beams = beam_search(model, ids, max_new_tokens, num_beams, length_penalty, ends)
-        for rank, (score, new_ids) in enumerate(beams[:num_samples]):
+        for score, new_ids in beams[:num_samples]:
             sample = Continuation(tokenizer, max_new_tokens, ends, stop_strings)
             for token in new_ids:
                 sample.push(token)
-            write(number + rank, prompt, sample, score=round(score, 4))
+            write(next(numbers), prompt, sample, score=round(score, 4))
 
 
 def write(i, prompt, sample, **numbers):
