@@ -33,10 +33,8 @@ samples. Each p-value is for a single comparison: one in twenty is below 0.05 by
 residual variance is assumed to be the same in all cells; a NOTE appears if it is not.
 
 Runs with the same seed always read training windows in the same order (with another batch_size,
-more or fewer of them per step). Their initial values are the same only if both models create the
-same random layers, with the same shapes and in the same order: another normalization or activation
-keeps them, while biases, RoPE, SwiGLU, another width or depth change them all. The windows of val
-are the same for every seed.
+more or fewer of them per step), and begin with the same weights in all layers whose names and
+shapes agree. The windows of val are the same for every seed.
 """
 import itertools
 import json
