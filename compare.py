@@ -20,6 +20,11 @@ report them in a table with error bars and a picture.
     # loss against size
     python compare.py --scaling=config/preset_quick_test.py --n_embd=64,96,128,192
 
+    # judge a change of the code, or of a flag: better or not, with a known error rate
+    python compare.py --against=HEAD config/judge_quick.py
+    python compare.py --try="--token_shift=True" config/judge_quick.py
+    python compare.py --ledger
+
 Every cell is a run of train.py in its own folder under out_dir. After a kill, the same command
 resumes the study. It writes out_dir/compare.md, compare.json and compare.png.
 
@@ -65,7 +70,7 @@ from engine.common import (
     try_lock,
 )
 from engine.compare_report import picture, scaling_report, table
-from engine.grid import ladder, make_cells, make_runs, seeds_of, several
+from engine.grid import Range, ladder, make_cells, make_runs, seeds_of, several
 from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
@@ -88,6 +93,15 @@ def settings(argv):
     tokens_per_param: PositiveFloat = 20.0  # training tokens per parameter, for scaling
     confidence: OpenFraction = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove all checkpoints once every run has finished
+    # judge
+    against = ''  # judge the working tree against this commit, or another folder with a train.py
+    try_flags = ''  # or --try: flags of train.py that only the candidate has, '--qk_norm=True ...'
+    alpha: OpenFraction = 0.05  # chance that a change without any effect is found better
+    margin: PositiveFloat = 0.01  # a gain that is smaller need not be found
+    unit: Literal['bits_per_byte', 'nats'] = 'bits_per_byte'  # of margin and differences
+    max_pairs: PositiveInt = 6  # pairs of runs, candidate and baseline with the same seed
+    at: Literal['steps', 'seconds', 'flops'] = 'steps'  # what the two runs of a pair have in common
+    ledger = False  # print all verdicts so far
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=convert)
     return config, given
 
@@ -104,6 +118,10 @@ def arguments(argv):
     Return the arguments for configure(): no folders of runs, and the file of --scaling=... first.
     """
     files = [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')]
+    shorthands = {'--try': '--try_flags', '--ledger': '--ledger=True'}
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition('=')
+        argv[i] = shorthands.get(name, name) + equals + value
     for arg in argv:
         is_flag = arg.startswith('-') or '=' in arg and '/' not in arg
         if not is_flag and not arg.endswith('.py') and not os.path.isdir(arg):
@@ -414,12 +432,51 @@ def report_single_run(folder, given):
 
 
 # ------------------------------------------------------------------------------------------------
+# judge
+
+def judge_change(config, given, argv):
+    """Judge a change, or print the ledger. Return the exit status."""
+    from engine import judge, judge_report  # torch is imported with them, which takes seconds
+    if 'out_dir' not in given.flags():
+        config['out_dir'] = 'out-judge'
+    if config['ledger']:
+        judge_report.show_ledger(config['out_dir'])
+        return 0
+    own = read_block(__file__)
+    flags = {key: config[key] for key in given if key in given.flags() and key not in own}
+    check_judge(config, flags, argv)
+    lock = lock_out_dir(config['out_dir'])
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
+    status = judge.judge(config, files, flags, devices_to_use(config)[1])
+    lock.close()
+    return status
+
+
+def check_judge(config, flags, argv):
+    """Raise UserError for what a judgement cannot do."""
+    folders = [arg for arg in argv if os.path.isdir(arg)]
+    if folders or config['search'] or config['scaling'] or config['cells']:
+        raise UserError('--against and --try judge one config file and its flags: no folders of '
+                        'runs, cells, search or scaling')
+    for key, value in flags.items():
+        if isinstance(value, (list, tuple, Range)):
+            raise UserError(f'{key} has several values, but a judgement has one for each key; its '
+                            'pairs have seeds of their own')
+    if config['max_pairs'] < 2:
+        raise UserError('max_pairs must be 2 or more: one pair does not tell how much pairs differ')
+
+
+# ------------------------------------------------------------------------------------------------
 # the whole
 
 def main(argv):
     sys.excepthook = show_error  # before configure(), which gets the arguments from arguments()
     sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
     config, given = settings(argv)
+    if config['against'] or config['try_flags'] or config['ledger']:
+        return judge_change(config, given, argv)
     folders = {os.path.realpath(arg): arg for arg in argv if os.path.isdir(arg)}.values()
     if len(folders) == 1:
         report_single_run(*folders, given)

@@ -41,14 +41,14 @@ muon_momentum = 0.9
 learning_rate = 0.012
 beta1 = 0.8
 weight_decay = 0.0
-max_iters = 640
+max_iters = 320
 lr_schedule = 'wsd'
 warmup_iters = 0
 cooldown_frac = 0.85
 min_lr = 0.0
 
 eval_interval = 160
-eval_iters = 40  # 640 windows
+eval_iters = 20  # 320 windows
 log_interval = 10
 gradient_log_interval = 0
 sample_interval = 0

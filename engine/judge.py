@@ -1,0 +1,242 @@
+"""
+Judge a change: train a candidate and a baseline with the same seeds, one pair of runs at a time,
+and stop as soon as the answer is clear. compare.py --against and --try call judge().
+
+The difference of a pair, candidate minus baseline, comes from runs with the same data order, the
+same initial weights wherever names and shapes agree, and the same windows of val.
+
+A change is better if a one-sided t-test of the differences says so. The test is made after every
+pair from the second on. All tests of a judgement use the same nominal level, which is below alpha
+and makes the chance that any of them errs alpha: Pocock's group sequential design in its version
+for an unknown variance (Jennison and Turnbull 2000, Group Sequential Methods, chapter 4). It
+assumes that the differences of pairs are independent and normal. Nothing else below can make a
+change better, so alpha holds whatever the rest assumes.
+
+A judgement ends early when a gain of the margin is unlikely. This uses the noise of the baseline,
+too: the differences of three pairs in which only norm_eps changes, by a tenth, which does nothing
+but round differently. With it, the first pair can be enough. If the candidate's pairs are in truth
+noisier than that, more real gains are missed than UNLIKELY says.
+"""
+import functools
+import json
+import math
+import os
+import shlex
+import shutil
+import time
+
+import numpy as np
+
+from configurator import read_block
+from engine.common import ROOT, UserError, optional
+from engine.judge_report import Decision, report, shown, unit_of
+from engine.sides import copy_code, diff_of, make_side
+from engine.study import Launcher, Run, files_of, read_run, run_all
+
+UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
+NOISE_PAIRS = 3
+# a better candidate costs at most this many times what the baseline costs; clocks are noisy
+LIMITS = {'tokens': 1.001, 'parameters': 1.01, 'FLOPs per token': 1.01, 'seconds': 1.1}
+LIMITS_AT = {'steps': [*LIMITS], 'flops': ['parameters', 'seconds'],
+             'seconds': ['parameters', 'seconds']}
+
+
+# the decision
+
+def nominal_level(alpha, max_pairs):
+    """
+    Return the level of t-tests after 2, 3, ... max_pairs pairs at which the chance that any of them
+    errs is alpha. It is found by simulation.
+    """
+    stats = optional('scipy.stats', 'a judgement')
+    d = np.random.default_rng(0).standard_normal((200_000, max_pairs))
+    n = np.arange(2, max_pairs + 1)
+    mean = (d.cumsum(1)[:, 1:]) / n
+    variance = (np.square(d).cumsum(1)[:, 1:] - n * mean ** 2) / (n - 1)
+    p = stats.t.sf(mean / np.sqrt(variance / n), n - 1)
+    return float(np.quantile(p.min(1), alpha))
+
+
+def decide(differences, noise, margin, level, max_pairs):
+    """
+    Decide after the `differences` of some pairs. `noise` holds those of pairs without a change, and
+    `level` is nominal_level()'s.
+    """
+    stats = optional('scipy.stats', 'a judgement')
+    d, n = np.array(differences), len(differences)
+    mean = float(d.mean())
+    squares = float(np.square(d - mean).sum())
+    if n > 1:
+        interval = stats.t.isf(level, n - 1) * math.sqrt(squares / (n - 1) / n)
+        if mean + interval < 0:
+            return Decision('better', mean, float(interval))
+    df = len(noise) + n - 1
+    deviation = math.sqrt((np.square(noise).sum() + squares) / df)
+    interval = float(stats.t.isf(UNLIKELY, df) * deviation / math.sqrt(n))
+    verdict = 'undecided' if n == max_pairs else None
+    if mean - interval > -margin:
+        verdict = 'no gain'
+        if mean + interval < margin:
+            verdict = 'no difference'
+        if mean - interval > 0:
+            verdict = 'worse'
+    return Decision(verdict, mean, interval)
+
+
+def is_hopeless(evals, baseline):
+    """
+    Return whether a run is to be given up: before its end, it trails by more than the baseline
+    still gained from there on.
+    """
+    expected = {e.iter: e.loss for e in baseline}
+    end = baseline[-1]
+    return any(e.loss - expected[e.iter] > expected[e.iter] - end.loss
+               for e in evals if 0 < e.iter < end.iter and e.iter in expected)
+
+
+def costs_of(result):
+    return {'tokens': result.evals[-1].tokens,
+            'parameters': result.startup_info['total_params'],
+            'FLOPs per token': result.startup_info['flops_per_token'],
+            'seconds': result.evals[-1].train_seconds}
+
+
+# the judgement
+
+def judge(config, files, flags, gpus):
+    """
+    Judge the working tree with --try_flags against a commit or folder, or against the tree without
+    them. `config` has the settings of compare.py, `files` and `flags` are for both sides. Print the
+    verdict, add it to the ledger, and return the exit status.
+    """
+    started, trees = time.time(), os.path.join(config['out_dir'], 'trees')
+    tried = dict(word.removeprefix('--').split('=', 1) for word in flags_in(config['try_flags']))
+    try:
+        copy_code(ROOT, trees + '/candidate')
+        copy_code(config['against'] or ROOT, trees + '/baseline')
+        baseline = make_side(trees + '/baseline', files, flags)
+        candidate = make_side(trees + '/candidate', files, flags | tried)
+        if candidate.key == baseline.key:
+            raise UserError('nothing to judge: both sides have the same code and settings')
+        found = compare_pairs(baseline, candidate, config, gpus)
+        found['diff'] = diff_of(baseline, candidate)
+    finally:
+        shutil.rmtree(trees, ignore_errors=True)
+    found |= dict(flags=flags, tried=tried, files=files, seconds=round(time.time() - started, 1))
+    return report(found, config)
+
+
+def flags_in(text):
+    words = shlex.split(text)
+    for word in words:
+        if not word.startswith('--') or '=' not in word:
+            raise UserError(f"--try=... holds flags of train.py, --key=value, not '{word}'")
+    return words
+
+
+def compare_pairs(baseline, candidate, config, gpus):
+    """Train pairs until the verdict is clear. Return what was found, for the ledger."""
+    spent = dict(baseline=0.0, candidate=0.0, noise=0.0, probe=0.0)
+    train = functools.partial(train_side, config['out_dir'], gpus, spent)
+    first, noise, pairs, differences = baseline.settings['seed'], None, [], []
+    level = nominal_level(config['alpha'], config['max_pairs'])
+    if config['at'] != 'steps':
+        candidate = at_equal_cost(candidate, baseline, config['at'], train)
+    decision, problem, scale = Decision(None, math.nan, math.nan), None, 1.0
+    for seed in range(first, first + config['max_pairs']):
+        a = train_baseline(train, baseline, seed)
+        scale = unit_of(a, config['unit'])
+        b = train('candidate', candidate, seed, hopeless=a.evals)
+        problem = problem_of(b, a)
+        if problem == 'failed':
+            break
+        pairs.append((a, b))
+        differences.append(scale * (b.evals[-1].loss - a.evals[-1].loss))
+        decision = Decision(None, float(np.mean(differences)), math.nan)
+        if problem:
+            break
+        if all((x.evals[-1].losses == y.evals[-1].losses).all() for x, y in pairs):
+            decision = Decision('no difference', 0.0, 0.0)  # down to the last bit
+            break
+        noise = noise or noise_of(train, baseline, first, scale)
+        decision = decide(differences, noise, config['margin'], level, config['max_pairs'])
+        print(f'{len(pairs)} pairs: {shown(decision, config["unit"])}', flush=True)
+        if decision.verdict:
+            break
+    ratios = {name: costs_of(b)[name] / cost for a, b in pairs[-1:]
+              for name, cost in costs_of(a).items()}
+    more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
+    verdict = problem or decision.verdict
+    return dict(
+        verdict='costs more' if verdict == 'better' and more else verdict,
+        difference=decision.difference, interval=decision.interval, unit=config['unit'],
+        by_seed={str(first + i): d for i, d in enumerate(differences)}, noise=noise,
+        costs=ratios, more=more, runs=spent, level=level, pairs=pairs,
+        sides=[baseline.key, candidate.key])
+
+
+def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
+    """
+    Return the Result of a run, which an earlier judgement may have made, or None if it failed.
+    `hopeless` holds the evaluations of the baseline; see is_hopeless().
+    """
+    folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
+    run = Run(name, seed, folder, side.flags | dict(seed=seed), side.settings['max_iters'])
+    defaults = {key: setting.default for key, setting in read_block(side.tree + '/train.py').items()}
+    launcher = Launcher(side.tree + '/train.py', defaults, 1, gpus[:1], side.files)
+
+    def give_up(result):
+        return hopeless is not None and is_hopeless(result.evals, hopeless)
+
+    before = read_run(folder)
+    failed = run_all([run], launcher, give_up=give_up)
+    result = read_run(folder)
+    if result:
+        done_before = before.iter_num if before else 0
+        spent[name] += (result.iter_num - done_before) / run.max_iters
+    for path in files_of(folder, 'ckpt*'):
+        os.remove(path)
+    return None if failed else result
+
+
+def train_baseline(train, side, seed, name='baseline'):
+    result = train(name, side, seed)
+    if result is None:
+        raise UserError(f'the {name} failed, so there is nothing to judge by; see above')
+    return result
+
+
+def noise_of(train, baseline, first, scale):
+    """Return the differences of pairs that differ in their rounding errors only."""
+    flags = baseline.flags | dict(norm_eps=1.1 * baseline.settings['norm_eps'])
+    other = make_side(baseline.tree, baseline.files, flags)
+    pairs = [(train_baseline(train, baseline, seed), train_baseline(train, other, seed, 'noise'))
+             for seed in range(first, first + NOISE_PAIRS)]
+    return [scale * (b.evals[-1].loss - a.evals[-1].loss) for a, b in pairs]
+
+
+def at_equal_cost(candidate, baseline, at, train):
+    """Return the candidate with as many iterations as cost what the baseline's do."""
+    short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
+    cost = []
+    for side in baseline, candidate:
+        probe = make_side(side.tree, side.files, side.flags | short)
+        result = train_baseline(train, probe, baseline.settings['seed'], 'probe')
+        per_token = result.startup_info['flops_per_token']
+        if at == 'seconds':
+            per_token = 1 / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])
+        cost.append(per_token * result.startup_info['tokens_per_iter'])
+    iters = max(1, round(baseline.settings['max_iters'] * cost[0] / cost[1]))
+    print(f'at equal {at} the candidate has {iters} iterations', flush=True)
+    return make_side(candidate.tree, candidate.files, candidate.flags | dict(max_iters=iters))
+
+
+def problem_of(result, baseline):
+    """Return the verdict on a run that cannot be compared, or None."""
+    if result is None:
+        return 'failed'
+    if result.windows != baseline.windows:
+        return 'other evaluation'
+    if is_hopeless(result.evals, baseline.evals):
+        return 'given up'
+    return None
