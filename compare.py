@@ -25,6 +25,11 @@ report them in a table with error bars and a picture.
     python compare.py --try="--token_shift=True" config/judge_quick.py
     python compare.py --ledger
 
+    # how often would a judgement find a gain? Two cells that do the same show the noise
+    python compare.py config/judge_quick.py --norm_eps=1e-5,1.1e-5 --seed=1,2,3,4,5,6,7,8,9 \\
+        --out_dir=out-nulls
+    python compare.py --power=out-nulls
+
 Every cell is a run of train.py in its own folder under out_dir. After a kill, the same command
 resumes the study. It writes out_dir/compare.md, compare.json and compare.png.
 
@@ -102,6 +107,7 @@ def settings(argv):
     max_pairs: PositiveInt = 6  # pairs of runs, candidate and baseline with the same seed
     at: Literal['steps', 'seconds', 'flops'] = 'steps'  # what the two runs of a pair have in common
     ledger = False  # print all verdicts so far
+    power = ''  # the out_dir of a study with two cells that do the same: how often would a gain show?
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=convert)
     return config, given
 
@@ -442,6 +448,9 @@ def judge_change(config, given, argv):
     if config['ledger']:
         judge_report.show_ledger(config['out_dir'])
         return 0
+    if config['power']:
+        show_power(config)
+        return 0
     own = read_block(__file__)
     flags = {key: config[key] for key in given if key in given.flags() and key not in own}
     check_judge(config, flags, argv)
@@ -452,6 +461,25 @@ def judge_change(config, given, argv):
     status = judge.judge(config, files, flags, devices_to_use(config)[1])
     lock.close()
     return status
+
+
+def show_power(config):
+    """Print what judgements would find if changes gained 0, half, once and twice the margin."""
+    from engine import judge, judge_report
+    folders = [f for f in files_of(config['power'], '*,seed=*') if read_run(f)]
+    groups = [{r.config['seed']: r for r in group}
+              for group in group_by_config([read_finished_run(f) for f in folders]).values()]
+    needed = judge.NOISE_PAIRS + config['max_pairs']
+    if len(groups) != 2 or len(groups[0].keys() & groups[1].keys()) < needed:
+        raise UserError(f"'{config['power']}' must be the out_dir of a study with two cells that do "
+                        f'the same, and {needed} seeds or more, as in config/judge_quick.py '
+                        '--norm_eps=1e-5,1.1e-5')
+    a, b = groups
+    scale = [judge_report.unit_of(r, config['unit']) for r in a.values()][0]
+    differences = [scale * (b[seed].evals[-1].loss - a[seed].evals[-1].loss)
+                   for seed in a if seed in b]
+    rows = judge.power(differences, *(config[key] for key in ('margin', 'alpha', 'max_pairs')))
+    judge_report.print_power(rows, differences, config['unit'])
 
 
 def check_judge(config, flags, argv):
@@ -475,7 +503,7 @@ def main(argv):
     sys.excepthook = show_error  # before configure(), which gets the arguments from arguments()
     sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
     config, given = settings(argv)
-    if config['against'] or config['try_flags'] or config['ledger']:
+    if any(config[key] for key in ('against', 'try_flags', 'ledger', 'power')):
         return judge_change(config, given, argv)
     folders = {os.path.realpath(arg): arg for arg in argv if os.path.isdir(arg)}.values()
     if len(folders) == 1:

@@ -17,8 +17,8 @@ too: the differences of three pairs in which only norm_eps changes, by a tenth, 
 but round differently. With it, the first pair can be enough. If the candidate's pairs are in truth
 noisier than that, more real gains are missed than UNLIKELY says.
 """
+import collections
 import functools
-import json
 import math
 import os
 import shlex
@@ -99,6 +99,29 @@ def costs_of(result):
             'parameters': result.startup_info['total_params'],
             'FLOPs per token': result.startup_info['flops_per_token'],
             'seconds': result.evals[-1].train_seconds}
+
+
+def power(differences, margin, alpha, max_pairs, draws=2000):
+    """
+    Return what judgements would find, as rows (gain, {verdict: share}, mean number of pairs), if a
+    change gained 0, half, once and twice the margin. `differences` of pairs without a change are
+    the noise: each judgement draws its own from them, without replacement.
+    """
+    rng, level = np.random.default_rng(0), nominal_level(alpha, max_pairs)
+    rows = []
+    for gain in (0.0, margin / 2, margin, 2 * margin):
+        verdicts, spent = collections.Counter(), 0
+        for _ in range(draws):
+            drawn = rng.permutation(differences)[:NOISE_PAIRS + max_pairs]
+            noise, pairs = drawn[:NOISE_PAIRS], drawn[NOISE_PAIRS:] - gain
+            for n in range(1, max_pairs + 1):
+                verdict = decide(pairs[:n], noise, margin, level, max_pairs).verdict
+                if verdict:
+                    break
+            verdicts[verdict] += 1
+            spent += n
+        rows.append((gain, {v: count / draws for v, count in verdicts.items()}, spent / draws))
+    return rows
 
 
 # the judgement
@@ -182,8 +205,9 @@ def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
     """
     folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
     run = Run(name, seed, folder, side.flags | dict(seed=seed), side.settings['max_iters'])
-    defaults = {key: setting.default for key, setting in read_block(side.tree + '/train.py').items()}
-    launcher = Launcher(side.tree + '/train.py', defaults, 1, gpus[:1], side.files)
+    script = side.tree + '/train.py'
+    defaults = {key: setting.default for key, setting in read_block(script).items()}
+    launcher = Launcher(script, defaults, 1, gpus[:1], side.files)
 
     def give_up(result):
         return hopeless is not None and is_hopeless(result.evals, hopeless)
