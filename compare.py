@@ -105,9 +105,9 @@ def settings(argv):
     margin: PositiveFloat = 0.01  # a gain that is smaller need not be found
     unit: Literal['bits_per_byte', 'nats'] = 'bits_per_byte'  # of margin and differences
     max_pairs: PositiveInt = 6  # pairs of runs, candidate and baseline with the same seed
-    at: Literal['steps', 'seconds', 'flops'] = 'steps'  # what the two runs of a pair have in common
+    at: Literal['steps', 'seconds', 'flops'] = 'steps'  # of these, a pair's runs have as many
     ledger = False  # print all verdicts so far
-    power = ''  # the out_dir of a study with two cells that do the same: how often would a gain show?
+    power = ''  # out_dir of a study, two cells that do the same: how often would a gain show?
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=convert)
     return config, given
 
@@ -471,11 +471,11 @@ def show_power(config):
               for group in group_by_config([read_finished_run(f) for f in folders]).values()]
     needed = judge.NOISE_PAIRS + config['max_pairs']
     if len(groups) != 2 or len(groups[0].keys() & groups[1].keys()) < needed:
-        raise UserError(f"'{config['power']}' must be the out_dir of a study with two cells that do "
-                        f'the same, and {needed} seeds or more, as in config/judge_quick.py '
+        raise UserError(f"'{config['power']}' must be the out_dir of a study with two cells that "
+                        f'do the same, and {needed} seeds or more, as in config/judge_quick.py '
                         '--norm_eps=1e-5,1.1e-5')
     a, b = groups
-    scale = [judge_report.unit_of(r, config['unit']) for r in a.values()][0]
+    scale = judge_report.unit_of(next(iter(a.values())), config['unit'])
     differences = [scale * (b[seed].evals[-1].loss - a[seed].evals[-1].loss)
                    for seed in a if seed in b]
     rows = judge.power(differences, *(config[key] for key in ('margin', 'alpha', 'max_pairs')))
