@@ -454,6 +454,7 @@ def judge_change(config, given, argv):
     own = read_block(__file__)
     flags = {key: config[key] for key in given if key in given.flags() and key not in own}
     check_judge(config, flags, argv)
+    optional('matplotlib', 'a judgement')  # before the runs, not after them
     lock = lock_out_dir(config['out_dir'])
     for number in SIGNALS:
         signal.signal(number, stop)

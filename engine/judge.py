@@ -29,7 +29,7 @@ import numpy as np
 
 from configurator import read_block
 from engine.common import ROOT, UserError, optional
-from engine.judge_report import Decision, report, shown, unit_of
+from engine.judge_report import Decision, commit, report, shown, unit_of
 from engine.sides import copy_code, diff_of, make_side
 from engine.study import Launcher, Run, files_of, read_run, run_all
 
@@ -133,6 +133,7 @@ def judge(config, files, flags, gpus):
     verdict, add it to the ledger, and return the exit status.
     """
     started, trees = time.time(), os.path.join(config['out_dir'], 'trees')
+    judged = commit()  # now, because it may be another one when the verdict is clear
     tried = dict(word.removeprefix('--').split('=', 1) for word in flags_in(config['try_flags']))
     try:
         copy_code(ROOT, trees + '/candidate')
@@ -145,7 +146,8 @@ def judge(config, files, flags, gpus):
         found['diff'] = diff_of(baseline, candidate)
     finally:
         shutil.rmtree(trees, ignore_errors=True)
-    found |= dict(flags=flags, tried=tried, files=files, seconds=round(time.time() - started, 1))
+    found |= dict(commit=judged, flags=flags, tried=tried, files=files,
+                  seconds=round(time.time() - started, 1))
     return report(found, config)
 
 

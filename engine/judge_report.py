@@ -1,17 +1,24 @@
 """Report a judgement: the verdict in a few lines, judge.png, and the ledger judged.jsonl."""
 import json
+import math
 import os
+import shutil
 import subprocess
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.common import ROOT, UserError, duration, replacing
+from engine.common import ROOT, UserError, duration, first_line, printable, replacing
 from engine.compare_report import pyplot
 from engine.run_report import markdown_table, save_picture
+from engine.schema import Between, check
 
 LEDGER = 'judged.jsonl'
+# the fields of its entries that are read here
+ENTRY = {'time': str, 'verdict': str, 'difference': (float, None), 'interval': (float, None),
+         'unit': str, 'by_seed': dict, 'against': str, 'tried': dict, 'commit': (str, None),
+         'diff': (str, None), 'alpha': Between(0, 1)}
 VERDICTS = {
     'better': 'keep it',
     'worse': 'its loss is higher',
@@ -42,7 +49,9 @@ def unit_of(result, unit):
 
 
 def shown(decision, unit):
-    return (f'{decision.difference:+.4f} ± {decision.interval:.4f} {unit.replace("_", " ")}')
+    """Format a difference with its interval, which is not known after one pair that ended early."""
+    interval = '' if math.isnan(decision.interval) else f' ± {decision.interval:.4f}'
+    return f'{decision.difference:+.4f}{interval} {unit.replace("_", " ")}'
 
 
 def report(found, config):
@@ -55,15 +64,15 @@ def report(found, config):
         with replacing(os.path.join(out_dir, found['diff']), 'w', encoding='utf-8') as f:
             f.write(diff)
     asked = {key: config[key] for key in ('against', 'alpha', 'margin', 'max_pairs', 'at')}
-    found |= asked | dict(time=time.strftime('%Y-%m-%d %H:%M:%S'), commit=commit())
+    found |= asked | dict(time=time.strftime('%Y-%m-%d %H:%M:%S'))
     line = json.dumps({k: None if v != v else v for k, v in found.items()})
-    with open(os.path.join(out_dir, LEDGER), 'a', encoding='utf-8') as f:
-        f.write(line + '\n')
+    add_to_ledger(os.path.join(out_dir, LEDGER), line)
     why = VERDICTS[verdict]
     if found['more']:
         why += ': ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
     decision = Decision(verdict, found['difference'], found['interval'])
-    print(f'{verdict} ({why}): {shown(decision, found["unit"])}')
+    comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
+    print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))
     runs = ', '.join(f'{n:.3g} {name}' for name, n in found['runs'].items() if n)
     print(f"{len(pairs)} pairs; new runs: {runs or 'none'}; {duration(found['seconds'])}")
     if pairs:
@@ -73,7 +82,9 @@ def report(found, config):
 
 
 def commit():
-    """Return the commit of the working tree, with -dirty if it was edited; None without git."""
+    """Return the commit of the working tree, with -dirty if it was edited; None without one."""
+    if not shutil.which('git'):
+        return None
     command = ['git', '-C', ROOT, 'describe', '--always', '--dirty', '--abbrev=12']
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or None
@@ -111,21 +122,48 @@ def print_power(rows, differences, unit):
     print(markdown_table([[line[i] for i in shown] for line in lines]))
 
 
+def add_to_ledger(path, line):
+    """Append a line as a whole, or not at all. A line that was cut off is closed first."""
+    earlier = ''
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            earlier = f.read()
+    if earlier and not earlier.endswith('\n'):
+        earlier += '\n'
+    with replacing(path, 'w', encoding='utf-8') as f:
+        f.write(earlier + line + '\n')
+
+
+def read_ledger(path):
+    """Return the entries of a ledger. A NOTE names lines that are none, e.g. cut off ones."""
+    entries = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                entry = json.loads(line)
+                check(entry, ENTRY)
+                entries.append(entry)
+            except (ValueError, RecursionError) as e:
+                print(f"NOTE: line {number} of '{path}' is left out: {first_line(e)}")
+    return entries
+
+
 def show_ledger(out_dir):
     """Print judged.jsonl as a table, with the number of false keeps to expect."""
     path = os.path.join(out_dir, LEDGER)
     if not os.path.exists(path):
         raise UserError(f"there is no ledger '{path}' yet: --against or --try begin one")
-    with open(path, encoding='utf-8') as f:
-        entries = [json.loads(line) for line in f]
+    entries = read_ledger(path)
     rows = [['time', 'verdict', 'difference', 'pairs', 'against', 'tried', 'commit', 'diff']]
     for e in entries:
         tried = ' '.join(f'--{key}={value}' for key, value in e['tried'].items())
-        rows.append([e['time'], e['verdict'], f"{e['difference']:+.4f} ± {e['interval']:.4f}"
-                     if e['interval'] is not None else '', str(len(e['by_seed'])), e['against'],
+        interval = math.nan if e['interval'] is None else e['interval']
+        decision = Decision(e['verdict'], e['difference'], interval)
+        difference = shown(decision, e['unit']) if e['difference'] is not None else ''
+        rows.append([e['time'], e['verdict'], difference, str(len(e['by_seed'])), e['against'],
                      tried, e['commit'] or '', e['diff'] or ''])
     kept = sum(e['verdict'] == 'better' for e in entries)
     false = sum(e['alpha'] for e in entries)
-    print(markdown_table(rows))
+    print(printable(markdown_table(rows)))
     print(f'\n{len(entries)} changes judged, {kept} found better. If none of them did anything, '
           f'{false:.2g} of them would be found better on average.')
