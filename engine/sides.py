@@ -19,8 +19,8 @@ from typing import NamedTuple
 from engine.common import ROOT, UserError
 from engine.machine import processor
 
-CODE = '*.py', 'config/**/*.py', 'engine/*', 'data/*.py', 'data/*/*.py'
-DATA = 'data/*/*.bin', 'data/*/*.json', 'data/.cache'  # prepared data sets
+CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
+DATA = 'data/*/*.bin', 'data/*/*.json'  # prepared data sets
 # reads the settings of another tree with that tree's configurator
 READ_SETTINGS = '''import json, sys
 tree, *argv = sys.argv[1:]
@@ -41,10 +41,10 @@ class Side(NamedTuple):
 
 
 def make_side(tree, files, flags):
-    """Return the Side of a tree. Override files of this repository are taken from the tree."""
+    """Return the Side of a tree. Override files are read from its own copies, if it has them."""
     inside = [os.path.relpath(os.path.realpath(path), os.path.realpath(ROOT)) for path in files]
-    files = [path if name.startswith('..') else os.path.join(tree, name)
-             for path, name in zip(files, inside)]
+    own = [os.path.join(tree, name) for name in inside]
+    files = [copy if os.path.isfile(copy) else path for copy, path in zip(own, files)]
     words = files + [f'--{name}={value}' for name, value in flags.items()]
     command = [sys.executable, '-c', READ_SETTINGS, tree, *words]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -52,6 +52,7 @@ def make_side(tree, files, flags):
         reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
         raise UserError(f"the settings of '{tree}': {reason}")
     settings = json.loads(done.stdout)
+    flags = {name: settings[name] for name in flags}  # as the types of the settings
     ignored = 'seed', 'out_dir', 'overwrite'
     facts = [{k: v for k, v in settings.items() if k not in ignored}, code_of(tree), processor(),
              platform.python_version(), version('torch'), os.environ.get('OMP_NUM_THREADS')]
@@ -76,7 +77,8 @@ def copy_code(source, to):
             raise UserError(f"against='{source}' is neither a folder with a train.py nor a commit "
                             f'of this repository ({reason})')
         tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(to, filter='data')
-    for name in find(DATA, ROOT):
+    os.makedirs(os.path.join(ROOT, 'data', '.cache'), exist_ok=True)  # those made of text files
+    for name in [*find(DATA, ROOT), 'data/.cache']:
         if not os.path.lexists(os.path.join(to, name)):
             os.makedirs(os.path.dirname(os.path.join(to, name)), exist_ok=True)
             os.symlink(os.path.join(ROOT, name), os.path.join(to, name))
@@ -84,7 +86,8 @@ def copy_code(source, to):
 
 def find(patterns, folder):
     names = [n for pattern in patterns for n in glob.glob(pattern, root_dir=folder, recursive=True)]
-    return sorted(n for n in names if not n.endswith('__pycache__'))
+    return sorted(n for n in names
+                  if os.path.isfile(os.path.join(folder, n)) and '__pycache__' not in n)
 
 
 def code_of(tree):
