@@ -49,7 +49,6 @@ shapes agree. The windows of val are the same for every seed.
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 from typing import Literal
@@ -79,7 +78,7 @@ from engine.grid import Range, ladder, make_cells, make_runs, seeds_of, several
 from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
-from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
+from engine.study import AXES, Launcher, files_of, halving, read_run, remove_checkpoints, run_all
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
@@ -552,12 +551,6 @@ def stop(number, frame):
         signal.signal(other, signal.SIG_IGN)
     print('\nthe active runs save and end; the same command resumes them', flush=True)
     raise SystemExit(128 + number)
-
-
-def remove_checkpoints(runs):
-    for run in runs:
-        for path in files_of(run.folder, 'ckpt*'):
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 if __name__ == '__main__':

@@ -27,11 +27,10 @@ import time
 
 import numpy as np
 
-from configurator import read_block
 from engine.common import ROOT, UserError, optional
 from engine.judge_report import Decision, commit, report, shown, unit_of
 from engine.sides import copy_code, diff_of, make_side
-from engine.study import Launcher, Run, files_of, read_run, run_all
+from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
 NOISE_PAIRS = 3
@@ -206,10 +205,11 @@ def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
     `hopeless` holds the evaluations of the baseline; see is_hopeless().
     """
     folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
-    run = Run(name, seed, folder, side.flags | dict(seed=seed), side.settings['max_iters'])
-    script = side.tree + '/train.py'
-    defaults = {key: setting.default for key, setting in read_block(script).items()}
-    launcher = Launcher(script, defaults, 1, gpus[:1], side.files)
+    flags = side.flags | dict(seed=seed)
+    if 'max_iters' not in flags:  # every run gets it as a flag, which the decay would follow
+        flags['lr_decay_iters'] = side.settings['lr_decay_iters']
+    run = Run(name, seed, folder, flags, side.settings['max_iters'])
+    launcher = Launcher(side.tree + '/train.py', side.settings, 1, gpus[:1], side.files)
 
     def give_up(result):
         return hopeless is not None and is_hopeless(result.evals, hopeless)
@@ -220,8 +220,7 @@ def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
     if result:
         done_before = before.iter_num if before else 0
         spent[name] += (result.iter_num - done_before) / run.max_iters
-    for path in files_of(folder, 'ckpt*'):
-        os.remove(path)
+    remove_checkpoints([run])
     return None if failed else result
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -185,7 +186,7 @@ class Run:
 class Launcher(NamedTuple):
     """The script, defaults and slots used to start runs."""
     script: str  # train.py
-    defaults: dict  # of its settings
+    defaults: dict  # settings of a run without flags
     jobs: int  # runs at a time
     gpus: list[str]  # shared in turn
     files: tuple = ()  # override files of the script, which come before all settings
@@ -231,7 +232,8 @@ class Job:
         wait_for_lock(folder)
         with replacing(os.path.join(folder, 'settings.json'), 'w', encoding='utf-8') as f:
             json.dump(settings, f, indent=1)
-        init_from = settings.get('init_from', 'scratch')  # a fine-tuning run names weights
+        # a fine-tuning run names weights
+        init_from = settings.get('init_from', launcher.defaults['init_from'])
         if files_of(folder, 'ckpt*') or init_from == 'scratch':
             init_from = 'auto'
         flags = settings | dict(out_dir=folder, max_iters=self.until, init_from=init_from)
@@ -344,6 +346,12 @@ def run_all(runs, launcher, target=math.inf, give_up=None):
         for job in active.values():
             job.process.wait()
     return failed
+
+
+def remove_checkpoints(runs):
+    for run in runs:
+        for path in files_of(run.folder, 'ckpt*'):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def report_end(job, count):
