@@ -492,8 +492,9 @@ def check_judge(config, flags, argv):
         if isinstance(value, (list, tuple, Range)):
             raise UserError(f'{key} has several values, but a judgement has one for each key; its '
                             'pairs have seeds of their own')
-    if config['max_pairs'] < 2:
-        raise UserError('max_pairs must be 2 or more: one pair does not tell how much pairs differ')
+    if not 2 <= config['max_pairs'] <= 100:
+        raise UserError('max_pairs must be 2 to 100: one pair does not tell how much pairs differ, '
+                        'and the bounds for more than 100 would need gigabytes')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -82,15 +82,20 @@ def decide(differences, noise, margin, level, max_pairs):
     return Decision(verdict, mean, interval)
 
 
-def is_hopeless(evals, baseline):
+def is_hopeless(result, baseline, margin):
     """
-    Return whether a run is to be given up: before its end, it trails by more than the baseline
-    still gained from there on.
+    Return whether a run is to be given up: before its end, it trails the baseline, after the same
+    share of its iterations, by more than the margin and what the baseline still gained from there
+    on. The margin is in nats.
     """
-    expected = {e.iter: e.loss for e in baseline}
-    end = baseline[-1]
-    return any(e.loss - expected[e.iter] > expected[e.iter] - end.loss
-               for e in evals if 0 < e.iter < end.iter and e.iter in expected)
+    iters, baseline_iters = result.config['max_iters'], baseline.config['max_iters']
+    for e in result.evals:
+        known = [x.loss for x in baseline.evals if 0 < x.iter * iters <= e.iter * baseline_iters]
+        if known and e.iter < iters:
+            still_gained = max(0.0, known[-1] - baseline.evals[-1].loss)
+            if e.loss - known[-1] > still_gained + margin:
+                return True
+    return False
 
 
 def costs_of(result):
@@ -151,7 +156,10 @@ def judge(config, files, flags, gpus):
 
 
 def flags_in(text):
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f'--try={text}: {e}') from None
     for word in words:
         if not word.startswith('--') or '=' not in word:
             raise UserError(f"--try=... holds flags of train.py, --key=value, not '{word}'")
@@ -164,14 +172,16 @@ def compare_pairs(baseline, candidate, config, gpus):
     train = functools.partial(train_side, config['out_dir'], gpus, spent)
     first, noise, pairs, differences = baseline.settings['seed'], None, [], []
     level = nominal_level(config['alpha'], config['max_pairs'])
+    keys = [baseline.key, candidate.key]
     if config['at'] != 'steps':
         candidate = at_equal_cost(candidate, baseline, config['at'], train)
-    decision, problem, scale = Decision(None, math.nan, math.nan), None, 1.0
+    decision, problem = Decision(None, math.nan, math.nan), None
     for seed in range(first, first + config['max_pairs']):
         a = train_baseline(train, baseline, seed)
         scale = unit_of(a, config['unit'])
-        b = train('candidate', candidate, seed, hopeless=a.evals)
-        problem = problem_of(b, a)
+        give_up = functools.partial(is_hopeless, baseline=a, margin=config['margin'] / scale)
+        b = train('candidate', candidate, seed, give_up) if candidate else None
+        problem = problem_of(b, a, give_up)
         if problem == 'failed':
             break
         pairs.append((a, b))
@@ -187,22 +197,21 @@ def compare_pairs(baseline, candidate, config, gpus):
         print(f'{len(pairs)} pairs: {shown(decision, config["unit"])}', flush=True)
         if decision.verdict:
             break
-    ratios = {name: costs_of(b)[name] / cost for a, b in pairs[-1:]
-              for name, cost in costs_of(a).items()}
+    ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name] for a, b in pairs]))
+              for name in LIMITS if pairs}
     more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
     verdict = problem or decision.verdict
     return dict(
         verdict='costs more' if verdict == 'better' and more else verdict,
         difference=decision.difference, interval=decision.interval, unit=config['unit'],
         by_seed={str(first + i): d for i, d in enumerate(differences)}, noise=noise,
-        costs=ratios, more=more, runs=spent, level=level, pairs=pairs,
-        sides=[baseline.key, candidate.key])
+        costs=ratios, more=more, runs=spent, level=level, pairs=pairs, sides=keys)
 
 
-def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
+def train_side(out_dir, gpus, spent, name, side, seed, give_up=None):
     """
-    Return the Result of a run, which an earlier judgement may have made, or None if it failed.
-    `hopeless` holds the evaluations of the baseline; see is_hopeless().
+    Return the Result of a run, which an earlier judgement may have made, or None if it failed. It
+    ends early if give_up(its Result so far) says so.
     """
     folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
     flags = side.flags | dict(seed=seed)
@@ -210,10 +219,6 @@ def train_side(out_dir, gpus, spent, name, side, seed, hopeless=None):
         flags['lr_decay_iters'] = side.settings['lr_decay_iters']
     run = Run(name, seed, folder, flags, side.settings['max_iters'])
     launcher = Launcher(side.tree + '/train.py', side.settings, 1, gpus[:1], side.files)
-
-    def give_up(result):
-        return hopeless is not None and is_hopeless(result.evals, hopeless)
-
     before = read_run(folder)
     failed = run_all([run], launcher, give_up=give_up)
     result = read_run(folder)
@@ -241,27 +246,35 @@ def noise_of(train, baseline, first, scale):
 
 
 def at_equal_cost(candidate, baseline, at, train):
-    """Return the candidate with as many iterations as cost what the baseline's do."""
+    """
+    Return the candidate with as many iterations as cost what the baseline's do, or None if it does
+    not run.
+    """
     short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
-    cost = []
-    for side in baseline, candidate:
-        probe = make_side(side.tree, side.files, side.flags | short)
-        result = train_baseline(train, probe, baseline.settings['seed'], 'probe')
-        per_token = result.startup_info['flops_per_token']
-        if at == 'seconds':
-            per_token = 1 / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])
-        cost.append(per_token * result.startup_info['tokens_per_iter'])
-    iters = max(1, round(baseline.settings['max_iters'] * cost[0] / cost[1]))
+    seed = baseline.settings['seed']
+    a, b = (make_side(side.tree, side.files, side.flags | short) for side in (baseline, candidate))
+    a, b = train_baseline(train, a, seed, 'probe'), train('probe', b, seed)
+    if b is None:
+        return None
+    iters = max(1, round(baseline.settings['max_iters'] * iter_cost(a, at) / iter_cost(b, at)))
     print(f'at equal {at} the candidate has {iters} iterations', flush=True)
     return make_side(candidate.tree, candidate.files, candidate.flags | dict(max_iters=iters))
 
 
-def problem_of(result, baseline):
+def iter_cost(result, at):
+    """Return the FLOPs or seconds of an iteration."""
+    tokens = result.startup_info['tokens_per_iter']
+    if at == 'flops':
+        return tokens * result.startup_info['flops_per_token']
+    return tokens / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])
+
+
+def problem_of(result, baseline, give_up):
     """Return the verdict on a run that cannot be compared, or None."""
     if result is None:
         return 'failed'
     if result.windows != baseline.windows:
         return 'other evaluation'
-    if is_hopeless(result.evals, baseline.evals):
+    if give_up(result):
         return 'given up'
     return None
