@@ -20,6 +20,16 @@ report them in a table with error bars and a picture.
     # loss against size
     python compare.py --scaling=config/preset_quick_test.py --n_embd=64,96,128,192
 
+    # judge a change of the code, or of a flag: better or not, with a known error rate
+    python compare.py --against=HEAD config/judge_quick.py
+    python compare.py --try="--token_shift=True" config/judge_quick.py
+    python compare.py --ledger
+
+    # how often would a judgement find a gain? Two cells that do the same show the noise
+    python compare.py config/judge_quick.py --norm_eps=1e-5,1.1e-5 --seed=1,2,3,4,5,6,7,8,9 \\
+        --out_dir=out-nulls
+    python compare.py --power=out-nulls
+
 Every cell is a run of train.py in its own folder under out_dir. After a kill, the same command
 resumes the study. It writes out_dir/compare.md, compare.json and compare.png.
 
@@ -33,15 +43,12 @@ samples. Each p-value is for a single comparison: one in twenty is below 0.05 by
 residual variance is assumed to be the same in all cells; a NOTE appears if it is not.
 
 Runs with the same seed always read training windows in the same order (with another batch_size,
-more or fewer of them per step). Their initial values are the same only if both models create the
-same random layers, with the same shapes and in the same order: another normalization or activation
-keeps them, while biases, RoPE, SwiGLU, another width or depth change them all. The windows of val
-are the same for every seed.
+more or fewer of them per step), and begin with the same weights in all layers whose names and
+shapes agree. The windows of val are the same for every seed.
 """
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 from typing import Literal
@@ -67,11 +74,11 @@ from engine.common import (
     try_lock,
 )
 from engine.compare_report import picture, scaling_report, table
-from engine.grid import ladder, make_cells, make_runs, seeds_of, several
+from engine.grid import Range, ladder, make_cells, make_runs, seeds_of, several
 from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
-from engine.study import AXES, Launcher, files_of, halving, read_run, run_all
+from engine.study import AXES, Launcher, files_of, halving, read_run, remove_checkpoints, run_all
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
@@ -90,6 +97,16 @@ def settings(argv):
     tokens_per_param: PositiveFloat = 20.0  # training tokens per parameter, for scaling
     confidence: OpenFraction = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove all checkpoints once every run has finished
+    # judge
+    against = ''  # judge the working tree against this commit, or another folder with a train.py
+    try_flags = ''  # or --try: flags of train.py that only the candidate has, '--qk_norm=True ...'
+    alpha: OpenFraction = 0.05  # chance that a change without any effect is found better
+    margin: PositiveFloat = 0.01  # a gain that is smaller need not be found
+    unit: Literal['bits_per_byte', 'nats'] = 'bits_per_byte'  # of margin and differences
+    max_pairs: PositiveInt = 6  # pairs of runs, candidate and baseline with the same seed
+    at: Literal['steps', 'seconds', 'flops'] = 'steps'  # of these, a pair's runs have as many
+    ledger = False  # print all verdicts so far
+    power = ''  # out_dir of a study, two cells that do the same: how often would a gain show?
     config, given = configure(__file__, TRAIN, argv=arguments(argv), convert=convert)
     return config, given
 
@@ -106,6 +123,10 @@ def arguments(argv):
     Return the arguments for configure(): no folders of runs, and the file of --scaling=... first.
     """
     files = [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')]
+    shorthands = {'--try': '--try_flags', '--ledger': '--ledger=True'}
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition('=')
+        argv[i] = shorthands.get(name, name) + equals + value
     for arg in argv:
         is_flag = arg.startswith('-') or '=' in arg and '/' not in arg
         if not is_flag and not arg.endswith('.py') and not os.path.isdir(arg):
@@ -416,12 +437,75 @@ def report_single_run(folder, given):
 
 
 # ------------------------------------------------------------------------------------------------
+# judge
+
+def judge_change(config, given, argv):
+    """Judge a change, or print the ledger. Return the exit status."""
+    from engine import judge, judge_report  # torch is imported with them, which takes seconds
+    if 'out_dir' not in given.flags():
+        config['out_dir'] = 'out-judge'
+    if config['ledger']:
+        judge_report.show_ledger(config['out_dir'])
+        return 0
+    if config['power']:
+        show_power(config)
+        return 0
+    own = read_block(__file__)
+    flags = {key: config[key] for key in given if key in given.flags() and key not in own}
+    check_judge(config, flags, argv)
+    optional('matplotlib', 'a judgement')  # before the runs, not after them
+    lock = lock_out_dir(config['out_dir'])
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
+    status = judge.judge(config, files, flags, devices_to_use(config)[1])
+    lock.close()
+    return status
+
+
+def show_power(config):
+    """Print what judgements would find if changes gained 0, half, once and twice the margin."""
+    from engine import judge, judge_report
+    folders = [f for f in files_of(config['power'], '*,seed=*') if read_run(f)]
+    groups = [{r.config['seed']: r for r in group}
+              for group in group_by_config([read_finished_run(f) for f in folders]).values()]
+    needed = judge.NOISE_PAIRS + config['max_pairs']
+    if len(groups) != 2 or len(groups[0].keys() & groups[1].keys()) < needed:
+        raise UserError(f"'{config['power']}' must be the out_dir of a study with two cells that "
+                        f'do the same, and {needed} seeds or more, as in config/judge_quick.py '
+                        '--norm_eps=1e-5,1.1e-5')
+    a, b = groups
+    scale = judge_report.unit_of(next(iter(a.values())), config['unit'])
+    differences = [scale * (b[seed].evals[-1].loss - a[seed].evals[-1].loss)
+                   for seed in a if seed in b]
+    rows = judge.power(differences, *(config[key] for key in ('margin', 'alpha', 'max_pairs')))
+    judge_report.print_power(rows, differences, config['unit'])
+
+
+def check_judge(config, flags, argv):
+    """Raise UserError for what a judgement cannot do."""
+    folders = [arg for arg in argv if os.path.isdir(arg)]
+    if folders or config['search'] or config['scaling'] or config['cells']:
+        raise UserError('--against and --try judge one config file and its flags: no folders of '
+                        'runs, cells, search or scaling')
+    for key, value in flags.items():
+        if isinstance(value, (list, tuple, Range)):
+            raise UserError(f'{key} has several values, but a judgement has one for each key; its '
+                            'pairs have seeds of their own')
+    if not 2 <= config['max_pairs'] <= 100:
+        raise UserError('max_pairs must be 2 to 100: one pair does not tell how much pairs differ, '
+                        'and the bounds for more than 100 would need gigabytes')
+
+
+# ------------------------------------------------------------------------------------------------
 # the whole
 
 def main(argv):
     sys.excepthook = show_error  # before configure(), which gets the arguments from arguments()
     sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
     config, given = settings(argv)
+    if any(config[key] for key in ('against', 'try_flags', 'ledger', 'power')):
+        return judge_change(config, given, argv)
     folders = {os.path.realpath(arg): arg for arg in argv if os.path.isdir(arg)}.values()
     if len(folders) == 1:
         report_single_run(*folders, given)
@@ -468,12 +552,6 @@ def stop(number, frame):
         signal.signal(other, signal.SIG_IGN)
     print('\nthe active runs save and end; the same command resumes them', flush=True)
     raise SystemExit(128 + number)
-
-
-def remove_checkpoints(runs):
-    for run in runs:
-        for path in files_of(run.folder, 'ckpt*'):
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ GPT-2 (https://github.com/openai/gpt-2). LLaMA: https://arxiv.org/abs/2302.13971
 """
 import contextlib
 import math
+import zlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -819,13 +820,18 @@ class GPT(nn.Module):
         Initialize as GPT-2 does: weights N(0, 0.02), biases 0. Divide the std of layers that write
         to the residual stream by sqrt(2 n_layer), so that the stream does not grow with depth.
         zero_init_residual sets them to 0.
+
+        The random numbers of a layer depend on the seed and its name alone, so that two models
+        with other parts have the same weights wherever names and shapes agree.
         """
         zero = self.config.zero_init_residual
         residual_std = 0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer)
+        generator = torch.Generator()
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
+                generator.manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
                 std = residual_std if name.endswith('c_proj') else 0.02
-                nn.init.normal_(module.weight, mean=0.0, std=std)
+                nn.init.normal_(module.weight, mean=0.0, std=std, generator=generator)
                 if getattr(module, 'bias', None) is not None:
                     nn.init.zeros_(module.bias)
 

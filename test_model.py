@@ -1080,6 +1080,20 @@ def test_initialisation_is_gpt2s(preset):
     assert matrices == 3 * 4 + embeddings
 
 
+@pytest.mark.parametrize('other', [dict(position_encoding='rope'), dict(bias=True), dict(ffn_type='swiglu'),
+                                   dict(token_shift=True), dict(weight_tying=False)], ids=str)
+def test_layers_of_the_same_name_and_shape_start_alike(other):
+    """If the order of creation decided, a change in one part would give every later layer other weights."""
+    model = build().state_dict()
+    changed = build(**other).state_dict()
+    shared = [name for name in model if name in changed and model[name].shape == changed[name].shape]
+    assert len(shared) >= 2 + 2 * 3
+    for name in shared:
+        if name != 'transformer.wte.weight':  # with tied weights it is the head
+            assert model[name].equal(changed[name]), name
+    assert not model['lm_head.weight'].equal(build(seed=2).state_dict()['lm_head.weight'])
+
+
 @pytest.mark.parametrize('preset', PRESETS)
 def test_matrices_decay_and_vectors_do_not(preset):
     """Decay on norms pulls gains to 0; a tied matrix listed twice would be stepped twice."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -185,9 +186,10 @@ class Run:
 class Launcher(NamedTuple):
     """The script, defaults and slots used to start runs."""
     script: str  # train.py
-    defaults: dict  # of its settings
+    defaults: dict  # settings of a run without flags
     jobs: int  # runs at a time
     gpus: list[str]  # shared in turn
+    files: tuple = ()  # override files of the script, which come before all settings
 
     def environment(self, slot):
         """
@@ -213,14 +215,14 @@ class Job:
         self.first = before.iter_num if before else 0
         self.cost = run.cost * max(0, until - self.first) / run.max_iters
         self.console = os.path.join(run.folder, 'console.txt')
-        self.process = None
+        self.process, self.given_up = None, False
 
     def result(self):
         """Return the Result if the run reached `until` or stopped early, otherwise None."""
         result = read_run(self.run.folder)
         if result is None or not result.evals:
             return None
-        reached = result.evals[-1].iter >= self.until
+        reached = self.given_up or result.evals[-1].iter >= self.until
         return result if reached or result.outcome == 'stopped early' else None
 
     def start(self, launcher, slot):
@@ -230,11 +232,12 @@ class Job:
         wait_for_lock(folder)
         with replacing(os.path.join(folder, 'settings.json'), 'w', encoding='utf-8') as f:
             json.dump(settings, f, indent=1)
-        init_from = settings.get('init_from', 'scratch')  # a fine-tuning run names weights
+        # a fine-tuning run names weights
+        init_from = settings.get('init_from', launcher.defaults['init_from'])
         if files_of(folder, 'ckpt*') or init_from == 'scratch':
             init_from = 'auto'
         flags = settings | dict(out_dir=folder, max_iters=self.until, init_from=init_from)
-        command = [sys.executable, launcher.script]
+        command = [sys.executable, launcher.script, *launcher.files]
         command += [f'--{key}={value}' for key, value in flags.items()]
         with open(self.console, 'ab', opener=open_no_link) as console:
             self.offset = console.tell()
@@ -242,6 +245,14 @@ class Job:
                 command, env=launcher.environment(slot), stdin=subprocess.DEVNULL, stdout=console,
                 stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
         self.started = time.time()
+
+    def end_if(self, give_up):
+        """End the run early if give_up(its Result so far) says so."""
+        result = read_run(self.run.folder) if give_up and not self.given_up else None
+        if result and result.evals and give_up(result):
+            self.given_up = True
+            if self.process:
+                self.process.terminate()  # it saves, and its log is complete
 
     def tail(self):
         """Return the last lines of its output."""
@@ -292,18 +303,22 @@ def check_settings(run, defaults):
                             f'choose {remedy}')
 
 
-def run_all(runs, launcher, target=math.inf):
+def run_all(runs, launcher, target=math.inf, give_up=None):
     """
     Run the unfinished runs, each to its end or to iteration `target`. Return the runs that failed.
+    A run ends early if give_up(its Result so far) says so.
     """
     for run in runs:
         check_settings(run, launcher.defaults)
     todo = [Job(run, min(target, run.max_iters)) for run in runs]
+    for job in todo:
+        job.end_if(give_up)
     todo = [job for job in todo if not job.result()]
     waiting, active, failed = list(todo), {}, []
     at_a_time = f'; {launcher.jobs} at a time' if launcher.jobs > 1 else ''
-    print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished{at_a_time}', flush=True)
-    began, shown = time.time(), 0.0
+    if len(runs) > 1:
+        print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished{at_a_time}', flush=True)
+    began = shown = looked = time.time()
     try:
         while waiting or active:
             for slot in range(launcher.jobs):
@@ -312,6 +327,10 @@ def run_all(runs, launcher, target=math.inf):
                     job.start(launcher, slot)
                     active[slot] = job
             time.sleep(0.1)
+            if give_up and time.time() - looked > 1:
+                looked = time.time()
+                for job in active.values():
+                    job.end_if(give_up)
             for slot, job in list(active.items()):
                 if job.process.poll() is not None:
                     del active[slot]
@@ -329,13 +348,21 @@ def run_all(runs, launcher, target=math.inf):
     return failed
 
 
+def remove_checkpoints(runs):
+    for run in runs:
+        for path in files_of(run.folder, 'ckpt*'):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
 def report_end(job, count):
     """Print how a job ended. Return whether it succeeded."""
     status, title = job.process.returncode, f'{CLEAR}{count} {job.run}:'
-    result = job.result() if status == 0 else None
+    result = job.result() if status == 0 or job.given_up else None
     if result:
+        last = result.evals[-1]
+        end = f', given up at iteration {last.iter}' if job.given_up else ''
         seconds = time.time() - job.started
-        print(f'{title} val loss {result.evals[-1].loss:.4f}, {duration(seconds)}', flush=True)
+        print(f'{title} val loss {last.loss:.4f}, {duration(seconds)}{end}', flush=True)
         return True
     lines = job.tail()
     reasons = [line for line in lines if line.startswith('train.py:') or 'not finite' in line]

@@ -168,7 +168,7 @@ def test_modes_compose(text_set, tmp_path, name):
     tolerance = 1e-4 if name in ('fsdp, muon', 'hybrid, muon') else 1e-5  # see docs/parts.md
     assert losses(two) == pytest.approx(losses(one), rel=tolerance)
     samples = [run_logs(out_dir)[0]['eval_steps'][1]['sample'] for out_dir in (one, two)]
-    if name != 'hybrid, muon':  # four ranks add gradients in another order, which bfloat16 amplifies
+    if tolerance == 1e-5:  # with Muon, ranks add gradients in another order, which bfloat16 amplifies
         assert samples[0][:20] == samples[1][:20]  # the weights differ a little by now
 
 

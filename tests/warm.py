@@ -27,7 +27,8 @@ import torch.distributed
 HANGS = 300  # a process that takes more seconds is stuck, however busy the machine is
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRELOAD = ('numpy.random', 'torch.distributed.fsdp', 'torch.distributed.optim', 'bench', 'compare',
-           'engine.attention_map', 'engine.start', 'engine.startup_report', 'engine.text_metrics')
+           'engine.attention_map', 'engine.start', 'engine.startup_report', 'engine.text_metrics',
+           'scipy.stats', 'matplotlib.pyplot')
 OURS = 'bench', 'compare', 'configurator', 'data', 'engine', 'model'
 
 

@@ -1,0 +1,34 @@
+# A run of 15 seconds on two CPU cores, to judge changes by:
+# python compare.py --try="--token_shift=True" config/judge_quick.py
+dataset = 'pystdlib'
+compile = False
+
+# the parts and rates of the quick start
+arch_preset = 'llama'
+qk_norm = True
+zero_init_residual = True
+n_layer = 3
+n_head = 4
+n_embd = 128
+block_size = 128
+
+# 16 sequences x 128 tokens x 1 = 2,048 tokens per iteration
+batch_size = 16
+gradient_accumulation_steps = 1
+optimizer = 'muon'
+muon_learning_rate = 0.014
+muon_momentum = 0.9
+learning_rate = 0.012
+beta1 = 0.8
+weight_decay = 0.0
+max_iters = 120
+lr_schedule = 'wsd'
+warmup_iters = 0
+cooldown_frac = 0.85
+min_lr = 0.0
+
+eval_interval = 60
+eval_iters = 60  # 960 windows
+log_interval = 10
+gradient_log_interval = 0
+sample_interval = 0

@@ -1,0 +1,280 @@
+"""
+Judge a change: train a candidate and a baseline with the same seeds, one pair of runs at a time,
+and stop as soon as the answer is clear. compare.py --against and --try call judge().
+
+The difference of a pair, candidate minus baseline, comes from runs with the same data order, the
+same initial weights wherever names and shapes agree, and the same windows of val.
+
+A change is better if a one-sided t-test of the differences says so. The test is made after every
+pair from the second on. All tests of a judgement use the same nominal level, which is below alpha
+and makes the chance that any of them errs alpha: Pocock's group sequential design in its version
+for an unknown variance (Jennison and Turnbull 2000, Group Sequential Methods, chapter 4). It
+assumes that the differences of pairs are independent and normal. Nothing else below can make a
+change better, so alpha holds whatever the rest assumes.
+
+A judgement ends early when a gain of the margin is unlikely. This uses the noise of the baseline,
+too: the differences of three pairs in which only norm_eps changes, by a tenth, which does nothing
+but round differently. With it, the first pair can be enough. If the candidate's pairs are in truth
+noisier than that, more real gains are missed than UNLIKELY says.
+"""
+import collections
+import functools
+import math
+import os
+import shlex
+import shutil
+import time
+
+import numpy as np
+
+from engine.common import ROOT, UserError, optional
+from engine.judge_report import Decision, commit, report, shown, unit_of
+from engine.sides import copy_code, diff_of, make_side
+from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
+
+UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
+NOISE_PAIRS = 3
+# a better candidate costs at most this many times what the baseline costs; clocks are noisy
+LIMITS = {'tokens': 1.001, 'parameters': 1.01, 'FLOPs per token': 1.01, 'seconds': 1.1}
+LIMITS_AT = {'steps': [*LIMITS], 'flops': ['parameters', 'seconds'],
+             'seconds': ['parameters', 'seconds']}
+
+
+# the decision
+
+def nominal_level(alpha, max_pairs):
+    """
+    Return the level of t-tests after 2, 3, ... max_pairs pairs at which the chance that any of them
+    errs is alpha. It is found by simulation.
+    """
+    stats = optional('scipy.stats', 'a judgement')
+    d = np.random.default_rng(0).standard_normal((200_000, max_pairs))
+    n = np.arange(2, max_pairs + 1)
+    mean = (d.cumsum(1)[:, 1:]) / n
+    variance = (np.square(d).cumsum(1)[:, 1:] - n * mean ** 2) / (n - 1)
+    p = stats.t.sf(mean / np.sqrt(variance / n), n - 1)
+    return float(np.quantile(p.min(1), alpha))
+
+
+def decide(differences, noise, margin, level, max_pairs):
+    """
+    Decide after the `differences` of some pairs. `noise` holds those of pairs without a change, and
+    `level` is nominal_level()'s.
+    """
+    stats = optional('scipy.stats', 'a judgement')
+    d, n = np.array(differences), len(differences)
+    mean = float(d.mean())
+    squares = float(np.square(d - mean).sum())
+    if n > 1:
+        interval = stats.t.isf(level, n - 1) * math.sqrt(squares / (n - 1) / n)
+        if mean + interval < 0:
+            return Decision('better', mean, float(interval))
+    df = len(noise) + n - 1
+    deviation = math.sqrt((np.square(noise).sum() + squares) / df)
+    interval = float(stats.t.isf(UNLIKELY, df) * deviation / math.sqrt(n))
+    verdict = 'undecided' if n == max_pairs else None
+    if mean - interval > -margin:
+        verdict = 'no gain'
+        if mean + interval < margin:
+            verdict = 'no difference'
+        if mean - interval > 0:
+            verdict = 'worse'
+    return Decision(verdict, mean, interval)
+
+
+def is_hopeless(result, baseline, margin):
+    """
+    Return whether a run is to be given up: before its end, it trails the baseline, after the same
+    share of its iterations, by more than the margin and what the baseline still gained from there
+    on. The margin is in nats.
+    """
+    iters, baseline_iters = result.config['max_iters'], baseline.config['max_iters']
+    for e in result.evals:
+        known = [x.loss for x in baseline.evals if 0 < x.iter * iters <= e.iter * baseline_iters]
+        if known and e.iter < iters:
+            still_gained = max(0.0, known[-1] - baseline.evals[-1].loss)
+            if e.loss - known[-1] > still_gained + margin:
+                return True
+    return False
+
+
+def costs_of(result):
+    return {'tokens': result.evals[-1].tokens,
+            'parameters': result.startup_info['total_params'],
+            'FLOPs per token': result.startup_info['flops_per_token'],
+            'seconds': result.evals[-1].train_seconds}
+
+
+def power(differences, margin, alpha, max_pairs, draws=2000):
+    """
+    Return what judgements would find, as rows (gain, {verdict: share}, mean number of pairs), if a
+    change gained 0, half, once and twice the margin. `differences` of pairs without a change are
+    the noise: each judgement draws its own from them, without replacement.
+    """
+    rng, level = np.random.default_rng(0), nominal_level(alpha, max_pairs)
+    rows = []
+    for gain in (0.0, margin / 2, margin, 2 * margin):
+        verdicts, spent = collections.Counter(), 0
+        for _ in range(draws):
+            drawn = rng.permutation(differences)[:NOISE_PAIRS + max_pairs]
+            noise, pairs = drawn[:NOISE_PAIRS], drawn[NOISE_PAIRS:] - gain
+            for n in range(1, max_pairs + 1):
+                verdict = decide(pairs[:n], noise, margin, level, max_pairs).verdict
+                if verdict:
+                    break
+            verdicts[verdict] += 1
+            spent += n
+        rows.append((gain, {v: count / draws for v, count in verdicts.items()}, spent / draws))
+    return rows
+
+
+# the judgement
+
+def judge(config, files, flags, gpus):
+    """
+    Judge the working tree with --try_flags against a commit or folder, or against the tree without
+    them. `config` has the settings of compare.py, `files` and `flags` are for both sides. Print the
+    verdict, add it to the ledger, and return the exit status.
+    """
+    started, trees = time.time(), os.path.join(config['out_dir'], 'trees')
+    judged = commit()  # now, because it may be another one when the verdict is clear
+    tried = dict(word.removeprefix('--').split('=', 1) for word in flags_in(config['try_flags']))
+    try:
+        copy_code(ROOT, trees + '/candidate')
+        copy_code(config['against'] or ROOT, trees + '/baseline')
+        baseline = make_side(trees + '/baseline', files, flags)
+        candidate = make_side(trees + '/candidate', files, flags | tried)
+        if candidate.key == baseline.key:
+            raise UserError('nothing to judge: both sides have the same code and settings')
+        found = compare_pairs(baseline, candidate, config, gpus)
+        found['diff'] = diff_of(baseline, candidate)
+    finally:
+        shutil.rmtree(trees, ignore_errors=True)
+    found |= dict(commit=judged, flags=flags, tried=tried, files=files,
+                  seconds=round(time.time() - started, 1))
+    return report(found, config)
+
+
+def flags_in(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f'--try={text}: {e}') from None
+    for word in words:
+        if not word.startswith('--') or '=' not in word:
+            raise UserError(f"--try=... holds flags of train.py, --key=value, not '{word}'")
+    return words
+
+
+def compare_pairs(baseline, candidate, config, gpus):
+    """Train pairs until the verdict is clear. Return what was found, for the ledger."""
+    spent = dict(baseline=0.0, candidate=0.0, noise=0.0, probe=0.0)
+    train = functools.partial(train_side, config['out_dir'], gpus, spent)
+    first, noise, pairs, differences = baseline.settings['seed'], None, [], []
+    level = nominal_level(config['alpha'], config['max_pairs'])
+    keys = [baseline.key, candidate.key]
+    if config['at'] != 'steps':
+        candidate = at_equal_cost(candidate, baseline, config['at'], train)
+    decision, problem = Decision(None, math.nan, math.nan), None
+    for seed in range(first, first + config['max_pairs']):
+        a = train_baseline(train, baseline, seed)
+        scale = unit_of(a, config['unit'])
+        give_up = functools.partial(is_hopeless, baseline=a, margin=config['margin'] / scale)
+        b = train('candidate', candidate, seed, give_up) if candidate else None
+        problem = problem_of(b, a, give_up)
+        if problem == 'failed':
+            break
+        pairs.append((a, b))
+        differences.append(scale * (b.evals[-1].loss - a.evals[-1].loss))
+        decision = Decision(None, float(np.mean(differences)), math.nan)
+        if problem:
+            break
+        if all((x.evals[-1].losses == y.evals[-1].losses).all() for x, y in pairs):
+            decision = Decision('no difference', 0.0, 0.0)  # down to the last bit
+            break
+        noise = noise or noise_of(train, baseline, first, scale)
+        decision = decide(differences, noise, config['margin'], level, config['max_pairs'])
+        print(f'{len(pairs)} pairs: {shown(decision, config["unit"])}', flush=True)
+        if decision.verdict:
+            break
+    ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name] for a, b in pairs]))
+              for name in LIMITS if pairs}
+    more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
+    verdict = problem or decision.verdict
+    return dict(
+        verdict='costs more' if verdict == 'better' and more else verdict,
+        difference=decision.difference, interval=decision.interval, unit=config['unit'],
+        by_seed={str(first + i): d for i, d in enumerate(differences)}, noise=noise,
+        costs=ratios, more=more, runs=spent, level=level, pairs=pairs, sides=keys)
+
+
+def train_side(out_dir, gpus, spent, name, side, seed, give_up=None):
+    """
+    Return the Result of a run, which an earlier judgement may have made, or None if it failed. It
+    ends early if give_up(its Result so far) says so.
+    """
+    folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
+    flags = side.flags | dict(seed=seed)
+    if 'max_iters' not in flags:  # every run gets it as a flag, which the decay would follow
+        flags['lr_decay_iters'] = side.settings['lr_decay_iters']
+    run = Run(name, seed, folder, flags, side.settings['max_iters'])
+    launcher = Launcher(side.tree + '/train.py', side.settings, 1, gpus[:1], side.files)
+    before = read_run(folder)
+    failed = run_all([run], launcher, give_up=give_up)
+    result = read_run(folder)
+    if result:
+        done_before = before.iter_num if before else 0
+        spent[name] += (result.iter_num - done_before) / run.max_iters
+    remove_checkpoints([run])
+    return None if failed else result
+
+
+def train_baseline(train, side, seed, name='baseline'):
+    result = train(name, side, seed)
+    if result is None:
+        raise UserError(f'the {name} failed, so there is nothing to judge by; see above')
+    return result
+
+
+def noise_of(train, baseline, first, scale):
+    """Return the differences of pairs that differ in their rounding errors only."""
+    flags = baseline.flags | dict(norm_eps=1.1 * baseline.settings['norm_eps'])
+    other = make_side(baseline.tree, baseline.files, flags)
+    pairs = [(train_baseline(train, baseline, seed), train_baseline(train, other, seed, 'noise'))
+             for seed in range(first, first + NOISE_PAIRS)]
+    return [scale * (b.evals[-1].loss - a.evals[-1].loss) for a, b in pairs]
+
+
+def at_equal_cost(candidate, baseline, at, train):
+    """
+    Return the candidate with as many iterations as cost what the baseline's do, or None if it does
+    not run.
+    """
+    short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
+    seed = baseline.settings['seed']
+    a, b = (make_side(side.tree, side.files, side.flags | short) for side in (baseline, candidate))
+    a, b = train_baseline(train, a, seed, 'probe'), train('probe', b, seed)
+    if b is None:
+        return None
+    iters = max(1, round(baseline.settings['max_iters'] * iter_cost(a, at) / iter_cost(b, at)))
+    print(f'at equal {at} the candidate has {iters} iterations', flush=True)
+    return make_side(candidate.tree, candidate.files, candidate.flags | dict(max_iters=iters))
+
+
+def iter_cost(result, at):
+    """Return the FLOPs or seconds of an iteration."""
+    tokens = result.startup_info['tokens_per_iter']
+    if at == 'flops':
+        return tokens * result.startup_info['flops_per_token']
+    return tokens / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])
+
+
+def problem_of(result, baseline, give_up):
+    """Return the verdict on a run that cannot be compared, or None."""
+    if result is None:
+        return 'failed'
+    if result.windows != baseline.windows:
+        return 'other evaluation'
+    if give_up(result):
+        return 'given up'
+    return None

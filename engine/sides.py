@@ -1,0 +1,109 @@
+"""
+The two sides of a judgement: copies of the code of the working tree and of a commit or a folder, so
+that the sources may be edited while both train.
+"""
+import difflib
+import glob
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from typing import NamedTuple
+
+from engine.common import ROOT, UserError
+from engine.machine import processor
+
+CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
+DATA = 'data/*/*.bin', 'data/*/*.json'  # prepared data sets
+# reads the settings of another tree with that tree's configurator
+READ_SETTINGS = '''import json, sys
+tree, *argv = sys.argv[1:]
+sys.path[0] = tree
+from engine.common import show_error
+sys.excepthook = show_error
+from configurator import configure
+print(json.dumps(configure(tree + '/train.py', argv=argv)[0]))'''
+
+
+class Side(NamedTuple):
+    """What one side trains: the code in a folder, override files, and flags of train.py."""
+    tree: str
+    files: list[str]
+    flags: dict
+    settings: dict  # all settings of its train.py
+    key: str  # names everything that its runs depend on
+
+
+def make_side(tree, files, flags):
+    """Return the Side of a tree. Override files are read from its own copies, if it has them."""
+    inside = [os.path.relpath(os.path.realpath(path), os.path.realpath(ROOT)) for path in files]
+    own = [os.path.join(tree, name) for name in inside]
+    files = [copy if os.path.isfile(copy) else path for copy, path in zip(own, files)]
+    words = files + [f'--{name}={value}' for name, value in flags.items()]
+    command = [sys.executable, '-c', READ_SETTINGS, tree, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
+        raise UserError(f"the settings of '{tree}': {reason}")
+    settings = json.loads(done.stdout)
+    flags = {name: settings[name] for name in flags}  # as the types of the settings
+    ignored = 'seed', 'out_dir', 'overwrite'
+    facts = [{k: v for k, v in settings.items() if k not in ignored}, code_of(tree), processor(),
+             platform.python_version(), version('torch'), os.environ.get('OMP_NUM_THREADS')]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return Side(tree, files, flags, settings, key)
+
+
+def copy_code(source, to):
+    """
+    Copy the code of a folder, or of a commit of this repository, and link to the prepared data sets
+    of this folder. Runs then go on with the same code while the sources are edited.
+    """
+    shutil.rmtree(to, ignore_errors=True)
+    if os.path.isfile(os.path.join(source, 'train.py')):
+        for name in find(CODE, source):
+            os.makedirs(os.path.dirname(os.path.join(to, name)), exist_ok=True)
+            shutil.copy2(os.path.join(source, name), os.path.join(to, name))
+    else:
+        done = subprocess.run(['git', '-C', ROOT, 'archive', source], capture_output=True)
+        if done.returncode:
+            reason = done.stderr.decode('utf-8', 'replace').strip().splitlines()[0]
+            raise UserError(f"against='{source}' is neither a folder with a train.py nor a commit "
+                            f'of this repository ({reason})')
+        tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(to, filter='data')
+    os.makedirs(os.path.join(ROOT, 'data', '.cache'), exist_ok=True)  # those made of text files
+    for name in [*find(DATA, ROOT), 'data/.cache']:
+        if not os.path.lexists(os.path.join(to, name)):
+            os.makedirs(os.path.dirname(os.path.join(to, name)), exist_ok=True)
+            os.symlink(os.path.join(ROOT, name), os.path.join(to, name))
+
+
+def find(patterns, folder):
+    names = [n for pattern in patterns for n in glob.glob(pattern, root_dir=folder, recursive=True)]
+    return sorted(n for n in names
+                  if os.path.isfile(os.path.join(folder, n)) and '__pycache__' not in n)
+
+
+def code_of(tree):
+    """Return {name: text} of the code in a folder."""
+    code = {}
+    for name in find(CODE, tree):
+        with open(os.path.join(tree, name), encoding='utf-8', errors='replace') as f:
+            code[name] = f.read()
+    return code
+
+
+def diff_of(baseline, candidate):
+    """Return how the candidate's code differs, as a unified diff."""
+    before, after = code_of(baseline.tree), code_of(candidate.tree)
+    lines = []
+    for name in sorted(before | after):
+        lines += difflib.unified_diff(before.get(name, '').splitlines(True),
+                                      after.get(name, '').splitlines(True), name, name)
+    return ''.join(lines)
