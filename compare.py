@@ -78,7 +78,7 @@ from engine.grid import Range, ladder, make_cells, make_runs, seeds_of, several
 from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
 from engine.statistics import difference, estimate, seed_variances
-from engine.study import AXES, Launcher, files_of, halving, read_run, remove_checkpoints, run_all
+from engine.study import AXES, Launcher, halving, read_run, remove_checkpoints, run_all
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
@@ -448,7 +448,7 @@ def judge_change(config, given, argv):
         judge_report.show_ledger(config['out_dir'])
         return 0
     if config['power']:
-        show_power(config)
+        judge.show_power(config)
         return 0
     own = read_block(__file__)
     flags = {key: config[key] for key in given if key in given.flags() and key not in own}
@@ -461,25 +461,6 @@ def judge_change(config, given, argv):
     status = judge.judge(config, files, flags, devices_to_use(config)[1])
     lock.close()
     return status
-
-
-def show_power(config):
-    """Print what judgements would find if changes gained 0, half, once and twice the margin."""
-    from engine import judge, judge_report
-    folders = [f for f in files_of(config['power'], '*,seed=*') if read_run(f)]
-    groups = [{r.config['seed']: r for r in group}
-              for group in group_by_config([read_finished_run(f) for f in folders]).values()]
-    needed = judge.NOISE_PAIRS + config['max_pairs']
-    if len(groups) != 2 or len(groups[0].keys() & groups[1].keys()) < needed:
-        raise UserError(f"'{config['power']}' must be the out_dir of a study with two cells that "
-                        f'do the same, and {needed} seeds or more, as in config/judge_quick.py '
-                        '--norm_eps=1e-5,1.1e-5')
-    a, b = groups
-    scale = judge_report.unit_of(next(iter(a.values())), config['unit'])
-    differences = [scale * (b[seed].evals[-1].loss - a[seed].evals[-1].loss)
-                   for seed in a if seed in b]
-    rows = judge.power(differences, *(config[key] for key in ('margin', 'alpha', 'max_pairs')))
-    judge_report.print_power(rows, differences, config['unit'])
 
 
 def check_judge(config, flags, argv):

@@ -28,9 +28,9 @@ import time
 import numpy as np
 
 from engine.common import ROOT, UserError, optional
-from engine.judge_report import Decision, commit, report, shown, unit_of
+from engine.judge_report import Decision, commit, print_power, report, shown, unit_of
 from engine.sides import copy_code, diff_of, make_side
-from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
+from engine.study import Launcher, Run, files_of, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
 NOISE_PAIRS = 3
@@ -98,6 +98,10 @@ def is_hopeless(result, baseline, margin):
     return False
 
 
+def difference(result, baseline, unit):
+    return unit_of(baseline, unit) * (result.evals[-1].loss - baseline.evals[-1].loss)
+
+
 def costs_of(result):
     return {'tokens': result.evals[-1].tokens,
             'parameters': result.startup_info['total_params'],
@@ -128,6 +132,25 @@ def power(differences, margin, alpha, max_pairs, draws=2000):
     return rows
 
 
+def show_power(config):
+    """Print the power of judgements by the runs of a study with two cells that do the same."""
+    cells, folder, needed = {}, config['power'], NOISE_PAIRS + config['max_pairs']
+    for path in files_of(folder, '*,seed=*'):
+        result = read_run(path)
+        if result and result.evals:
+            name = os.path.basename(path).rpartition(',seed=')[0]
+            cells.setdefault(name, {})[result.config['seed']] = result
+    seeds = set.intersection(*map(set, cells.values())) if len(cells) == 2 else ()
+    if len(seeds) < needed:
+        raise UserError(f"'{folder}' must be the out_dir of a study with two cells that do the "
+                        f'same, and {needed} seeds or more, as in config/judge_quick.py '
+                        '--norm_eps=1e-5,1.1e-5')
+    a, b = cells.values()
+    differences = [difference(b[seed], a[seed], config['unit']) for seed in seeds]
+    rows = power(differences, config['margin'], config['alpha'], config['max_pairs'])
+    print_power(rows, differences, config['unit'])
+
+
 # the judgement
 
 def judge(config, files, flags, gpus):
@@ -138,7 +161,7 @@ def judge(config, files, flags, gpus):
     """
     started, trees = time.time(), os.path.join(config['out_dir'], 'trees')
     judged = commit()  # now, because it may be another one when the verdict is clear
-    tried = dict(word.removeprefix('--').split('=', 1) for word in flags_in(config['try_flags']))
+    tried = flags_in(config['try_flags'])
     try:
         copy_code(ROOT, trees + '/candidate')
         copy_code(config['against'] or ROOT, trees + '/baseline')
@@ -156,6 +179,7 @@ def judge(config, files, flags, gpus):
 
 
 def flags_in(text):
+    """Return {key: value} of the flags in a text."""
     try:
         words = shlex.split(text)
     except ValueError as e:
@@ -163,7 +187,7 @@ def flags_in(text):
     for word in words:
         if not word.startswith('--') or '=' not in word:
             raise UserError(f"--try=... holds flags of train.py, --key=value, not '{word}'")
-    return words
+    return dict(word.removeprefix('--').split('=', 1) for word in words)
 
 
 def compare_pairs(baseline, candidate, config, gpus):
@@ -178,21 +202,21 @@ def compare_pairs(baseline, candidate, config, gpus):
     decision, problem = Decision(None, math.nan, math.nan), None
     for seed in range(first, first + config['max_pairs']):
         a = train_baseline(train, baseline, seed)
-        scale = unit_of(a, config['unit'])
-        give_up = functools.partial(is_hopeless, baseline=a, margin=config['margin'] / scale)
+        margin = config['margin'] / unit_of(a, config['unit'])
+        give_up = functools.partial(is_hopeless, baseline=a, margin=margin)
         b = train('candidate', candidate, seed, give_up) if candidate else None
         problem = problem_of(b, a, give_up)
         if problem == 'failed':
             break
         pairs.append((a, b))
-        differences.append(scale * (b.evals[-1].loss - a.evals[-1].loss))
+        differences.append(difference(b, a, config['unit']))
         decision = Decision(None, float(np.mean(differences)), math.nan)
         if problem:
             break
         if all((x.evals[-1].losses == y.evals[-1].losses).all() for x, y in pairs):
             decision = Decision('no difference', 0.0, 0.0)  # down to the last bit
             break
-        noise = noise or noise_of(train, baseline, first, scale)
+        noise = noise or noise_of(train, baseline, first, config['unit'])
         decision = decide(differences, noise, config['margin'], level, config['max_pairs'])
         print(f'{len(pairs)} pairs: {shown(decision, config["unit"])}', flush=True)
         if decision.verdict:
@@ -236,13 +260,13 @@ def train_baseline(train, side, seed, name='baseline'):
     return result
 
 
-def noise_of(train, baseline, first, scale):
+def noise_of(train, baseline, first, unit):
     """Return the differences of pairs that differ in their rounding errors only."""
     flags = baseline.flags | dict(norm_eps=1.1 * baseline.settings['norm_eps'])
     other = make_side(baseline.tree, baseline.files, flags)
-    pairs = [(train_baseline(train, baseline, seed), train_baseline(train, other, seed, 'noise'))
-             for seed in range(first, first + NOISE_PAIRS)]
-    return [scale * (b.evals[-1].loss - a.evals[-1].loss) for a, b in pairs]
+    return [difference(train_baseline(train, other, seed, 'noise'),
+                       train_baseline(train, baseline, seed), unit)
+            for seed in range(first, first + NOISE_PAIRS)]
 
 
 def at_equal_cost(candidate, baseline, at, train):
