@@ -441,14 +441,15 @@ def report_single_run(folder, given):
 
 def judge_change(config, given, argv):
     """Judge a change, or print the ledger. Return the exit status."""
-    from engine import judge, judge_report  # torch is imported with them, which takes seconds
+    # torch is imported with them, which takes seconds
+    from engine import judge, judge_power, judge_report
     if 'out_dir' not in given.flags():
         config['out_dir'] = 'out-judge'
     if config['ledger']:
         judge_report.show_ledger(config['out_dir'])
         return 0
     if config['power']:
-        judge.show_power(config)
+        judge_power.show_power(config)
         return 0
     own = read_block(__file__)
     flags = {key: config[key] for key in given if key in given.flags() and key not in own}

@@ -17,7 +17,6 @@ too: the differences of three pairs in which only norm_eps changes, by a tenth, 
 but round differently. With it, the first pair can be enough. If the candidate's pairs are in truth
 noisier than that, more real gains are missed than UNLIKELY says.
 """
-import collections
 import functools
 import math
 import os
@@ -28,9 +27,9 @@ import time
 import numpy as np
 
 from engine.common import ROOT, UserError, optional
-from engine.judge_report import Decision, commit, print_power, report, shown, unit_of
+from engine.judge_report import Decision, commit, report, shown, unit_of
 from engine.sides import copy_code, diff_of, make_side
-from engine.study import Launcher, Run, files_of, read_run, remove_checkpoints, run_all
+from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
 NOISE_PAIRS = 3
@@ -107,48 +106,6 @@ def costs_of(result):
             'parameters': result.startup_info['total_params'],
             'FLOPs per token': result.startup_info['flops_per_token'],
             'seconds': result.evals[-1].train_seconds}
-
-
-def power(differences, margin, alpha, max_pairs, draws=2000):
-    """
-    Return what judgements would find, as rows (gain, {verdict: share}, mean number of pairs), if a
-    change gained 0, half, once and twice the margin. `differences` of pairs without a change are
-    the noise: each judgement draws its own from them, without replacement.
-    """
-    rng, level = np.random.default_rng(0), nominal_level(alpha, max_pairs)
-    rows = []
-    for gain in (0.0, margin / 2, margin, 2 * margin):
-        verdicts, spent = collections.Counter(), 0
-        for _ in range(draws):
-            drawn = rng.permutation(differences)[:NOISE_PAIRS + max_pairs]
-            noise, pairs = drawn[:NOISE_PAIRS], drawn[NOISE_PAIRS:] - gain
-            for n in range(1, max_pairs + 1):
-                verdict = decide(pairs[:n], noise, margin, level, max_pairs).verdict
-                if verdict:
-                    break
-            verdicts[verdict] += 1
-            spent += n
-        rows.append((gain, {v: count / draws for v, count in verdicts.items()}, spent / draws))
-    return rows
-
-
-def show_power(config):
-    """Print the power of judgements by the runs of a study with two cells that do the same."""
-    cells, folder, needed = {}, config['power'], NOISE_PAIRS + config['max_pairs']
-    for path in files_of(folder, '*,seed=*'):
-        result = read_run(path)
-        if result and result.evals:
-            name = os.path.basename(path).rpartition(',seed=')[0]
-            cells.setdefault(name, {})[result.config['seed']] = result
-    seeds = set.intersection(*map(set, cells.values())) if len(cells) == 2 else ()
-    if len(seeds) < needed:
-        raise UserError(f"'{folder}' must be the out_dir of a study with two cells that do the "
-                        f'same, and {needed} seeds or more, as in config/judge_quick.py '
-                        '--norm_eps=1e-5,1.1e-5')
-    a, b = cells.values()
-    differences = [difference(b[seed], a[seed], config['unit']) for seed in seeds]
-    rows = power(differences, config['margin'], config['alpha'], config['max_pairs'])
-    print_power(rows, differences, config['unit'])
 
 
 # the judgement

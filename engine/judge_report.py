@@ -7,8 +7,6 @@ import subprocess
 import time
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.common import ROOT, UserError, duration, first_line, printable, replacing
 from engine.compare_report import pyplot
 from engine.run_report import markdown_table, save_picture
@@ -107,19 +105,6 @@ def draw(pairs, found, path):
            ylabel=f"candidate minus baseline, {found['unit'].replace('_', ' ')}")
     ax.legend()
     save_picture(figure, path)
-
-
-def print_power(rows, differences, unit):
-    unit = unit.replace('_', ' ')
-    print(f'{len(differences)} pairs without a change: their differences have mean '
-          f'{np.mean(differences):+.4f} and standard deviation {np.std(differences, ddof=1):.4f} '
-          f'{unit}')
-    lines = [['gain', *VERDICTS, 'pairs on average']]
-    for gain, shares, pairs in rows:
-        lines.append([f'{gain:.4g}', *(f'{100 * shares.get(v, 0):.1f} %' for v in VERDICTS),
-                      f'{pairs:.2f}'])
-    shown = [i for i in range(len(lines[0])) if any(line[i] != '0.0 %' for line in lines[1:])]
-    print(markdown_table([[line[i] for i in shown] for line in lines]))
 
 
 def add_to_ledger(path, line):
