@@ -149,44 +149,48 @@ def flags_in(text):
 
 def compare_pairs(baseline, candidate, config, gpus):
     """Train pairs until the verdict is clear. Return what was found, for the ledger."""
+    keys, unit, seed = [baseline.key, candidate.key], config['unit'], baseline.settings['seed']
     spent = dict(baseline=0.0, candidate=0.0, noise=0.0, probe=0.0)
     train = functools.partial(train_side, config['out_dir'], gpus, spent)
-    first, noise, pairs, differences = baseline.settings['seed'], None, [], []
-    level = nominal_level(config['alpha'], config['max_pairs'])
-    keys = [baseline.key, candidate.key]
+    noise = functools.cache(lambda: noise_of(train, baseline, seed, unit))  # once it is needed
     if config['at'] != 'steps':
         candidate = at_equal_cost(candidate, baseline, config['at'], train)
-    decision, problem = Decision(None, math.nan, math.nan), None
-    for seed in range(first, first + config['max_pairs']):
+    level = nominal_level(config['alpha'], config['max_pairs'])
+    pairs, decision = {}, Decision(None, math.nan, math.nan)
+    while decision.verdict is None:
         a = train_baseline(train, baseline, seed)
-        margin = config['margin'] / unit_of(a, config['unit'])
+        margin = config['margin'] / unit_of(a, unit)
         give_up = functools.partial(is_hopeless, baseline=a, margin=margin)
         b = train('candidate', candidate, seed, give_up) if candidate else None
-        problem = problem_of(b, a, give_up)
-        if problem == 'failed':
+        if b is None:
+            decision = decision._replace(verdict='failed')
             break
-        pairs.append((a, b))
-        differences.append(difference(b, a, config['unit']))
-        decision = Decision(None, float(np.mean(differences)), math.nan)
-        if problem:
-            break
-        if all((x.evals[-1].losses == y.evals[-1].losses).all() for x, y in pairs):
-            decision = Decision('no difference', 0.0, 0.0)  # down to the last bit
-            break
-        noise = noise or noise_of(train, baseline, first, config['unit'])
-        decision = decide(differences, noise, config['margin'], level, config['max_pairs'])
-        print(f'{len(pairs)} pairs: {shown(decision, config["unit"])}', flush=True)
-        if decision.verdict:
-            break
-    ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name] for a, b in pairs]))
-              for name in LIMITS if pairs}
+        pairs[seed] = a, b
+        decision = decide_pairs([*pairs.values()], give_up, noise, level, config)
+        print(f'{len(pairs)} pairs: {shown(decision, unit)}', flush=True)
+        seed += 1
+    ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name]
+                                     for a, b in pairs.values()])) for name in LIMITS if pairs}
     more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
-    verdict = problem or decision.verdict
-    return dict(
-        verdict='costs more' if verdict == 'better' and more else verdict,
-        difference=decision.difference, interval=decision.interval, unit=config['unit'],
-        by_seed={str(first + i): d for i, d in enumerate(differences)}, noise=noise,
-        costs=ratios, more=more, runs=spent, level=level, pairs=pairs, sides=keys)
+    if decision.verdict == 'better' and more:
+        decision = decision._replace(verdict='costs more')
+    return decision._asdict() | dict(
+        unit=unit, by_seed={str(seed): difference(b, a, unit) for seed, (a, b) in pairs.items()},
+        costs=ratios, more=more, runs=spent, level=level, pairs=[*pairs.values()], sides=keys)
+
+
+def decide_pairs(pairs, give_up, noise, level, config):
+    """Return the Decision after some pairs of Results; noise() returns what decide() needs."""
+    differences = [difference(b, a, config['unit']) for a, b in pairs]
+    baseline, result = pairs[-1]
+    mean = float(np.mean(differences))
+    if result.windows != baseline.windows:
+        return Decision('other evaluation', mean, math.nan)
+    if give_up(result):
+        return Decision('given up', mean, math.nan)
+    if all((a.evals[-1].losses == b.evals[-1].losses).all() for a, b in pairs):
+        return Decision('no difference', 0.0, 0.0)  # down to the last bit
+    return decide(differences, noise(), config['margin'], level, config['max_pairs'])
 
 
 def train_side(out_dir, gpus, spent, name, side, seed, give_up=None):
@@ -248,14 +252,3 @@ def iter_cost(result, at):
     if at == 'flops':
         return tokens * result.startup_info['flops_per_token']
     return tokens / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])
-
-
-def problem_of(result, baseline, give_up):
-    """Return the verdict on a run that cannot be compared, or None."""
-    if result is None:
-        return 'failed'
-    if result.windows != baseline.windows:
-        return 'other evaluation'
-    if give_up(result):
-        return 'given up'
-    return None
