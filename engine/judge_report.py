@@ -67,7 +67,7 @@ def report(found, config):
     add_to_ledger(os.path.join(out_dir, LEDGER), line)
     why = VERDICTS[verdict]
     if found['more']:
-        why += ': ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
+        why += '; ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
     decision = Decision(verdict, found['difference'], found['interval'])
     comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
     print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))

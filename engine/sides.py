@@ -21,6 +21,7 @@ from engine.machine import processor
 
 CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
 DATA = 'data/*/*.bin', 'data/*/*.json'  # prepared data sets
+IGNORED = 'seed', 'out_dir', 'overwrite'  # settings that are not part of a side's key
 # reads the settings of another tree with that tree's configurator
 READ_SETTINGS = '''import json, sys
 tree, *argv = sys.argv[1:]
@@ -28,7 +29,8 @@ sys.path[0] = tree
 from engine.common import show_error
 sys.excepthook = show_error
 from configurator import configure
-print(json.dumps(configure(tree + '/train.py', argv=argv)[0]))'''
+config, given = configure(tree + '/train.py', argv=argv)
+print(json.dumps([config, sorted(given)]))'''
 
 
 class Side(NamedTuple):
@@ -51,11 +53,13 @@ def make_side(tree, files, flags):
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
         raise UserError(f"the settings of '{tree}': {reason}")
-    settings = json.loads(done.stdout)
+    settings, given = json.loads(done.stdout)
     flags = {name: settings[name] for name in flags}  # as the types of the settings
-    ignored = 'seed', 'out_dir', 'overwrite'
-    facts = [{k: v for k, v in settings.items() if k not in ignored}, code_of(tree), processor(),
-             platform.python_version(), version('torch'), os.environ.get('OMP_NUM_THREADS')]
+    # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
+    facts = [{k: v for k, v in settings.items() if k not in IGNORED},
+             [k for k in given if k not in IGNORED], sorted(k for k in flags if k not in IGNORED),
+             code_of(tree), processor(), platform.python_version(), version('torch'),
+             os.environ.get('OMP_NUM_THREADS')]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return Side(tree, files, flags, settings, key)
 
