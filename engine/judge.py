@@ -167,7 +167,7 @@ def compare_pairs(baseline, candidate, config, gpus):
             break
         pairs[seed] = a, b
         decision = decide_pairs([*pairs.values()], give_up, noise, level, config)
-        print(f'{len(pairs)} pairs: {shown(decision, unit)}', flush=True)
+        print(f'after pair {len(pairs)}: {shown(decision, unit)}', flush=True)
         seed += 1
     ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name]
                                      for a, b in pairs.values()])) for name in LIMITS if pairs}

@@ -72,7 +72,7 @@ def report(found, config):
     comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
     print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))
     runs = ', '.join(f'{n:.3g} {name}' for name, n in found['runs'].items() if n)
-    print(f"{len(pairs)} pairs; new runs: {runs or 'none'}; {duration(found['seconds'])}")
+    print(f"pairs: {len(pairs)}; new runs: {runs or 'none'}; {duration(found['seconds'])}")
     if pairs:
         draw(pairs, found, os.path.join(out_dir, 'judge.png'))
     print(line)

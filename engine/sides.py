@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from engine.common import ROOT, UserError
-from engine.machine import processor
+from engine.machine import device_name, pick_device, processor
 
 CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
 DATA = 'data/*/*.bin', 'data/*/*.json'  # prepared data sets
@@ -58,8 +58,9 @@ def make_side(tree, files, flags):
     # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
     facts = [{k: v for k, v in settings.items() if k not in IGNORED},
              [k for k in given if k not in IGNORED], sorted(k for k in flags if k not in IGNORED),
-             code_of(tree), processor(), platform.python_version(), version('torch'),
-             os.environ.get('OMP_NUM_THREADS')]
+             code_of(tree), data_of(tree, settings['dataset']), processor(),
+             device_name(pick_device(settings['device'])[0]), platform.python_version(),
+             version('torch')]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return Side(tree, files, flags, settings, key)
 
@@ -101,6 +102,13 @@ def code_of(tree):
         with open(os.path.join(tree, name), encoding='utf-8', errors='replace') as f:
             code[name] = f.read()
     return code
+
+
+def data_of(tree, dataset):
+    """Return {name: size and time} of the prepared files of a data set in data/."""
+    paths = {name: os.stat(os.path.join(tree, name)) for name in find(DATA, tree)
+             if os.path.dirname(name) == f'data/{dataset}'}
+    return {name: [found.st_size, found.st_mtime_ns] for name, found in paths.items()}
 
 
 def diff_of(baseline, candidate):
