@@ -26,7 +26,7 @@ report them in a table with error bars and a picture.
     python compare.py --ledger
 
     # how often would a judgement find a gain? Two cells that do the same show the noise
-    python compare.py config/judge_quick.py --norm_eps=1e-5,1.1e-5 --seed=1,2,3,4,5,6,7,8,9 \\
+    python compare.py config/judge_quick.py --norm_eps=1e-5,1.1e-5 --seed=1,2,3,4,5,6,7,8,9,10,11 \\
         --out_dir=out-nulls
     python compare.py --power=out-nulls
 
@@ -103,7 +103,7 @@ def settings(argv):
     alpha: OpenFraction = 0.05  # chance that a change without any effect is found better
     margin: PositiveFloat = 0.01  # a gain that is smaller need not be found
     unit: Literal['bits_per_byte', 'nats'] = 'bits_per_byte'  # of margin and differences
-    max_pairs: PositiveInt = 6  # pairs of runs, candidate and baseline with the same seed
+    max_pairs: PositiveInt = 8  # pairs of runs, candidate and baseline with the same seed
     at: Literal['steps', 'seconds', 'flops'] = 'steps'  # of these, a pair's runs have as many
     ledger = False  # print all verdicts so far
     power = ''  # out_dir of a study, two cells that do the same: how often would a gain show?
