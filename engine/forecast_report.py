@@ -33,11 +33,9 @@ def forecast_report(folder, more, confidence):
     of forecasts. `more` are folders of other runs; without them, these are beside the run.
     """
     own = read_runs(folder)
-    if own and not more:
-        others = runs_beside(folder)
-    else:
-        others = [run for run in runs_in([folder, *more])
-                  if not own or not os.path.samefile(run.folder, folder)]
+    others = runs_beside(folder) if own and not more else runs_in([folder, *more])
+    if own:
+        others = [run for run in others if not os.path.samefile(run.folder, folder)]
     runs = own + others
     if not runs:
         raise UserError(f"'{folder}' holds no run log (run_*.json): it is neither the out_dir of a "

@@ -13,7 +13,7 @@ from engine.common import GIB, duration, first_line, replacing
 from engine.forecast import FIRST, forecast
 from engine.run_report import draw_loss, sparkline
 from engine.sinks import SINKS
-from engine.study import read_run, read_runs, result_of, runs_beside
+from engine.study import read_run, result_of, runs_beside
 
 # numbers of the run log that sinks do not plot: the iteration of 'gradients', and the norm there
 BOOKKEEPING = 'gradients/iter', 'gradients/norm_at_iter'
@@ -114,7 +114,7 @@ class RunLog:
     def forecast(self):
         """
         Return a forecast of the val loss at the end, for the evaluation line. Return '' where no
-        finished run beside this one is like it.
+        finished run beside this one, or before it in out_dir, is like it.
         """
         done, config = self.state.iter_num, self.data['config']
         middle = config['max_iters'] <= FIRST * done < FIRST * config['max_iters']
@@ -122,7 +122,9 @@ class RunLog:
             return ''
         try:
             if self.others is None:
-                self.others = read_runs(self.out_dir) + runs_beside(self.out_dir)
+                self.others = runs_beside(self.out_dir, most_bytes=20e6)
+            if not self.others:
+                return ''
             found = forecast(result_of(self.out_dir, [self.data]), self.others, seen=done)
         except Exception as e:  # a damaged earlier log, no scipy: no reason to fail
             self.others = []

@@ -99,16 +99,16 @@ def read_runs(folder):
     return [result_of(folder, logs) for logs in runs]
 
 
-def runs_beside(out_dir, most_bytes=40e6):
+def runs_beside(out_dir, most_bytes=math.inf):
     """
-    Return the Results of runs in the folders beside an out_dir. If their logs are long, return the
-    newest ones: reading most_bytes takes about a second.
+    Return the Results of all runs in an out_dir and in the folders beside it. If their logs are
+    longer than most_bytes, return the newest ones: 20 MB take seconds to read.
     """
     found = []
     folders = glob.glob(os.path.join(glob.escape(out_dir), os.pardir, '*', ''))
     for folder in sorted(folders, key=os.path.getmtime, reverse=True):
         most_bytes -= sum(map(os.path.getsize, files_of(folder, 'run_*.json')))
-        if most_bytes > 0 and not os.path.samefile(folder, out_dir):
+        if most_bytes > 0:
             try:
                 found += read_runs(os.path.normpath(folder))
             except UserError:  # damaged, or of another program: not a run to compare with

@@ -37,11 +37,14 @@ def write(folder, log):
 
 
 def simulate(rng, choices, seeds=(1,), slope=3.0, scatter=0.02):
-    """Runs of choices, whose losses at the end depend on the early losses, and which share the noise of batches."""
+    """
+    Runs of choices, whose losses at the end depend on the early losses, with outliers; runs of a seed share the
+    noise of batches.
+    """
     t, results = np.arange(33), []
     batches = {seed: rng.normal(0, 0.1, 33) for seed in seeds}
     for i in range(choices):
-        early, late = rng.normal(0, 0.05), scatter * rng.standard_normal()
+        early, late = rng.normal(0, 0.05), scatter * rng.standard_t(3)
         for seed in seeds:
             end = 1.5 + slope * early + late + rng.normal(0, 0.005)
             losses = 5.5 * (1 + t) ** -0.3 + early + batches[seed] + rng.normal(0, 0.002, 33)
@@ -56,20 +59,22 @@ def coverage(pairs):
 
 
 @pytest.mark.parametrize('n, slope, scatter, widest', [
-    (1, 1.0, 0.02, 1.0),
-    (2, 3.0, 0.02, 0.6),
-    (4, 3.0, 0.02, 0.4),
-    (10, 3.0, 0.02, 0.17),
-    (10, 0.0, 0.15, 0.8),  # the early losses say nothing
+    (1, 1.0, 0.15, 1.0),
+    (2, 1.0, 0.15, 0.6),
+    (4, 3.0, 0.1, 0.5),
+    (10, 3.0, 0.02, 0.3),
+    (10, 3.0, 0.1, 0.4),
+    (10, 0.0, 0.15, 0.5),  # the early losses say nothing
+    (20, 3.0, 0.15, 0.55),
 ])
 def test_the_end_is_in_the_interval_as_often_as_it_says(n, slope, scatter, widest):
-    """An interval that holds for many earlier runs, but not for a few, or that is useless."""
+    """An interval that holds for many earlier runs, but not for a few; that is useless; that outliers widen."""
     rng, pairs = np.random.default_rng(0), []
     for _ in range(300):
         run, *others = simulate(rng, n + 1, slope=slope, scatter=scatter)
         pairs.append((run, forecast(run, others, seen=20)))
     share, interval = coverage(pairs)
-    assert 0.93 < share and interval < widest
+    assert 0.9 < share and interval < widest
 
 
 def test_a_forecast_beats_the_mean_of_the_other_runs():
@@ -79,9 +84,8 @@ def test_a_forecast_beats_the_mean_of_the_other_runs():
         run, *others = simulate(rng, 11)
         found, end = forecast(run, others, seen=20), run.evals[-1].loss
         errors.append((found.loss - end, np.mean([r.evals[-1].loss for r in others]) - end))
-        assert found.interval < found.spread
-    ours, mean = np.square(errors).mean(0)
-    assert ours < 0.1 * mean
+    ours, mean = np.median(np.abs(errors), axis=0)
+    assert ours < 0.3 * mean
 
 
 def test_another_seed_counts_only_without_the_same_one():
