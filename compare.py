@@ -17,6 +17,9 @@ report them in a table with error bars and a picture.
     # random search, by successive halving
     python compare.py config/preset_quick_test.py --search=32 --learning_rate=1e-4..1e-2
 
+    # the loss at the end, from the first part of a run
+    python compare.py --forecast=out-a
+
     # loss against size
     python compare.py --scaling=config/preset_quick_test.py --n_embd=64,96,128,192
 
@@ -74,6 +77,7 @@ from engine.common import (
     try_lock,
 )
 from engine.compare_report import picture, scaling_report, table
+from engine.forecast_report import forecast_report
 from engine.grid import Range, ladder, make_cells, make_runs, seeds_of, several
 from engine.hints import suggest_file
 from engine.run_report import draw_loss, run_report
@@ -95,6 +99,7 @@ def settings(argv):
     search: NonNegativeInt = 0  # cells to draw from lists and ranges (1e-4..1e-2) and to halve
     scaling = ''  # a config file: train it in several widths (--n_embd=64,96,128), fit a power law
     tokens_per_param: PositiveFloat = 20.0  # training tokens per parameter, for scaling
+    forecast = ''  # a run, or a folder of runs: forecast the val loss at the end, and check that
     confidence: OpenFraction = 0.95  # of the intervals
     keep_checkpoints = True  # False: remove all checkpoints once every run has finished
     # judge
@@ -436,6 +441,13 @@ def report_single_run(folder, given):
     print(path + (' and loss.png' if picture_path else ''))
 
 
+def print_forecast(config, given, folders):
+    useless = [key for key in given if key not in ('forecast', 'confidence')]
+    if useless:
+        raise UserError(f'a forecast reads runs as they are: {useless[0]} has no effect here')
+    print(printable(forecast_report(config['forecast'], folders, config['confidence'])))
+
+
 # ------------------------------------------------------------------------------------------------
 # judge
 
@@ -489,6 +501,9 @@ def main(argv):
     if any(config[key] for key in ('against', 'try_flags', 'ledger', 'power')):
         return judge_change(config, given, argv)
     folders = {os.path.realpath(arg): arg for arg in argv if os.path.isdir(arg)}.values()
+    if config['forecast']:
+        print_forecast(config, given, [*folders])
+        return 0
     if len(folders) == 1:
         report_single_run(*folders, given)
         return 0

@@ -400,7 +400,7 @@ def within_memory(step):
 
 def report_evaluation(evaluated, best, lr):
     """Print and log an evaluation, with a text sample if one is due."""
-    console.say(report.evaluation_line(state.iter_num, evaluated, best))
+    console.say(report.evaluation_line(state.iter_num, evaluated, best) + run_log.forecast())
     if eval_only:
         console.say(report.evaluation_lines(evaluated['val'], splits['val']))
     takes_part = parallel.master or parallel.mode == 'fsdp'  # FSDP gathers weights on all ranks

@@ -10,9 +10,10 @@ import shlex
 import time
 
 from engine.common import GIB, duration, first_line, replacing
+from engine.forecast import FIRST, forecast
 from engine.run_report import draw_loss, sparkline
 from engine.sinks import SINKS
-from engine.study import read_run
+from engine.study import read_run, result_of, runs_beside
 
 # numbers of the run log that sinks do not plot: the iteration of 'gradients', and the norm there
 BOOKKEEPING = 'gradients/iter', 'gradients/norm_at_iter'
@@ -45,6 +46,7 @@ class RunLog:
         self.out_dir, self.state, self.console = out_dir, state, console
         self.tokens_per_iter, self.first_iter = tokens_per_iter, state.iter_num
         self.start, self.outcome, self.sinks = time.time(), 'failed', []
+        self.others = None  # finished runs, from which the loss at the end is forecast
         self.written, self.cost = 0.0, 0.0  # when the file was written last, and how long it took
         start_time = time.strftime('%Y%m%d_%H%M%S')
         while console.speaks and os.path.exists(f'{out_dir}/run_{start_time}.json'):
@@ -108,6 +110,27 @@ class RunLog:
             earlier = f' (iteration {iter_num})' if iter_num < self.state.iter_num else ''
             self.console.say(f'saved {names}{earlier}')
         return when_saved
+
+    def forecast(self):
+        """
+        Return a forecast of the val loss at the end, for the evaluation line. Return '' where no
+        finished run beside this one, or before it in out_dir, is like it.
+        """
+        done, config = self.state.iter_num, self.data['config']
+        middle = config['max_iters'] <= FIRST * done < FIRST * config['max_iters']
+        if not self.console.speaks or config['eval_only'] or not middle:
+            return ''
+        try:
+            if self.others is None:
+                self.others = runs_beside(self.out_dir, most_bytes=20e6)
+            if not self.others:
+                return ''
+            found = forecast(result_of(self.out_dir, [self.data]), self.others, seen=done)
+        except Exception as e:  # a damaged earlier log, no scipy: no reason to fail
+            self.others = []
+            self.console.say(f'WARNING: no forecast of the loss: {first_line(e)}')
+            return ''
+        return f', about {found.loss:.4f} ± {found.interval:.4f} at the end' if found else ''
 
     @property
     def n_evaluations(self):

@@ -53,8 +53,8 @@ def t_quantile(confidence, df):
     """
     Return half the width of a two-sided Student's t interval, in standard errors; nan for df 0.
     """
-    stats = optional('scipy.stats', 'a confidence interval')
-    return float(stats.t.ppf((1 + confidence) / 2, df))
+    special = optional('scipy.special', 'a confidence interval')  # loads faster than scipy.stats
+    return float(special.stdtrit(df, (1 + confidence) / 2))
 
 
 class SeedVariance(NamedTuple):

@@ -85,15 +85,40 @@ def read_run(folder):
     Return the Result of the run in a folder, or None if it has no log. A resumed run has a log per
     start; where two logs have the same iteration, the later one wins.
     """
-    logs = []
+    return (read_runs(folder) or [None])[-1]
+
+
+def read_runs(folder):
+    """Return the Results of all runs that a folder has seen, the newest last."""
+    runs = []
     for log in map(read_log, files_of(folder, 'run_*.json')):
         if log['config']['eval_only'] or not log['training_iterations'] + log['eval_steps']:
             continue
-        if first_iter(log) == 0:
-            logs = []  # the run was restarted from scratch
-        logs.append(log)
-    if not logs:
-        return None
+        if first_iter(log) == 0 or not runs:  # a run that starts from scratch
+            runs.append([])
+        runs[-1].append(log)
+    return [result_of(folder, logs) for logs in runs]
+
+
+def runs_beside(out_dir, most_bytes=math.inf):
+    """
+    Return the Results of all runs in an out_dir and in the folders beside it. If their logs are
+    longer than most_bytes, return the newest ones: 20 MB take seconds to read.
+    """
+    found = []
+    folders = glob.glob(os.path.join(glob.escape(out_dir), os.pardir, '*', ''))
+    for folder in sorted(folders, key=os.path.getmtime, reverse=True):
+        most_bytes -= sum(map(os.path.getsize, files_of(folder, 'run_*.json')))
+        if most_bytes > 0:
+            try:
+                found += read_runs(os.path.normpath(folder))
+            except UserError:  # damaged, or of another program: not a run to compare with
+                pass
+    return found
+
+
+def result_of(folder, logs):
+    """Return the Result of the logs of one run."""
     last, evals, iterations = logs[-1], {}, {}
     windows = [log['eval_windows'] for log in logs if 'eval_windows' in log][-1:]
     ends = [first_iter(log) for log in logs[1:]] + [math.inf]

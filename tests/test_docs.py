@@ -56,6 +56,7 @@ NEEDS = {
 }
 # copies of the quick start's run, which the commands read
 RUNS = ['out-before', 'out-after', 'out-a', 'out-b', 'out-c', 'out-book', 'out-chat-pystdlib', 'out-first', 'OUT_DIR',
+        'out-ablate-shakespeare', 'out-ablate-gpt2-to-llama', 'out-choices-0.2M',
         'gpt2', 'gpt2-xl', '../nanoGPT', '.peers/nanoGPT']
 DOWNLOADS = r'data/(openwebtext|tinystories|fineweb10B)/prepare\.py'  # not run at all
 
