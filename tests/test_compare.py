@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 import compare
@@ -26,7 +25,6 @@ from engine.cost import meta_model
 from engine.grid import Range, make_cells
 from engine.run_report import draw_loss, evaluation_table, sparkline
 from engine.study import Evaluation, read_run
-from model import GPT, GPTConfig
 from tests.warm import HANGS
 
 
@@ -131,28 +129,11 @@ def test_ablations_in_config_build(name):
     config, given = configure(compare.__file__, compare.TRAIN, argv=[str(ROOT / 'config' / name)], convert=convert)
     cells = make_cells(config, given, read_block(compare.TRAIN))
     flops = [meta_model(config | own).flops_per_token() for own in cells.values()]
-    assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < 1.01
+    limit = 1.3 if name == 'ablate_choices.py' else 1.01  # it is run at several widths, d_ff follows them
+    assert len(cells) > 1 and isinstance(config['seed'], list) and max(flops) / min(flops) < limit
     for own in cells.values():
         assert (config | own)['lr_decay_iters'] is None  # the decay ends at max_iters
     assert config['out_dir'] == 'out-' + name[:-3].replace('_', '-')
-
-
-@pytest.mark.parametrize('changed, shared', [
-    (dict(normalization='rmsnorm'), True),
-    (dict(activation='silu', qk_norm=True), True),
-    (dict(bias=False), False),
-    (dict(position_encoding='rope'), False),
-    (dict(n_embd=64), False),
-])
-def test_what_equal_seeds_share_in_two_models(changed, shared):
-    """compare.py's docstring says when the initial values of two cells are the same, and all others differ."""
-    values = []
-    for own in ({}, changed):
-        torch.manual_seed(1)
-        model = GPT(GPTConfig(**dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65) | own))
-        values.append([x for x in model.transformer.h.parameters() if x.dim() > 1])
-    same = [x.shape == y.shape and torch.equal(x, y) for x, y in zip(*values)]
-    assert all(same) if shared else not any(same)
 
 
 @pytest.mark.parametrize('budget, expected', [
