@@ -3,7 +3,7 @@
 # python compare.py config/ablate_choices.py --n_layer=2 --n_embd=80 --out_dir=out-choices-0.2M
 # python compare.py config/ablate_choices.py --out_dir=out-choices-0.8M
 # python compare.py config/ablate_choices.py --n_layer=4 --n_embd=240 --out_dir=out-choices-3M
-out_dir = 'out-choices'
+out_dir = 'out-ablate-choices'
 cells = {
     'recipe': dict(),
     # parts of the model
