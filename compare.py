@@ -52,6 +52,7 @@ shapes agree. The windows of val are the same for every seed.
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 from typing import Literal
@@ -128,10 +129,8 @@ def arguments(argv):
     Return the arguments for configure(): no folders of runs, and the file of --scaling=... first.
     """
     files = [arg.removeprefix('--scaling=') for arg in argv if arg.startswith('--scaling=')]
-    shorthands = {'--try': '--try_flags', '--ledger': '--ledger=True'}
     for i, arg in enumerate(argv):
-        name, equals, value = arg.partition('=')
-        argv[i] = shorthands.get(name, name) + equals + value
+        argv[i] = '--ledger=True' if arg == '--ledger' else re.sub('^--try=', '--try_flags=', arg)
     for arg in argv:
         is_flag = arg.startswith('-') or '=' in arg and '/' not in arg
         if not is_flag and not arg.endswith('.py') and not os.path.isdir(arg):
@@ -465,7 +464,7 @@ def judge_change(config, given, argv):
         return 0
     own = read_block(__file__)
     flags = {key: config[key] for key in given if key in given.flags() and key not in own}
-    check_judge(config, flags, argv)
+    check_judge(config, given, flags, argv)
     optional('matplotlib', 'a judgement')  # before the runs, not after them
     lock = lock_out_dir(config['out_dir'])
     for number in SIGNALS:
@@ -476,12 +475,15 @@ def judge_change(config, given, argv):
     return status
 
 
-def check_judge(config, flags, argv):
+def check_judge(config, given, flags, argv):
     """Raise UserError for what a judgement cannot do."""
     folders = [arg for arg in argv if os.path.isdir(arg)]
     if folders or config['search'] or config['scaling'] or config['cells']:
         raise UserError('--against and --try judge one config file and its flags: no folders of '
                         'runs, cells, search or scaling')
+    for key in ('jobs', 'baseline', 'sort', 'confidence', 'keep_checkpoints', 'tokens_per_param'):
+        if key in given:
+            raise UserError(f'{key} has no effect on a judgement')
     for key, value in flags.items():
         if isinstance(value, (list, tuple, Range)):
             raise UserError(f'{key} has several values, but a judgement has one for each key; its '

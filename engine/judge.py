@@ -161,7 +161,8 @@ def compare_pairs(baseline, candidate, config, gpus):
         a = train_baseline(train, baseline, seed)
         margin = config['margin'] / unit_of(a, unit)
         give_up = functools.partial(is_hopeless, baseline=a, margin=margin)
-        b = train('candidate', candidate, seed, give_up) if candidate else None
+        limit = 60 + 10 * a.evals[-1].train_seconds
+        b = train('candidate', candidate, seed, give_up, limit) if candidate else None
         if b is None:
             decision = decision._replace(verdict='failed')
             break
@@ -171,6 +172,8 @@ def compare_pairs(baseline, candidate, config, gpus):
         seed += 1
     ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name]
                                      for a, b in pairs.values()])) for name in LIMITS if pairs}
+    if decision.verdict == 'better':
+        ratios['seconds'] = seconds_ratio(baseline, candidate, train)
     more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
     if decision.verdict == 'better' and more:
         decision = decision._replace(verdict='costs more')
@@ -193,10 +196,10 @@ def decide_pairs(pairs, give_up, noise, level, config):
     return decide(differences, noise(), config['margin'], level, config['max_pairs'])
 
 
-def train_side(out_dir, gpus, spent, name, side, seed, give_up=None):
+def train_side(out_dir, gpus, spent, name, side, seed, give_up=None, limit=math.inf):
     """
     Return the Result of a run, which an earlier judgement may have made, or None if it failed. It
-    ends early if give_up(its Result so far) says so.
+    ends early if give_up(its Result so far) says so, and fails after `limit` seconds.
     """
     folder = os.path.join(out_dir, 'runs', f'{side.key},seed={seed}')
     flags = side.flags | dict(seed=seed)
@@ -205,13 +208,15 @@ def train_side(out_dir, gpus, spent, name, side, seed, give_up=None):
     run = Run(name, seed, folder, flags, side.settings['max_iters'])
     launcher = Launcher(side.tree + '/train.py', side.settings, 1, gpus[:1], side.files)
     before = read_run(folder)
-    failed = run_all([run], launcher, give_up=give_up)
+    failed = run_all([run], launcher, give_up=give_up, limit=limit)
     result = read_run(folder)
     if result:
         done_before = before.iter_num if before else 0
         spent[name] += (result.iter_num - done_before) / run.max_iters
+    if failed:
+        return None  # its checkpoints stay: after a full disk, the same command goes on
     remove_checkpoints([run])
-    return None if failed else result
+    return result
 
 
 def train_baseline(train, side, seed, name='baseline'):
@@ -223,6 +228,8 @@ def train_baseline(train, side, seed, name='baseline'):
 
 def noise_of(train, baseline, first, unit):
     """Return the differences of pairs that differ in their rounding errors only."""
+    if 'norm_eps' not in baseline.settings:
+        raise UserError('the baseline has no norm_eps, by which the noise is measured')
     flags = baseline.flags | dict(norm_eps=1.1 * baseline.settings['norm_eps'])
     other = make_side(baseline.tree, baseline.files, flags)
     return [difference(train_baseline(train, other, seed, 'noise'),
@@ -235,15 +242,33 @@ def at_equal_cost(candidate, baseline, at, train):
     Return the candidate with as many iterations as cost what the baseline's do, or None if it does
     not run.
     """
-    short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
     seed = baseline.settings['seed']
-    a, b = (make_side(side.tree, side.files, side.flags | short) for side in (baseline, candidate))
-    a, b = train_baseline(train, a, seed, 'probe'), train('probe', b, seed)
+    a = train_baseline(train, probe(baseline), seed, 'probe')
+    b = train('probe', probe(candidate), seed)
     if b is None:
         return None
     iters = max(1, round(baseline.settings['max_iters'] * iter_cost(a, at) / iter_cost(b, at)))
     print(f'at equal {at} the candidate has {iters} iterations', flush=True)
     return make_side(candidate.tree, candidate.files, candidate.flags | dict(max_iters=iters))
+
+
+def probe(side):
+    """Return the Side of a run that is long enough to time its iterations."""
+    short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
+    return make_side(side.tree, side.files, side.flags | short)
+
+
+def seconds_ratio(baseline, candidate, train):
+    """
+    Return how many times as long an iteration of the candidate takes. Both are timed three times,
+    in turn, because the machine may have been busy during some of the runs.
+    """
+    seconds, now = ([], []), int(time.time())  # a seed of its own, so that no earlier run is read
+    for seed in range(now, now + 3):
+        for side, times in zip((baseline, candidate), seconds):
+            result = train_baseline(train, probe(side), seed, 'probe')
+            times.append(iter_cost(result, 'seconds'))
+    return float(min(seconds[1]) / min(seconds[0]))
 
 
 def iter_cost(result, at):

@@ -15,14 +15,15 @@ def power(differences, margin, alpha, max_pairs, draws=2000):
     """
     Return what judgements would find, as rows (gain, {verdict: share}, mean number of pairs), if a
     change gained 0, half, once and twice the margin. `differences` of pairs without a change are
-    the noise: each judgement draws its own from them, without replacement.
+    the noise: each judgement draws its own from them, without replacement. Their signs are drawn,
+    too, because which run of such a pair is the baseline is arbitrary.
     """
     rng, level = np.random.default_rng(0), nominal_level(alpha, max_pairs)
-    rows = []
+    rows, needed = [], NOISE_PAIRS + max_pairs
     for gain in (0.0, margin / 2, margin, 2 * margin):
         verdicts, spent = collections.Counter(), 0
         for _ in range(draws):
-            drawn = rng.permutation(differences)[:NOISE_PAIRS + max_pairs]
+            drawn = rng.permutation(differences)[:needed] * rng.choice((-1, 1), needed)
             noise, pairs = drawn[:NOISE_PAIRS], drawn[NOISE_PAIRS:] - gain
             for n in range(1, max_pairs + 1):
                 verdict = decide(pairs[:n], noise, margin, level, max_pairs).verdict

@@ -21,10 +21,10 @@ VERDICTS = {
     'better': 'keep it',
     'worse': 'its loss is higher',
     'no difference': 'not as large as the margin, in either direction',
-    'no gain': 'not as large as the margin',
-    'undecided': 'after max_pairs; more of them, or longer runs, would tell',
+    'no gain': 'a gain as large as the margin is unlikely',
+    'undecided': 'after max_pairs; --seed=1000 begins a new judgement with other pairs',
     'given up': 'inside a run, because it trailed too far',
-    'costs more': 'its loss is lower, but so it should be',
+    'costs more': 'its loss is lower, but it costs more',
     'failed': 'a run of the candidate crashed or diverged',
     'other evaluation': 'its windows of val are not those of the baseline',
 }
@@ -56,7 +56,7 @@ def report(found, config):
     """Print the verdict, draw judge.png, and add a line to judged.jsonl. Return the exit status."""
     out_dir, pairs = config['out_dir'], found.pop('pairs')
     verdict, diff = found['verdict'], found.pop('diff')
-    found['diff'] = f"diffs/{found['sides'][1]}.diff" if diff else None
+    found['diff'] = f"diffs/{'-'.join(found['sides'])}.diff" if diff else None
     if diff:
         os.makedirs(os.path.join(out_dir, 'diffs'), exist_ok=True)
         with replacing(os.path.join(out_dir, found['diff']), 'w', encoding='utf-8') as f:
@@ -64,7 +64,6 @@ def report(found, config):
     asked = {key: config[key] for key in ('against', 'alpha', 'margin', 'max_pairs', 'at')}
     found |= asked | dict(time=time.strftime('%Y-%m-%d %H:%M:%S'))
     line = json.dumps({k: None if v != v else v for k, v in found.items()})
-    add_to_ledger(os.path.join(out_dir, LEDGER), line)
     why = VERDICTS[verdict]
     if found['more']:
         why += '; ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
@@ -72,6 +71,7 @@ def report(found, config):
     comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
     print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))
     runs = ', '.join(f'{n:.3g} {name}' for name, n in found['runs'].items() if n)
+    add_to_ledger(os.path.join(out_dir, LEDGER), line)  # after the verdict has been printed
     print(f"pairs: {len(pairs)}; new runs: {runs or 'none'}; {duration(found['seconds'])}")
     if pairs:
         draw(pairs, found, os.path.join(out_dir, 'judge.png'))
@@ -151,4 +151,4 @@ def show_ledger(out_dir):
     false = sum(e['alpha'] for e in entries)
     print(printable(markdown_table(rows)))
     print(f'\n{len(entries)} changes judged, {kept} found better. If none of them did anything, '
-          f'{false:.2g} of them would be found better on average.')
+          f'at most {false:.2g} of them would be found better on average.')

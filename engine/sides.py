@@ -16,6 +16,7 @@ import tarfile
 from importlib.metadata import version
 from typing import NamedTuple
 
+from data.loader import find_datasets
 from engine.common import ROOT, UserError
 from engine.machine import device_name, pick_device, processor
 
@@ -58,7 +59,7 @@ def make_side(tree, files, flags):
     # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
     facts = [{k: v for k, v in settings.items() if k not in IGNORED},
              [k for k in given if k not in IGNORED], sorted(k for k in flags if k not in IGNORED),
-             code_of(tree), data_of(tree, settings['dataset']), processor(),
+             code_of(tree), data_of(settings['dataset']), processor(),
              device_name(pick_device(settings['device'])[0]), platform.python_version(),
              version('torch')]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -76,9 +77,12 @@ def copy_code(source, to):
             os.makedirs(os.path.dirname(os.path.join(to, name)), exist_ok=True)
             shutil.copy2(os.path.join(source, name), os.path.join(to, name))
     else:
+        if not shutil.which('git'):
+            raise UserError(f"against='{source}' is no folder with a train.py, and git, which "
+                            'would read it as a commit, is not installed')
         done = subprocess.run(['git', '-C', ROOT, 'archive', source], capture_output=True)
         if done.returncode:
-            reason = done.stderr.decode('utf-8', 'replace').strip().splitlines()[0]
+            reason = done.stderr.decode('utf-8', 'replace').strip().partition('\n')[0]
             raise UserError(f"against='{source}' is neither a folder with a train.py nor a commit "
                             f'of this repository ({reason})')
         tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(to, filter='data')
@@ -104,11 +108,10 @@ def code_of(tree):
     return code
 
 
-def data_of(tree, dataset):
-    """Return {name: size and time} of the prepared files of a data set in data/."""
-    paths = {name: os.stat(os.path.join(tree, name)) for name in find(DATA, tree)
-             if os.path.dirname(name) == f'data/{dataset}'}
-    return {name: [found.st_size, found.st_mtime_ns] for name, found in paths.items()}
+def data_of(dataset):
+    """Return {path: size and time} of the prepared files of the data sets that --dataset names."""
+    paths = [path for _, _, folder in find_datasets(dataset) for path in sorted(folder.glob('*.*'))]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
 def diff_of(baseline, candidate):
@@ -118,4 +121,4 @@ def diff_of(baseline, candidate):
     for name in sorted(before | after):
         lines += difflib.unified_diff(before.get(name, '').splitlines(True),
                                       after.get(name, '').splitlines(True), name, name)
-    return ''.join(lines)
+    return ''.join(line if line.endswith('\n') else line + '\n' for line in lines)

@@ -240,7 +240,7 @@ class Job:
         self.first = before.iter_num if before else 0
         self.cost = run.cost * max(0, until - self.first) / run.max_iters
         self.console = os.path.join(run.folder, 'console.txt')
-        self.process, self.given_up = None, False
+        self.process, self.given_up, self.too_slow = None, False, False
 
     def result(self):
         """Return the Result if the run reached `until` or stopped early, otherwise None."""
@@ -278,6 +278,14 @@ class Job:
             self.given_up = True
             if self.process:
                 self.process.terminate()  # it saves, and its log is complete
+
+    def end_after(self, seconds):
+        """End the run if it has taken longer than that: by SIGTERM first, later by SIGKILL."""
+        if time.time() - self.started > seconds:
+            self.too_slow = True
+            self.process.terminate()
+        if time.time() - self.started > seconds + 30:
+            self.process.kill()
 
     def tail(self):
         """Return the last lines of its output."""
@@ -328,10 +336,10 @@ def check_settings(run, defaults):
                             f'choose {remedy}')
 
 
-def run_all(runs, launcher, target=math.inf, give_up=None):
+def run_all(runs, launcher, target=math.inf, give_up=None, limit=math.inf):
     """
     Run the unfinished runs, each to its end or to iteration `target`. Return the runs that failed.
-    A run ends early if give_up(its Result so far) says so.
+    A run ends early if give_up(its Result so far) says so, and fails after `limit` seconds.
     """
     for run in runs:
         check_settings(run, launcher.defaults)
@@ -356,6 +364,7 @@ def run_all(runs, launcher, target=math.inf, give_up=None):
                 looked = time.time()
                 for job in active.values():
                     job.end_if(give_up)
+                    job.end_after(limit)
             for slot, job in list(active.items()):
                 if job.process.poll() is not None:
                     del active[slot]
@@ -389,6 +398,9 @@ def report_end(job, count):
         seconds = time.time() - job.started
         print(f'{title} val loss {last.loss:.4f}, {duration(seconds)}{end}', flush=True)
         return True
+    if job.too_slow:
+        print(f'{title} FAILED: no end after {duration(time.time() - job.started)}', flush=True)
+        return False
     lines = job.tail()
     reasons = [line for line in lines if line.startswith('train.py:') or 'not finite' in line]
     reason = (reasons or lines[-1:])[0]
