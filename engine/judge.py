@@ -260,14 +260,14 @@ def probe(side):
 
 def seconds_ratio(baseline, candidate, train):
     """
-    Return how many times as long an iteration of the candidate takes. Both are timed three times,
-    in turn, because the machine may have been busy during some of the runs.
+    Return how many times as long a run of the candidate takes. Iterations of both are timed three
+    times, in turn, because the machine may have been busy during some of the runs.
     """
     seconds, now = ([], []), int(time.time())  # a seed of its own, so that no earlier run is read
     for seed in range(now, now + 3):
         for side, times in zip((baseline, candidate), seconds):
             result = train_baseline(train, probe(side), seed, 'probe')
-            times.append(iter_cost(result, 'seconds'))
+            times.append(iter_cost(result, 'seconds') * side.settings['max_iters'])
     return float(min(seconds[1]) / min(seconds[0]))
 
 

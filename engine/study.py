@@ -360,7 +360,7 @@ def run_all(runs, launcher, target=math.inf, give_up=None, limit=math.inf):
                     job.start(launcher, slot)
                     active[slot] = job
             time.sleep(0.1)
-            if give_up and time.time() - looked > 1:
+            if time.time() - looked > 1:
                 looked = time.time()
                 for job in active.values():
                     job.end_if(give_up)
