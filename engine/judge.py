@@ -12,9 +12,9 @@ for an unknown variance (Jennison and Turnbull 2000, Group Sequential Methods, c
 assumes that the differences of pairs are independent and normal. Nothing else below can make a
 change better, so alpha holds whatever the rest assumes.
 
-A judgement ends early when a gain of the margin is unlikely. This uses the noise of the baseline,
-too: the differences of three pairs in which only norm_eps changes, by a tenth, which does nothing
-but round differently. With it, the first pair can be enough. If the candidate's pairs are in truth
+A judgement stops for futility when a gain of the margin is unlikely. This uses the noise of the
+baseline, too: the differences of three pairs in which only norm_eps changes, by a tenth, which does
+nothing but round differently. With it, the first pair can be enough. If the candidate's pairs are
 noisier than that, more real gains are missed than UNLIKELY says.
 """
 import functools
@@ -33,6 +33,9 @@ from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
 NOISE_PAIRS = 3
+# the noise is taken to be at least this share of the margin: the gain of a real change differs more
+# from seed to seed than rounding does
+LEAST_NOISE = 0.35
 # a better candidate costs at most this many times what the baseline costs; clocks are noisy
 LIMITS = {'tokens': 1.001, 'parameters': 1.01, 'FLOPs per token': 1.01, 'seconds': 1.1}
 LIMITS_AT = {'steps': [*LIMITS], 'flops': ['parameters', 'seconds'],
@@ -70,6 +73,7 @@ def decide(differences, noise, margin, level, max_pairs):
             return Decision('better', mean, float(interval))
     df = len(noise) + n - 1
     deviation = math.sqrt((np.square(noise).sum() + squares) / df)
+    deviation = max(deviation, LEAST_NOISE * margin)
     interval = float(stats.t.isf(UNLIKELY, df) * deviation / math.sqrt(n))
     verdict = 'undecided' if n == max_pairs else None
     if mean - interval > -margin:
