@@ -14,6 +14,7 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out --metrics=True           # compare samples with real text
     python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
+import errno
 import itertools
 import socket
 import sys
@@ -118,7 +119,13 @@ if serve:
     from engine.serve import Server
     if serve > 65535:
         raise UserError(f'--serve={serve} is no port: ports end at 65535')
-    listener = socket.create_server((host, serve))  # finds out early whether the port is in use
+    try:
+        listener = socket.create_server((host, serve))
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE:
+            raise
+        raise UserError(f'port {serve} is in use: take another one, such as '
+                        f'--serve={serve + 1}') from e
 if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
 if num_beams == 1 and 'length_penalty' in changed:

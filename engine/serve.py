@@ -90,15 +90,15 @@ class Server:
     def make_request(self, body):
         """Return the Request of a Body. Raise UserError if it cannot be served."""
         default, block_size = self.settings, self.model.config.block_size
-        ids, least = self.ids_of(body), body.max_tokens or 1  # tokens of the reply
-        if len(ids) + least > block_size:
-            raise UserError(f'a prompt of {len(ids)} tokens and max_tokens={least} exceed '
-                            f'block_size={block_size}')
         names = 'temperature', 'top_p', 'min_p', 'repetition_penalty'
         sampling = {name: default[name] for name in names}
         sampling |= body.model_dump(include={'temperature', 'top_p', 'seed'}, exclude_none=True)
         if not divides_logits(sampling['temperature']):
             raise UserError('temperature must be 0, or from 0.001 to 1000000')
+        ids, least = self.ids_of(body), body.max_tokens or 1  # tokens of the reply
+        if len(ids) + least > block_size:
+            raise UserError(f'a prompt of {len(ids)} tokens and max_tokens={least} exceed '
+                            f'block_size={block_size}')
         n_tokens = min(body.max_tokens or default['max_new_tokens'], block_size - len(ids))
         reply = Continuation(self.tokenizer, n_tokens, self.ends,
                              body.stop or default['stop_strings'],

@@ -8,9 +8,11 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from conftest import BYTE, ROOT, TINY, command, llama_json, losses, succeeded
+from conftest import BYTE, ROOT, TINY, checkpoint, command, llama_json, losses, succeeded
+from data.chat import CHATML
 from data.loader import write_dataset
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
@@ -33,7 +35,7 @@ SHORT = {
     r'--find_batch_size=': '--batch_size=1',
     r'--fsdp_shard_size=': '--fsdp_shard_size=1',
     r'--what=generate': '--prompt_tokens=8 --new_tokens=2',
-    r'sample\.py': '--num_samples=2 --max_new_tokens=4',
+    r'sample\.py(?!.*--chat=True)': '--num_samples=2 --max_new_tokens=4',
     r'data/prepare\.py': '--overwrite',
     r'data/prepare\.py(?!.*--tokenizer)': '--tokenizer=byte',
 }
@@ -139,6 +141,9 @@ def workspace(tmp_path_factory):
     succeeded(command('train.py', *first_run, sharded, '--out_dir=out', cwd=here, processes=2))
     for name in RUNS:
         shutil.copytree(here / 'out-quick-test', here / name)
+    chat = checkpoint(here / 'out-chat-pystdlib') | {'chat_template': CHATML}
+    del chat['checksums']
+    torch.save(chat, here / 'out-chat-pystdlib/ckpt.pt')
     adapters = '--init_from=out-quick-test', '--lora_rank=2', '--out_dir=out-lora'
     succeeded(command('train.py', *first_run, *adapters, cwd=here))
     for folder in '../nanoGPT', '.peers/nanoGPT':

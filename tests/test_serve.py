@@ -284,6 +284,7 @@ CHAT = '/v1/chat/completions'
     ('/v1/completions', {'prompt': 'a', 'max_tokens': 0}, 400, ['max_tokens']),
     ('/v1/completions', {'prompt': 'a', 'temperature': 1e-30}, 400, ['temperature']),
     ('/v1/completions', '{"prompt": "a", "temperature": NaN}', 400, ['temperature']),
+    ('/v1/completions', {'prompt': LONG, 'temperature': -1}, 400, ['temperature']),  # the page shortens long ones
     ('/v1/completions', {'prompt': 'a' * 5_000_000}, 413, ['block_size']),
     (CHAT, {'messages': []}, 400, ['last of messages']),
     (CHAT, {'messages': [{'content': 'a'}]}, 400, ['last of messages']),
@@ -376,7 +377,7 @@ def test_sample_py_serves_until_ctrl_c(finished):
     """Settings that do not reach the server, or a server that a signal does not end."""
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
-        refused(command('sample.py', f'--out_dir={finished[0]}', f'--serve={port}'), 'in use', f'{port}')
+        refused(command('sample.py', f'--out_dir={finished[0]}', f'--serve={port}'), 'in use', f'--serve={port + 1}')
     flags = f'--out_dir={finished[0]}', '--device=cpu', f'--serve={port}', '--max_new_tokens=7'
     process = subprocess.Popen([sys.executable, 'sample.py', *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:

@@ -40,6 +40,10 @@ for path in sys.argv[1:]:
     ckpt = load_checkpoint(path)
     model, template = GPT.from_dict(ckpt), ckpt.get('chat_template')
     tokenizer = find_tokenizer(ckpt, model.config.vocab_size)
-    right = [answer(model, tokenizer, template, question) == text for question, text in asked]
+    right = []
+    for question, text in asked:
+        right.append(answer(model, tokenizer, template, question) == text)
+        if len(right) % 20 == 0:
+            print(f'{path}: {len(right)} of {len(asked)} questions', file=sys.stderr)
     mean, error, df = mean_and_error(right)
     print(f'{path:24} {100 * mean:5.1f} ± {100 * t_quantile(0.95, df) * error:.1f} % right')
