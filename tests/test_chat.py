@@ -501,3 +501,11 @@ def test_an_exported_chat_model_has_its_template(talks, tmp_path):
     expected = conversation_ids(TALK, get_tokenizer('byte'), template)[0].tolist()
     assert theirs.apply_chat_template(TALK)['input_ids'] == expected
     assert load_pretrained(tmp_path / 'hf')['chat_template'] == template
+
+
+def test_the_score_says_how_far_it_is(finished):
+    """It printed nothing for minutes."""
+    pytest.importorskip('scipy')
+    done = command('data/chat_pystdlib/score.py', finished[0])
+    succeeded(done, ' questions\n', '% right')
+    assert f'{finished[0]}: 20 of ' in done.stderr and ' of ' not in done.stdout
