@@ -17,7 +17,7 @@ from data.chat import end_of_turn, reply_prompt
 from data.chat_pystdlib.prepare import conversations
 from data.tokenizer import find_tokenizer
 from engine.checkpoint import load_checkpoint
-from engine.common import show_error
+from engine.common import optional, show_error
 from engine.statistics import mean_and_error, t_quantile
 from model import GPT
 
@@ -34,6 +34,7 @@ def answer(model, tokenizer, template, question):
 
 
 sys.excepthook = show_error
+optional('scipy', 'a confidence interval')  # before minutes of questions, not after them
 asked = [*conversations()['val'].items()][::6]
 print(f'{len(asked)} questions')
 for path in sys.argv[1:]:
