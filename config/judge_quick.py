@@ -1,4 +1,4 @@
-# A run of 15 seconds on two CPU cores, to judge changes by: 853,056 parameters
+# A run of half a minute on two CPU cores, to judge changes by: 853,056 parameters
 # python compare.py --try="--token_shift=True" config/judge_quick.py
 out_dir = 'out-judge-quick'
 dataset = 'pystdlib'
