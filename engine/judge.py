@@ -267,12 +267,13 @@ def seconds_ratio(baseline, candidate, train):
     Return how many times as long a run of the candidate takes. Iterations of both are timed three
     times, in turn, because the machine may have been busy during some of the runs.
     """
-    seconds, now = ([], []), int(time.time())  # a seed of its own, so that no earlier run is read
+    probes, seconds = [probe(baseline), probe(candidate)], ([], [])
+    now = int(time.time())  # a seed of its own, so that no earlier run is read
     for seed in range(now, now + 3):
-        for side, times in zip((baseline, candidate), seconds):
-            result = train_baseline(train, probe(side), seed, 'probe')
-            times.append(iter_cost(result, 'seconds') * side.settings['max_iters'])
-    return float(min(seconds[1]) / min(seconds[0]))
+        for side, times in zip(probes, seconds):
+            times.append(iter_cost(train_baseline(train, side, seed, 'probe'), 'seconds'))
+    iters = candidate.settings['max_iters'] / baseline.settings['max_iters']
+    return float(iters * min(seconds[1]) / min(seconds[0]))
 
 
 def iter_cost(result, at):

@@ -11,6 +11,14 @@ from engine.run_report import markdown_table
 from engine.study import files_of, read_run
 
 
+def verdict_of(pairs, noise, margin, level):
+    """Return (verdict, number of pairs needed) of a judgement that would see these differences."""
+    for n in range(1, len(pairs) + 1):
+        verdict = decide(pairs[:n], noise, margin, level, len(pairs)).verdict
+        if verdict:
+            return verdict, n
+
+
 def power(differences, margin, alpha, max_pairs, draws=2000):
     """
     Return what judgements would find, as rows (gain, {verdict: share}, mean number of pairs), if a
@@ -25,10 +33,7 @@ def power(differences, margin, alpha, max_pairs, draws=2000):
         for _ in range(draws):
             drawn = rng.permutation(differences)[:needed] * rng.choice((-1, 1), needed)
             noise, pairs = drawn[:NOISE_PAIRS], drawn[NOISE_PAIRS:] - gain
-            for n in range(1, max_pairs + 1):
-                verdict = decide(pairs[:n], noise, margin, level, max_pairs).verdict
-                if verdict:
-                    break
+            verdict, n = verdict_of(pairs, noise, margin, level)
             verdicts[verdict] += 1
             spent += n
         rows.append((gain, {v: count / draws for v, count in verdicts.items()}, spent / draws))

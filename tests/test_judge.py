@@ -15,6 +15,7 @@ from scipy import stats
 
 from conftest import ROOT, command, refused, succeeded
 from engine.judge import decide, is_hopeless, nominal_level
+from engine.judge_power import verdict_of
 from engine.study import Evaluation, Launcher, Result, Run, read_run, run_all
 from tests.warm import HANGS
 
@@ -150,11 +151,7 @@ def simulate(draw, gain, margin, judgements=1500, max_pairs=6):
     """(share of judgements that end with 'better', pairs on average); draw(n) returns differences without a gain."""
     verdicts, pairs, level = collections.Counter(), 0, nominal_level(0.05, max_pairs)
     for _ in range(judgements):
-        noise, differences = draw(3), draw(max_pairs) - gain
-        for n in range(1, max_pairs + 1):
-            verdict = decide(differences[:n], noise, margin, level, max_pairs).verdict
-            if verdict:
-                break
+        verdict, n = verdict_of(draw(max_pairs) - gain, draw(3), margin, level)
         verdicts[verdict] += 1
         pairs += n
     return verdicts['better'] / judgements, pairs / judgements
