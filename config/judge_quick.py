@@ -1,4 +1,4 @@
-# A run of half a minute on two CPU cores, to judge changes by: 853,056 parameters
+# A run of 10 to 20 seconds on two CPU cores, to judge changes by: 853,056 parameters
 # python compare.py --try="--token_shift=True" config/judge_quick.py
 out_dir = 'out-judge-quick'
 dataset = 'pystdlib'
@@ -23,14 +23,14 @@ muon_momentum = 0.9
 learning_rate = 0.006
 beta1 = 0.8
 weight_decay = 0.0
-max_iters = 120
+max_iters = 80
 lr_schedule = 'wsd'
 warmup_iters = 10
 cooldown_frac = 0.85
 min_lr = 0.0
 
-eval_interval = 60
-eval_iters = 60  # 960 windows
+eval_interval = 40
+eval_iters = 20  # 320 windows
 log_interval = 10
 gradient_log_interval = 0
 sample_interval = 0

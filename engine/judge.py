@@ -268,7 +268,7 @@ def seconds_ratio(baseline, candidate, train):
     times, in turn, because the machine may have been busy during some of the runs.
     """
     probes, seconds = [probe(baseline), probe(candidate)], ([], [])
-    now = int(time.time())  # a seed of its own, so that no earlier run is read
+    now = time.time_ns()  # seeds of its own, so that no earlier run is read
     for seed in range(now, now + 3):
         for side, times in zip(probes, seconds):
             times.append(iter_cost(train_baseline(train, side, seed, 'probe'), 'seconds'))
