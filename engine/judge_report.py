@@ -26,7 +26,7 @@ VERDICTS = {
     'given up': 'inside a run, because it trailed too far',
     'costs more': 'its loss is lower, but it costs more',
     'failed': 'a run of the candidate crashed or diverged',
-    'other evaluation': 'its windows of val are not those of the baseline',
+    'other evaluation': 'other windows of val than the baseline, or its code measures otherwise',
 }
 
 
@@ -67,6 +67,8 @@ def report(found, config):
     why = VERDICTS[verdict]
     if found['more']:
         why += '; ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
+    if found['edited']:
+        why += '; it edits ' + ', '.join(found['edited'])
     decision = Decision(verdict, found['difference'], found['interval'])
     comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
     print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))

@@ -115,10 +115,11 @@ def data_of(dataset):
 
 
 def diff_of(baseline, candidate):
-    """Return how the candidate's code differs, as a unified diff."""
+    """Return the names of the files whose code differs, and how, as a unified diff."""
     before, after = code_of(baseline.tree), code_of(candidate.tree)
+    names = [n for n in sorted(before | after) if before.get(n) != after.get(n)]
     lines = []
-    for name in sorted(before | after):
+    for name in names:
         lines += difflib.unified_diff(before.get(name, '').splitlines(True),
                                       after.get(name, '').splitlines(True), name, name)
-    return ''.join(line if line.endswith('\n') else line + '\n' for line in lines)
+    return names, ''.join(line if line.endswith('\n') else line + '\n' for line in lines)

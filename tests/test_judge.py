@@ -371,6 +371,16 @@ def test_folders_of_code_are_copied(tree):
         assert tree.judge('--against=HEAD')[1]['verdict'] == 'better'
 
 
+@pytest.mark.parametrize('name', ['engine/evaluate.py', 'data/loader.py'])
+def test_code_that_measures_must_not_be_edited(tree, name):
+    """An edited evaluation with the same windows was found better."""
+    with tree.edited(name, (ROOT / name).read_text() + '\nlower = True\n'):
+        tree.write('train.py', TOY.replace('GAIN = 0.0', 'GAIN = 0.05'))
+        code, found, printed = tree.judge('--against=HEAD')
+    assert (code, found['verdict'], found['edited']) == (2, 'other evaluation', [name])
+    assert f'it edits {name})' in printed
+
+
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_judgement_goes_on(tree, number):
     gain = 0.05 + number / 1000
