@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, configure
-from data.loader import find_datasets, write_dataset
+from data.folder import find_datasets, write_dataset
 from engine import optim
 from engine.common import GIB, UserError, optional, printable
 from engine.cost import (

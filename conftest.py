@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import read_meta, write_dataset
+from data.folder import read_meta, write_dataset
 from data.tokenizer import get_tokenizer, train_bpe
 from tests import warm
 from tests.warm import HANGS

@@ -44,7 +44,8 @@ from configurator import (
     configure,
 )
 from data.chat import end_of_turn
-from data.loader import MicroBatches, find_datasets
+from data.folder import find_datasets
+from data.loader import MicroBatches
 from engine import distill, lora, machine, optim, report, start
 from engine.attention_kernel import choose_attention
 from engine.batch_size import auto_batch_size

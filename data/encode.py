@@ -11,7 +11,7 @@ import numpy as np
 
 from data.chat import stored_ids
 from data.documents import parse_json, text_of
-from data.loader import DTYPES, dtype_for
+from data.folder import DTYPES, dtype_for
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
 

@@ -14,8 +14,9 @@ from contextlib import suppress
 import numpy as np
 
 from data.encode import ENTRY, SPLITS, Encoded, in_order
-from data.loader import DTYPES, crc32, read_meta
+from data.folder import DTYPES, read_meta
 from data.preparation import Position, Preparation, say
+from data.shards import crc32
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data.documents import PIECE, TEXT, is_val, kind_of, read_chunks, read_text, text_of
 from data.encode import SPLITS, in_order
-from data.loader import DTYPES, META, check_meta, dtype_for, meta_json, read_meta
+from data.folder import DTYPES, META, check_meta, dtype_for, meta_json, read_meta
 from data.shards import Shards
 from data.tokenizer import get_tokenizer, train_bpe
 from engine.common import Locked, UserError, duration, printable, replacing, try_lock

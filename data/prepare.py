@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from data.chat import CHATML, folder_template, with_separator
 from data.documents import KINDS, TEXT, find_sources, kind_of
 from data.encode import RESUME
-from data.loader import DTYPES, HERE, dtype_for
+from data.folder import DTYPES, HERE, dtype_for
 from data.parts import Join, Part, files_of, folder_of
 from data.preparation import MAX_DOCUMENT_MB, Preparation, say
 from data.source import add_out_dir, hub_files, script_parser

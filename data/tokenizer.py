@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.loader import TOKENIZER, read_meta
+from data.folder import TOKENIZER, read_meta
 from engine.common import UserError, optional
 from engine.schema import check, read_json
 

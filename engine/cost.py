@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configurator import PositiveInt, Share, configure
-from data.loader import prepare_facts, read_meta
+from data.folder import prepare_facts, read_meta
 from engine.common import (
     GIB,
     ROOT,

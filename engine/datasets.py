@@ -3,7 +3,8 @@ import glob
 import os
 import shlex
 
-from data.loader import Loader, Mixture, prepare_facts, read_meta
+from data.folder import prepare_facts, read_meta
+from data.loader import Loader, Mixture
 from data.tokenizer import get_tokenizer
 from engine.common import ROOT, UserError, first_line, printable, run_script
 from engine.hints import suggestion

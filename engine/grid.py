@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from configurator import ON_COMMAND_LINE, coerce
-from data.loader import find_datasets, prepare_facts, read_meta
+from data.folder import find_datasets, prepare_facts, read_meta
 from engine.common import UserError
 from engine.schedule import fit_schedule, schedule_note
 from engine.study import Run

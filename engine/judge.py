@@ -28,7 +28,7 @@ import numpy as np
 
 from engine.common import ROOT, UserError, optional
 from engine.judge_report import Decision, commit, report, shown, unit_of
-from engine.sides import copy_code, diff_of, make_side
+from engine.judge_sides import copy_code, diff_of, make_side
 from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair

@@ -3,7 +3,7 @@ import os
 from dataclasses import asdict, fields
 
 from configurator import check_value
-from data.loader import find_trained_on
+from data.folder import find_trained_on
 from engine.checked_file import reading
 from engine.checkpoint import (
     State,

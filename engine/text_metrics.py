@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data.loader import Loader, Mixture, find_trained_on, read_meta
+from data.folder import find_trained_on, read_meta
+from data.loader import Loader, Mixture
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
 from engine.statistics import t_quantile

@@ -32,7 +32,8 @@ from data.chat import (
     stored_ids,
     with_separator,
 )
-from data.loader import Loader, read_meta, write_dataset
+from data.folder import read_meta, write_dataset
+from data.loader import Loader
 from data.packing import pack
 from data.tokenizer import get_tokenizer, tokenizer_from_file, train_bpe
 from engine.evaluate import loss_and_error

@@ -18,7 +18,7 @@ import compare
 from compare import convert, losses_at
 from configurator import configure, read_block
 from conftest import ROOT, children, command, missing, one_line, refused
-from data.loader import write_dataset
+from data.folder import write_dataset
 from engine.common import UserError
 from engine.compare_report import verdict
 from engine.cost import meta_model

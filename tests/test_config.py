@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure, read_block
 from conftest import ROOT
-from data.loader import prepare_facts
+from data.folder import prepare_facts
 from engine.cost import LiveBytes, meta_model
 from model import GPT, PRESETS, REGISTRY, GPTConfig
 

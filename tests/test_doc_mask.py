@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import BYTE, checkpoint, command, losses, refused, succeeded, train
-from data.loader import write_dataset
+from data.folder import write_dataset
 from model import GPT, GPTConfig
 
 DOC = dict(block_size=48, vocab_size=60, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=7)

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from conftest import BYTE, ROOT, TINY, checkpoint, command, llama_json, losses, succeeded
 from data.chat import CHATML
-from data.loader import write_dataset
+from data.folder import write_dataset
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
          *sorted((ROOT / 'config').glob('*.md'))]

@@ -1,4 +1,4 @@
-"""The loader: windows, their order, and damaged shards: python -m pytest tests/test_loader.py"""
+"""The loader and its shards: windows, their order, and damage: python -m pytest tests/test_loader.py"""
 import os
 import pickle
 import threading
@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from conftest import BYTE, Bomb, llmc_shard, one_line, rewrite
-from data import loader
-from data.loader import (
-    Loader,
-    MicroBatches,
-    copy_stream,
-    permute,
-    prepare_facts,
-    read_meta,
-    write_dataset,
-)
+from data import shards
+from data.folder import prepare_facts, read_meta, write_dataset
+from data.loader import Loader, MicroBatches, copy_stream, permute
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
 
@@ -245,8 +238,8 @@ def test_a_large_shard_is_read_whole_once_until_it_changes(tmp_path, monkeypatch
     """Every start of every rank read 20 GB of FineWeb for its checksums."""
     write_dataset(tmp_path, {'train_0': b'\1' * 2**25, 'val': b'\1' * 100}, BYTE)
     read = []
-    whole = loader.crc32.__wrapped__
-    monkeypatch.setattr(loader, 'crc32', lambda path, *args: (read.append(path.name), whole(path, *args))[1])
+    whole = shards.crc32.__wrapped__
+    monkeypatch.setattr(shards, 'crc32', lambda path, *args: (read.append(path.name), whole(path, *args))[1])
     for split, reads in [('train', ['train_0.bin']), ('train', []), ('val', ['val.bin']), ('val', ['val.bin'])]:
         Loader(tmp_path, split, T)
         assert read == reads

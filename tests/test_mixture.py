@@ -13,7 +13,8 @@ from conftest import (
     refused,
     train,
 )
-from data.loader import Loader, Mixture, write_dataset
+from data.folder import write_dataset
+from data.loader import Loader, Mixture
 
 T = 8  # block_size of the loader tests
 

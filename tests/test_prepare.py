@@ -34,7 +34,8 @@ from conftest import (
     tokenizer_named,
 )
 from data.documents import KINDS, Item, Kind, find_sources
-from data.loader import Loader, read_meta
+from data.folder import read_meta
+from data.loader import Loader
 from data.parts import Join, Part
 from data.prepare import Preparation
 from data.tokenizer import get_tokenizer

@@ -20,7 +20,8 @@ from conftest import (
     shards,
 )
 from data import prepare as preparing
-from data.loader import Loader, prepare_facts, read_meta
+from data.folder import prepare_facts, read_meta
+from data.loader import Loader
 from data.source import download
 from data.tokenizer import get_tokenizer
 from engine.common import UserError

@@ -22,7 +22,7 @@ from conftest import (
     succeeded,
     train,
 )
-from data.loader import write_dataset
+from data.folder import write_dataset
 from engine.start import fit_model
 from model import GPT, GPTConfig
 

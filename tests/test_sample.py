@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT, checkpoint, command, copy_run, missing, one_line, refused
 from data.chat import CHATML, with_separator
-from data.loader import write_dataset
+from data.folder import write_dataset
 from data.tokenizer import get_tokenizer
 from engine.beam import beam_search
 from engine.checkpoint import load_checkpoint

@@ -21,7 +21,7 @@ from conftest import (
     succeeded,
     train,
 )
-from data.loader import find_datasets, read_meta
+from data.folder import find_datasets, read_meta
 from engine import machine
 from engine.batch_size import check_accumulation
 from engine.checks import check_settings
@@ -174,7 +174,7 @@ PREPARE = '''"""A small set of numbers."""
 download_mb = 0
 import sys
 sys.path.insert(0, {root!r})
-from data.loader import write_dataset
+from data.folder import write_dataset
 splits = {{'train': bytes(range(200)), 'val': bytes(range(100))}}
 write_dataset({folder!r}, splits, {{'vocab_size': 256, 'tokenizer': {{'name': 'byte'}}}})
 '''

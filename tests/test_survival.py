@@ -40,7 +40,7 @@ from conftest import (
     train,
     train_mode,
 )
-from data.loader import find_datasets, write_dataset
+from data.folder import find_datasets, write_dataset
 from engine.checkpoint import load_checkpoint
 from tests.warm import HANGS
 

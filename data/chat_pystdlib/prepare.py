@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
 from data.chat import CHATML, stored_ids, with_separator
-from data.loader import write_dataset
+from data.folder import write_dataset
 from data.pystdlib.prepare import sources
 from data.source import small_parser
 from data.tokenizer import get_tokenizer

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
-from data.loader import check_shard, crc32, meta_json
+from data.folder import meta_json
+from data.shards import check_shard, crc32
 from data.source import add_out_dir, hub_files, script_parser
 from engine.common import UserError, replacing
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 
 import numpy as np
 
-from data.loader import write_dataset
+from data.folder import write_dataset
 from data.pystdlib.prepare import divide, sources
 from data.source import small_parser
 from data.tokenizer import train_bpe

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root
 
-from data.loader import write_dataset
+from data.folder import write_dataset
 from data.source import small_parser, tinyshakespeare
 from data.tokenizer import get_tokenizer
 

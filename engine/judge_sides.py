@@ -16,7 +16,7 @@ import tarfile
 from importlib.metadata import version
 from typing import NamedTuple
 
-from data.loader import find_datasets
+from data.folder import find_datasets
 from engine.common import ROOT, UserError
 from engine.machine import device_name, pick_device, processor
 
