@@ -38,13 +38,8 @@ from configurator import NonNegativeFloat, NonNegativeInt, PositiveFloat, Positi
 from data.folder import find_datasets, write_dataset
 from engine import optim
 from engine.common import GIB, UserError, optional, printable
-from engine.cost import (
-    add_process,
-    cache_bytes,
-    check_weights_fit,
-    memory_estimate,
-    meta_model,
-)
+from engine.cost import add_process, cache_bytes, check_weights_fit, memory_estimate
+from engine.describe import meta_model
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.machine_report import machine_report
 from engine.machine_rows import spread

@@ -1200,5 +1200,5 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 if __name__ == '__main__':
-    from engine.cost import main
+    from engine.describe import main
     main()

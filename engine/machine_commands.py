@@ -11,7 +11,8 @@ import torch
 
 from configurator import configure, read_block
 from engine.common import GIB, ROOT
-from engine.cost import TRAIN, add_process, memory_estimate, meta_model
+from engine.cost import add_process, memory_estimate
+from engine.describe import TRAIN, meta_model
 from engine.machine import free_memory
 from engine.machine_rows import Row, command_line, run, spread
 from model import GPTConfig

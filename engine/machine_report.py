@@ -10,7 +10,7 @@ import statistics
 import torch
 
 from engine.common import GIB, ROOT, UserError, printable
-from engine.cost import meta_model
+from engine.describe import meta_model
 from engine.gpu_checks import failed_checks, gpu_checks
 from engine.machine import copy_times, linear_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (

@@ -96,7 +96,7 @@ def test_a_missing_checkpoint_is_said_first_and_the_others_are_listed(tmp_path, 
     refused(done, "no checkpoint at 'nope'; the folders here that have one: out-a, out-b, out-c")
 
 
-SCRIPTS = 'train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/cost.py'
+SCRIPTS = 'train.py', 'sample.py', 'bench.py', 'compare.py', 'engine/describe.py'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

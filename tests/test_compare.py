@@ -21,7 +21,7 @@ from conftest import ROOT, children, command, missing, one_line, refused
 from data.folder import write_dataset
 from engine.common import UserError
 from engine.compare_report import verdict
-from engine.cost import meta_model
+from engine.describe import meta_model
 from engine.grid import Range, make_cells
 from engine.run_report import draw_loss, evaluation_table, sparkline
 from engine.study import Evaluation, read_run

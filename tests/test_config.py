@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import configure, read_block
 from conftest import ROOT
 from data.folder import prepare_facts
-from engine.cost import LiveBytes, meta_model
+from engine.cost import LiveBytes
+from engine.describe import meta_model
 from model import GPT, PRESETS, REGISTRY, GPTConfig
 
 # test_compare.py builds the ablations

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conftest import command, run_logs, succeeded, train
 from engine import cost
 from engine.common import GIB, UserError
-from engine.cost import describe, fit, memory_estimate, meta_model
+from engine.cost import memory_estimate
+from engine.describe import describe, fit, meta_model
 from engine.machine import DATASHEETS, datasheet_peak, find_gpu, peak_flops
 from engine.parallel import Parallel
 from engine.report import GradientStatistics

@@ -94,7 +94,7 @@ def base_flags(script, text_set, finished, out_dir):
     }[script]
 
 
-BLOCKS = {'train.py': ['train.py'], 'sample.py': ['sample.py'], 'model.py': ['engine/cost.py', 'train.py'],
+BLOCKS = {'train.py': ['train.py'], 'sample.py': ['sample.py'], 'model.py': ['engine/describe.py', 'train.py'],
           'bench.py': ['bench.py']}
 
 

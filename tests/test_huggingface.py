@@ -9,7 +9,7 @@ from configurator import configure
 from conftest import ROOT, command, missing, one_line, refused, some_text, tokenizer_named
 from data.tokenizer import get_tokenizer
 from engine.checkpoint import load_checkpoint
-from engine.cost import export_checkpoint
+from engine.describe import export_checkpoint
 from engine.huggingface import load_pretrained
 from model import GPT, PRESETS, GPTConfig
 

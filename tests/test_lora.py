@@ -21,7 +21,8 @@ from conftest import (
 )
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError
-from engine.cost import describe, gathered_bytes, memory_estimate, meta_model
+from engine.cost import gathered_bytes, memory_estimate
+from engine.describe import describe, meta_model
 from engine.lora import add_adapters, base_weights, own_weights, save_peft
 from model import GPT, GPTConfig, linear_cross_entropy
 
