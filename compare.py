@@ -481,6 +481,8 @@ def check_judge(config, given, flags, argv):
     if folders or config['search'] or config['scaling'] or config['cells']:
         raise UserError('--against and --try judge one config file and its flags: no folders of '
                         'runs, cells, search or scaling')
+    if config['epochs']:
+        raise UserError('the runs of a judgement end at --max_iters, not after --epochs')
     for key in ('jobs', 'baseline', 'sort', 'confidence', 'keep_checkpoints', 'tokens_per_param'):
         if key in given:
             raise UserError(f'{key} has no effect on a judgement')

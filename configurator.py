@@ -88,8 +88,12 @@ def read_block(script):
     Return the settings of a script, {name: Setting}, read from its source without running it. They
     are the assignments that precede `... = configure(...)` in the same block of statements.
     """
-    with tokenize.open(script) as f:
-        source = f.read()
+    try:
+        with tokenize.open(script) as f:
+            source = f.read()
+        tree = ast.parse(source)
+    except SyntaxError as e:
+        raise UserError(f"'{script}', line {e.lineno}: {e.msg}") from None
     comments, groups = {}, {}  # {line number: text}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -97,7 +101,7 @@ def read_block(script):
             if match := re.fullmatch(r'\s*# ([\w/]+(: .+)?)\s*', token.line):
                 groups[token.start[0]] = match[1]
     settings, group = {}, ''
-    for statement in statements_before_configure(source, script):
+    for statement in statements_before_configure(tree, script):
         group = groups.get(statement.lineno - 1, group)
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
@@ -117,8 +121,8 @@ def read_block(script):
     return settings
 
 
-def statements_before_configure(source, script):
-    for node in ast.walk(ast.parse(source)):
+def statements_before_configure(tree, script):
+    for node in ast.walk(tree):
         body = getattr(node, 'body', None)
         if not isinstance(body, list):  # a lambda's body is an expression
             continue

@@ -76,7 +76,9 @@ def new_run_interval(y, confidence):
 def from_first_part(result, others, confidence, seen):
     """Return the Forecast from the training losses in the second half of what has been seen."""
     total = result.config['max_iters']
-    iters = [e['iter'] for e in result.iterations if seen / 2 < e['iter'] <= seen]
+    # multiples of log_interval, because a run that was resumed has other log lines, too
+    iters = [e['iter'] for e in result.iterations if seen / 2 < e['iter'] <= seen
+             and e['iter'] % result.config['log_interval'] == 0]
     early = early_loss(result, iters)
     alike = [r for r in comparable(result, others)
              if not differing(r, result) & ALIKE and early_loss(r, iters)]

@@ -20,6 +20,7 @@ noisier than that, more real gains are missed than UNLIKELY says.
 import functools
 import math
 import os
+import re
 import shlex
 import shutil
 import time
@@ -27,8 +28,16 @@ import time
 import numpy as np
 
 from engine.common import ROOT, UserError, optional
-from engine.judge_report import Decision, commit, report, shown, unit_of
-from engine.judge_sides import copy_code, diff_of, make_side
+from engine.judge_cost import (
+    at_equal_cost,
+    cost_ratios,
+    time_limit,
+    time_trials,
+    too_high,
+    train_or_refuse,
+)
+from engine.judge_report import Decision, git, report, shown, unit_of
+from engine.judge_sides import copy_code, diff_of, make_side, prepare
 from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
@@ -36,12 +45,8 @@ NOISE_PAIRS = 3
 # the noise is taken to be at least this share of the margin: the gain of a real change differs more
 # from seed to seed than rounding does
 LEAST_NOISE = 0.35
-# a better candidate costs at most this many times what the baseline costs; clocks are noisy
-LIMITS = {'tokens': 1.001, 'parameters': 1.01, 'FLOPs per token': 1.01, 'seconds': 1.1}
-# the code that draws windows and measures: a candidate that edits it cannot be better
-MEASURES = 'data/', 'engine/evaluate.py', 'engine/run_log.py'
-LIMITS_AT = {'steps': [*LIMITS], 'flops': ['parameters', 'seconds'],
-             'seconds': ['parameters', 'seconds']}
+# the code that draws windows, measures and judges: a candidate that edits it cannot be better
+MEASURES = r'data/\w+\.py|engine/(evaluate|run_log|study|judge\w*)\.py|compare\.py'
 
 
 # the decision
@@ -107,13 +112,6 @@ def difference(result, baseline, unit):
     return unit_of(baseline, unit) * (result.evals[-1].loss - baseline.evals[-1].loss)
 
 
-def costs_of(result):
-    return {'tokens': result.evals[-1].tokens,
-            'parameters': result.startup_info['total_params'],
-            'FLOPs per token': result.startup_info['flops_per_token'],
-            'seconds': result.evals[-1].train_seconds}
-
-
 # the judgement
 
 def judge(config, files, flags, gpus):
@@ -123,24 +121,30 @@ def judge(config, files, flags, gpus):
     verdict, add it to the ledger, and return the exit status.
     """
     started, trees = time.time(), os.path.join(config['out_dir'], 'trees')
-    judged = commit()  # now, because it may be another one when the verdict is clear
+    # now, because they may be others when the verdict is clear
+    judged = git('describe', '--always', '--dirty', '--abbrev=12')
+    against = git('rev-parse', '--short=12', '--verify', '--quiet', config['against'] + '^0')
     tried = flags_in(config['try_flags'])
     try:
+        prepare(config['dataset'])
         copy_code(ROOT, trees + '/candidate')
         copy_code(config['against'] or ROOT, trees + '/baseline')
         baseline = make_side(trees + '/baseline', files, flags)
         candidate = make_side(trees + '/candidate', files, flags | tried)
         if candidate.key == baseline.key:
             raise UserError('nothing to judge: both sides have the same code and settings')
+        names, diff = diff_of(baseline, candidate)
+        edited = [name for name in names if re.fullmatch(MEASURES, name)]
+        if edited:
+            print(f"NOTE: the sides differ in {', '.join(edited)}, which measures or judges, so "
+                  'the candidate cannot be found better', flush=True)
         found = compare_pairs(baseline, candidate, config, gpus)
-        names, found['diff'] = diff_of(baseline, candidate)
     finally:
         shutil.rmtree(trees, ignore_errors=True)
-    found['edited'] = [name for name in names if name.startswith(MEASURES)]
-    if found['edited'] and found['verdict'] == 'better':
-        found['verdict'] = 'other evaluation'
-    found |= dict(commit=judged, flags=flags, tried=tried, files=files,
-                  seconds=round(time.time() - started, 1))
+    if edited and found['verdict'] == 'better':
+        found['verdict'] = 'measured otherwise'
+    found |= dict(commit=judged, against_commit=against, flags=flags, tried=tried, files=files,
+                  diff=diff, edited=edited, seconds=round(time.time() - started, 1))
     return report(found, config)
 
 
@@ -159,7 +163,7 @@ def flags_in(text):
 def compare_pairs(baseline, candidate, config, gpus):
     """Train pairs until the verdict is clear. Return what was found, for the ledger."""
     keys, unit, seed = [baseline.key, candidate.key], config['unit'], baseline.settings['seed']
-    spent = dict(baseline=0.0, candidate=0.0, noise=0.0, probe=0.0)
+    spent = dict(baseline=0.0, candidate=0.0, noise=0.0, trial=0.0)
     train = functools.partial(train_side, config['out_dir'], gpus, spent)
     noise = functools.cache(lambda: noise_of(train, baseline, seed, unit))  # once it is needed
     if config['at'] != 'steps':
@@ -167,11 +171,12 @@ def compare_pairs(baseline, candidate, config, gpus):
     level = nominal_level(config['alpha'], config['max_pairs'])
     pairs, decision = {}, Decision(None, math.nan, math.nan)
     while decision.verdict is None:
-        a = train_baseline(train, baseline, seed)
+        a = train_or_refuse(train, baseline, seed)
         margin = config['margin'] / unit_of(a, unit)
         give_up = functools.partial(is_hopeless, baseline=a, margin=margin)
-        limit = 60 + 10 * a.evals[-1].train_seconds
-        b = train('candidate', candidate, seed, give_up, limit) if candidate else None
+        b = None
+        if candidate:  # None: its trial failed
+            b = train('candidate', candidate, seed, give_up, time_limit(a))
         if b is None:
             decision = decision._replace(verdict='failed')
             break
@@ -179,11 +184,15 @@ def compare_pairs(baseline, candidate, config, gpus):
         decision = decide_pairs([*pairs.values()], give_up, noise, level, config)
         print(f'after pair {len(pairs)}: {shown(decision, unit)}', flush=True)
         seed += 1
-    ratios = {name: float(np.median([costs_of(b)[name] / costs_of(a)[name]
-                                     for a, b in pairs.values()])) for name in LIMITS if pairs}
+    ratios = cost_ratios([*pairs.values()])
     if decision.verdict == 'better':
-        ratios['seconds'] = seconds_ratio(baseline, candidate, train)
-    more = [name for name in LIMITS_AT[config['at']] if ratios.get(name, 0) > LIMITS[name]]
+        trials = time_trials(baseline, candidate, train)
+        if trials is None:
+            decision = decision._replace(verdict='failed')
+        else:
+            iters = candidate.settings['max_iters'] / baseline.settings['max_iters']
+            ratios['seconds'] = iters * float(np.median(trials))
+    more = too_high(ratios, config['at'])
     if decision.verdict == 'better' and more:
         decision = decision._replace(verdict='costs more')
     return decision._asdict() | dict(
@@ -228,62 +237,12 @@ def train_side(out_dir, gpus, spent, name, side, seed, give_up=None, limit=math.
     return result
 
 
-def train_baseline(train, side, seed, name='baseline'):
-    result = train(name, side, seed)
-    if result is None:
-        raise UserError(f'the {name} failed, so there is nothing to judge by; see above')
-    return result
-
-
 def noise_of(train, baseline, first, unit):
     """Return the differences of pairs that differ in their rounding errors only."""
     if 'norm_eps' not in baseline.settings:
         raise UserError('the baseline has no norm_eps, by which the noise is measured')
     flags = baseline.flags | dict(norm_eps=1.1 * baseline.settings['norm_eps'])
     other = make_side(baseline.tree, baseline.files, flags)
-    return [difference(train_baseline(train, other, seed, 'noise'),
-                       train_baseline(train, baseline, seed), unit)
+    return [difference(train_or_refuse(train, other, seed, 'noise'),
+                       train_or_refuse(train, baseline, seed), unit)
             for seed in range(first, first + NOISE_PAIRS)]
-
-
-def at_equal_cost(candidate, baseline, at, train):
-    """
-    Return the candidate with as many iterations as cost what the baseline's do, or None if it does
-    not run.
-    """
-    seed = baseline.settings['seed']
-    a = train_baseline(train, probe(baseline), seed, 'probe')
-    b = train('probe', probe(candidate), seed)
-    if b is None:
-        return None
-    iters = max(1, round(baseline.settings['max_iters'] * iter_cost(a, at) / iter_cost(b, at)))
-    print(f'at equal {at} the candidate has {iters} iterations', flush=True)
-    return make_side(candidate.tree, candidate.files, candidate.flags | dict(max_iters=iters))
-
-
-def probe(side):
-    """Return the Side of a run that is long enough to time its iterations."""
-    short = dict(max_iters=30, eval_iters=1, eval_interval=30, log_interval=1)
-    return make_side(side.tree, side.files, side.flags | short)
-
-
-def seconds_ratio(baseline, candidate, train):
-    """
-    Return how many times as long a run of the candidate takes. Iterations of both are timed three
-    times, in turn, because the machine may have been busy during some of the runs.
-    """
-    probes, seconds = [probe(baseline), probe(candidate)], ([], [])
-    now = time.time_ns()  # seeds of its own, so that no earlier run is read
-    for seed in range(now, now + 3):
-        for side, times in zip(probes, seconds):
-            times.append(iter_cost(train_baseline(train, side, seed, 'probe'), 'seconds'))
-    iters = candidate.settings['max_iters'] / baseline.settings['max_iters']
-    return float(iters * min(seconds[1]) / min(seconds[0]))
-
-
-def iter_cost(result, at):
-    """Return the FLOPs or seconds of an iteration."""
-    tokens = result.startup_info['tokens_per_iter']
-    if at == 'flops':
-        return tokens * result.startup_info['flops_per_token']
-    return tokens / np.median([e['mfu']['tokens_per_sec'] for e in result.iterations[5:]])

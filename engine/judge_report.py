@@ -26,7 +26,8 @@ VERDICTS = {
     'given up': 'inside a run, because it trailed too far',
     'costs more': 'its loss is lower, but it costs more',
     'failed': 'a run of the candidate crashed or diverged',
-    'other evaluation': 'other windows of val than the baseline, or its code measures otherwise',
+    'measured otherwise': 'its loss is lower, but it edits code that measures or judges',
+    'other evaluation': 'its windows of val are not those of the baseline',
 }
 
 
@@ -67,8 +68,6 @@ def report(found, config):
     why = VERDICTS[verdict]
     if found['more']:
         why += '; ' + ', '.join(f"{found['costs'][name]:.2f} x {name}" for name in found['more'])
-    if found['edited']:
-        why += '; it edits ' + ', '.join(found['edited'])
     decision = Decision(verdict, found['difference'], found['interval'])
     comparable = found['by_seed'] and verdict not in ('failed', 'other evaluation')
     print(f'{verdict} ({why})' + (f': {shown(decision, found["unit"])}' if comparable else ''))
@@ -78,15 +77,14 @@ def report(found, config):
     if pairs:
         draw(pairs, found, os.path.join(out_dir, 'judge.png'))
     print(line)
-    return {'better': 0, 'other evaluation': 2}.get(verdict, 1)
+    return {'better': 0, 'measured otherwise': 2, 'other evaluation': 2}.get(verdict, 1)
 
 
-def commit():
-    """Return the commit of the working tree, with -dirty if it was edited; None without one."""
+def git(*words):
+    """Return what a git command prints about this repository, None if it fails or is not there."""
     if not shutil.which('git'):
         return None
-    command = ['git', '-C', ROOT, 'describe', '--always', '--dirty', '--abbrev=12']
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(['git', '-C', ROOT, *words], capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
@@ -147,7 +145,8 @@ def show_ledger(out_dir):
         interval = math.nan if e['interval'] is None else e['interval']
         decision = Decision(e['verdict'], e['difference'], interval)
         difference = shown(decision, e['unit']) if e['difference'] is not None else ''
-        rows.append([e['time'], e['verdict'], difference, str(len(e['by_seed'])), e['against'],
+        rows.append([e['time'], e['verdict'], difference, str(len(e['by_seed'])),
+                     e.get('against_commit') or e['against'],
                      tried, e['commit'] or '', e['diff'] or ''])
     kept = sum(e['verdict'] == 'better' for e in entries)
     false = sum(e['alpha'] for e in entries)

@@ -14,24 +14,26 @@ import subprocess
 import sys
 import tarfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
-from data.folder import find_datasets
-from engine.common import ROOT, UserError
+from data.folder import find_datasets, is_prepared
+from engine.common import ROOT, UserError, first_line
 from engine.machine import device_name, pick_device, processor
 
 CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
-DATA = 'data/*/*.bin', 'data/*/*.json'  # prepared data sets
+DATA = 'data/*/*.bin', 'data/*/meta.*'  # prepared data sets
 IGNORED = 'seed', 'out_dir', 'overwrite'  # settings that are not part of a side's key
-# reads the settings of another tree with that tree's configurator
-READ_SETTINGS = '''import json, sys
-tree, *argv = sys.argv[1:]
-sys.path[0] = tree
-from engine.common import show_error
-sys.excepthook = show_error
+# run in another process, by the code of a tree
+READ_SETTINGS = '''import json
 from configurator import configure
 config, given = configure(tree + '/train.py', argv=argv)
 print(json.dumps([config, sorted(given)]))'''
+PREPARE = '''from data.folder import find_datasets, is_prepared
+from engine.console import Console
+from engine.datasets import prepare_data
+from engine.parallel import Parallel
+prepare_data(find_datasets(*argv), None, Console(), Parallel())'''
 
 
 class Side(NamedTuple):
@@ -49,21 +51,35 @@ def make_side(tree, files, flags):
     own = [os.path.join(tree, name) for name in inside]
     files = [copy if os.path.isfile(copy) else path for copy, path in zip(own, files)]
     words = files + [f'--{name}={value}' for name, value in flags.items()]
-    command = [sys.executable, '-c', READ_SETTINGS, tree, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
-        raise UserError(f"the settings of '{tree}': {reason}")
-    settings, given = json.loads(done.stdout)
+    settings, given = json.loads(run_in(tree, READ_SETTINGS, *words))
     flags = {name: settings[name] for name in flags}  # as the types of the settings
     # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
     facts = [{k: v for k, v in settings.items() if k not in IGNORED},
              [k for k in given if k not in IGNORED], sorted(k for k in flags if k not in IGNORED),
-             code_of(tree), data_of(settings['dataset']), processor(),
+             code_of(tree), data_of(settings), processor(),
              device_name(pick_device(settings['device'])[0]), platform.python_version(),
              version('torch')]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return Side(tree, files, flags, settings, key)
+
+
+def run_in(tree, code, *words):
+    """Return what code prints that imports from a tree. Raise UserError if it fails."""
+    code = ('import sys; tree, *argv = sys.argv[1:]; sys.path[0] = tree\n'
+            f'from engine.common import show_error; sys.excepthook = show_error\n{code}')
+    command = [sys.executable, '-c', code, tree, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
+        raise UserError(f"in '{tree}': {reason}")
+    return done.stdout
+
+
+def prepare(dataset):
+    """Prepare what --dataset names in this folder, or each side would prepare its own."""
+    if not all(is_prepared(folder) for _, _, folder in find_datasets(dataset)):
+        print(f"preparing data set '{dataset}'", flush=True)
+        run_in(ROOT, PREPARE, dataset)
 
 
 def copy_code(source, to):
@@ -85,7 +101,10 @@ def copy_code(source, to):
             reason = done.stderr.decode('utf-8', 'replace').strip().partition('\n')[0]
             raise UserError(f"against='{source}' is neither a folder with a train.py nor a commit "
                             f'of this repository ({reason})')
-        tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(to, filter='data')
+        try:
+            tarfile.open(fileobj=io.BytesIO(done.stdout)).extractall(to, filter='data')
+        except tarfile.TarError as e:  # such as a link that leads out of the folder
+            raise UserError(f"against='{source}' cannot be unpacked: {first_line(e)}") from None
     os.makedirs(os.path.join(ROOT, 'data', '.cache'), exist_ok=True)  # those made of text files
     for name in [*find(DATA, ROOT), 'data/.cache']:
         if not os.path.lexists(os.path.join(to, name)):
@@ -108,10 +127,16 @@ def code_of(tree):
     return code
 
 
-def data_of(dataset):
-    """Return {path: size and time} of the prepared files of the data sets that --dataset names."""
-    paths = [path for _, _, folder in find_datasets(dataset) for path in sorted(folder.glob('*.*'))]
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+def data_of(settings):
+    """Return {path: size and time} of the files that a run reads: data sets, and weights."""
+    paths = []
+    for _, _, folder in find_datasets(settings['dataset']):
+        paths += [*folder.glob('*.bin'), *folder.glob('meta.*')]
+    for key in ('init_from', 'teacher'):
+        start = Path(settings.get(key) or '-')
+        paths += [start, *start.rglob('ckpt*'), *start.rglob('*.safetensors')]
+    stats = {str(path): path.stat() for path in sorted(paths) if path.is_file()}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def diff_of(baseline, candidate):

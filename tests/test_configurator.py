@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configurator import configure
+from configurator import configure, read_block
 from conftest import ROOT, one_line
 from engine.common import UserError
 from tests.warm import HANGS
@@ -435,3 +435,10 @@ def test_only_rank_0_speaks_and_all_leave(script):
     refusal(script('--cuont=7', RANK='0'), 'cuont')
     result = script('--cuont=7', RANK='3')
     assert (result.returncode, result.stdout, result.stderr) == (2, '', '')
+
+
+def test_a_script_that_is_no_python_is_one_line(tmp_path):
+    """compare.py printed a traceback for a slip in train.py, and a judgement ended with the wrong status."""
+    (tmp_path / 'train.py').write_text('a = 1\nb = = 2\n')
+    with pytest.raises(UserError, match="train.py', line 2: invalid syntax"):
+        read_block(tmp_path / 'train.py')

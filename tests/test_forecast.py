@@ -77,6 +77,14 @@ def test_the_end_is_in_the_interval_as_often_as_it_says(n, slope, scatter, wides
     assert 0.9 < share and interval < widest
 
 
+def test_a_resumed_run_has_a_forecast():
+    """It has a log line of its own, two iterations after its start, which the other runs lack."""
+    run, *others = simulate(np.random.default_rng(0), 5)
+    more = run.iterations[1] | dict(iter=17)
+    resumed = run._replace(iterations=sorted([*run.iterations, more], key=lambda e: e['iter']))
+    assert forecast(resumed, others, seen=20) == forecast(run, others, seen=20) is not None
+
+
 def test_a_forecast_beats_the_mean_of_the_other_runs():
     """A forecast that does not look at the run, and an error that many other runs do not reduce."""
     rng, errors = np.random.default_rng(0), []

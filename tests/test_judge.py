@@ -2,20 +2,24 @@
 import collections
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from conftest import ROOT, command, refused, succeeded
+from engine import judge_cost
 from engine.judge import decide, is_hopeless, nominal_level
 from engine.judge_power import verdict_of
+from engine.judge_sides import DATA, Side, data_of, find
 from engine.study import Evaluation, Launcher, Result, Run, read_run, run_all
 from tests.warm import HANGS
 
@@ -31,8 +35,9 @@ device = 'cpu'
 seed: Seed = 1
 norm_eps: PositiveFloat = 1e-5
 dataset = 'toy'
-device = 'cpu'
 max_iters: PositiveInt = 8
+epochs: PositiveFloat = None
+warmup_iters = 3
 lr_decay_iters: PositiveInt = None
 eval_interval: PositiveInt = 2
 eval_iters: PositiveInt = 4
@@ -89,22 +94,27 @@ class Tree:
         for part in 'engine', 'data':
             shutil.copytree(ROOT / part, folder / part, ignore=lambda _, names: [
                 name for name in names if not name.endswith('.py')])
-        for name in 'compare.py', 'configurator.py':
+        for name in 'compare.py', 'configurator.py', 'model.py':
             shutil.copy(ROOT / name, folder)
         self.write('train.py', TOY)
         self.write('config/toy.py', 'gain = 0.0\n')
-        self.write('.gitignore', 'out*\n')
+        self.write('.gitignore', 'out*\n*.bin\n')
+        self.write('data/toy/train.bin', 'ids')
+        self.write('data/toy/val.bin', 'ids')
         self.git('init', '--quiet')
         self.git('add', '.')
         self.git('commit', '--quiet', '--message=toy')
 
     def write(self, name, text):
-        (self.folder / name).parent.mkdir(exist_ok=True)
+        (self.folder / name).parent.mkdir(exist_ok=True, parents=True)
         (self.folder / name).write_text(text)
 
     def git(self, *words):
         who = '-c', 'user.name=test', '-c', 'user.email=test@localhost'
         subprocess.run(['git', *who, *words], cwd=self.folder, check=True)
+
+    def git_says(self, *words):
+        return subprocess.run(['git', *words], cwd=self.folder, check=True, capture_output=True, text=True).stdout
 
     @contextlib.contextmanager
     def edited(self, name, text):
@@ -285,7 +295,7 @@ def test_a_run_that_trails_is_given_up_inside(tree):
 def test_runs_of_the_baseline_are_used_again(tree):
     tree.judge('--try=--gain=0.06')
     _, found, _ = tree.judge('--try=--gain=0.07')
-    assert found['runs'] == dict(baseline=0, candidate=len(found['by_seed']), noise=0, probe=6)  # timed in turn
+    assert found['runs'] == dict(baseline=0, candidate=len(found['by_seed']), noise=0, trial=6)  # timed in turn
 
 
 def test_a_run_that_hangs_fails(tree, monkeypatch):
@@ -305,11 +315,12 @@ def test_a_run_that_hangs_fails(tree, monkeypatch):
 def test_at_equal_cost(tree, at, flags, iters):
     code, found, printed = tree.judge(f'--at={at}', f'--try=--gain=0.08 {flags}')
     assert f'at equal {at} the candidate has {iters} iterations' in printed
-    assert {read_run(folder).iter_num for folder in tree.runs(0.08)} >= {30, iters}
+    lengths = {read_run(folder).iter_num: read_run(folder).config['warmup_iters'] for folder in tree.runs(0.08)}
+    assert lengths[iters] == 3 and 30 in lengths  # train.py would make the warmup of a shorter run shorter
     assert (found['verdict'], code) == ('better', 0)
 
 
-def test_a_candidate_whose_probe_fails_has_failed(tree):
+def test_a_candidate_whose_trial_fails_has_failed(tree):
     """It was an error, as if the baseline had failed, and not in the ledger."""
     code, found, _ = tree.judge('--at=flops', '--try=--crash_at=5')
     assert (found['verdict'], code) == ('failed', 1)
@@ -326,6 +337,8 @@ def test_a_candidate_whose_probe_fails_has_failed(tree):
     (['--try=--gain=1', '--max_pairs=1'], ['max_pairs']),
     (['--try=--gain=1', '--max_pairs=101'], ['max_pairs']),
     (['--try=--gain=1', '--crash_at=3'], ['baseline failed']),
+    (['--try=--gain=1', '--epochs=2'], ['max_iters', 'epochs']),
+    (['--try=--gain=1', '--dataset=none'], ['none', 'data set']),
     (['--ledger', '--out_dir=out-none'], ['out-none', 'no ledger']),
 ])
 def test_a_judgement_that_cannot_be_is_refused(tree, flags, words):
@@ -371,14 +384,69 @@ def test_folders_of_code_are_copied(tree):
         assert tree.judge('--against=HEAD')[1]['verdict'] == 'better'
 
 
-@pytest.mark.parametrize('name', ['engine/evaluate.py', 'data/loader.py'])
-def test_code_that_measures_must_not_be_edited(tree, name):
+@pytest.mark.parametrize('name, verdict', [
+    ('engine/evaluate.py', 'measured otherwise'),
+    ('data/loader.py', 'measured otherwise'),
+    ('engine/judge_cost.py', 'measured otherwise'),
+    ('data/mine/prepare.py', 'better'),
+])
+def test_code_that_measures_must_not_be_edited(tree, name, verdict):
     """An edited evaluation with the same windows was found better."""
-    with tree.edited(name, (ROOT / name).read_text() + '\nlower = True\n'):
+    before = (tree.folder / name).read_text() if (tree.folder / name).exists() else ''
+    with tree.edited(name, before + '\nlower = True\n'):
         tree.write('train.py', TOY.replace('GAIN = 0.0', 'GAIN = 0.05'))
         code, found, printed = tree.judge('--against=HEAD')
-    assert (code, found['verdict'], found['edited']) == (2, 'other evaluation', [name])
-    assert f'it edits {name})' in printed
+    edited = [name] if verdict == 'measured otherwise' else []
+    assert (code, found['verdict'], found['edited']) == (2 if edited else 0, verdict, edited)
+    assert (f'NOTE: the sides differ in {name}, ' in printed) == bool(edited)
+    assert tree.git_says('rev-parse', 'HEAD').startswith(found['against_commit'])
+
+
+def test_a_data_set_is_prepared_once(tree):
+    """Each side prepared its own, and the runs of later judgements had other keys."""
+    with tree.edited('data/fresh/prepare.py', "from pathlib import Path\n"
+                     "for name in ('train.bin', 'val.bin'):\n    Path(__file__).with_name(name).write_text('ids')\n"):
+        for _ in range(2):
+            _, found, _ = tree.judge('--try=--gain=0.05', '--dataset=fresh')
+        assert found['runs']['candidate'] == 0 and (tree.folder / 'data' / 'fresh' / 'train.bin').exists()
+
+
+def test_the_key_of_a_run_knows_what_it_reads(tmp_path):
+    """Other weights had the same key; a file that no run reads changed it; meta.pkl was not linked."""
+    for name in 'data/toy/train.bin', 'data/toy/meta.pkl', 'data/toy/.checked.json', 'data/toy/prepare.py', 'a/ckpt.pt':
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('x')
+    settings = dict(dataset=str(tmp_path / 'data' / 'toy'), init_from=str(tmp_path / 'a'), teacher='')
+    assert {os.path.basename(path) for path in data_of(settings)} == {'train.bin', 'meta.pkl', 'ckpt.pt'}
+    assert {os.path.basename(path) for path in find(DATA, tmp_path)} == {'train.bin', 'meta.pkl'}
+
+
+def trial_run(seconds):
+    """Results of 30 iterations, of which the first 5 are slow in any case."""
+    times = [9] * 5 + [*seconds] * 25
+    return SimpleNamespace(startup_info=dict(tokens_per_iter=1.0, flops_per_token=1.0), evals=[SimpleNamespace(
+        train_seconds=sum(times))], iterations=[dict(mfu=dict(tokens_per_sec=1 / t)) for t in times])
+
+
+@pytest.mark.parametrize('baseline, candidate, iters', [
+    ([[1], [1], [1]], [[1.04], [1.04], [1.04]], 100),  # a clock is no better than that
+    ([[1], [1], [1]], [[1.25], [1.25], [1.25]], 80),
+    ([[1], [9], [1]], [[1.25], [9], [1.25]], 80),  # the machine was busy during one pair
+    ([[1], [1], [1]], [[1, 1, 1, 1, 6]] * 3, 50),  # an optimizer that does its work every five iterations
+    ([[1], [1], [1]], [[1], None], None),  # it failed, or did not end
+])
+def test_iterations_at_equal_seconds(monkeypatch, baseline, candidate, iters):
+    """A busy machine changed the number of iterations, and with it the loss; a median hid what happens now and then."""
+    monkeypatch.setattr(judge_cost, 'make_side', lambda *args: Side(*args[:3], dict(max_iters=100) | args[2], 'a'))
+    sides = Side('baseline', [], {}, dict(max_iters=100), 'a'), Side('candidate', [], {}, dict(max_iters=100), 'b')
+    left = dict(baseline=iter(baseline), candidate=iter(candidate))
+
+    def train(name, side, seed, limit=math.inf):
+        assert side.tree == 'baseline' or limit < math.inf
+        seconds = next(left[side.tree])
+        return seconds and trial_run(seconds)
+    found = judge_cost.at_equal_cost(sides[1], sides[0], 'seconds', train)
+    assert (found and found.settings['max_iters']) == iters
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
@@ -407,7 +475,8 @@ def test_ledger(tree):
     """A line that a kill had cut off was a traceback, and took the next line with it."""
     flags = '--try=--gain=0.05', '--out_dir=out-ledger'
     tree.judge(*flags)
-    tree.judge('--try=--crash_at=4', '--out_dir=out-ledger')
+    with tree.edited('new.py', ''):
+        tree.judge('--against=HEAD', '--try=--crash_at=4', '--out_dir=out-ledger')
     path = tree.folder / 'out-ledger' / 'judged.jsonl'
     path.write_text(path.read_text() + path.read_text()[:100])
     tree.judge(*flags, '--alpha=0.01')
