@@ -79,7 +79,7 @@ def run_trials(baseline, candidate, train, cost, n):
     None if one of the candidate's failed. The seeds belong to the candidate, so that a killed
     judgement goes on, and no clock of another one is read.
     """
-    first = int(candidate.key, 16)
+    first = int(candidate.key[:6], 16)
     baseline, candidate = short(baseline), short(candidate)
     ratios = []
     for seed in range(first, first + n):
