@@ -123,6 +123,24 @@ def at_start(folder, code):
     return {'PYTHONPATH': str(folder)}
 
 
+HANG_ONCE_WRITTEN = """
+import os, time
+
+def sync(fd, fsync=os.fsync, hung=[]):
+    fsync(fd)
+    if os.readlink(f'/proc/self/fd/{{fd}}').endswith({end!r}) and not hung:
+        hung.append(True)
+        time.sleep(1e6)
+
+os.fsync = sync
+"""
+
+
+def hang_once_written(end):
+    """Code for at_start(): a process hangs when it has written a file whose name has this ending."""
+    return HANG_ONCE_WRITTEN.format(end=end)
+
+
 def wait_until(condition, process=None):
     """Return condition() once it is true. It has to become so before this process ends."""
     deadline = time.time() + HANGS
