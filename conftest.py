@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,42 @@ def start(dataset, out_dir, *flags, launcher=PYTHON):
     return process
 
 
+def at_start(folder, code):
+    """
+    Variables of the environment with which each Python runs this code first. It can let a process hang where a test
+    needs it, however busy the machine is.
+    """
+    (folder / 'sitecustomize.py').write_text(code)
+    return {'PYTHONPATH': str(folder)}
+
+
+HANG_ONCE_WRITTEN = """
+import os, time
+
+def sync(fd, fsync=os.fsync, hung=[]):
+    fsync(fd)
+    if os.readlink(f'/proc/self/fd/{{fd}}').endswith({end!r}) and not hung:
+        hung.append(True)
+        time.sleep(1e6)
+
+os.fsync = sync
+"""
+
+
+def hang_once_written(end):
+    """Code for at_start(): a process hangs when it has written a file whose name has this ending."""
+    return HANG_ONCE_WRITTEN.format(end=end)
+
+
+def wait_until(condition, process=None):
+    """Return condition() once it is true. It has to become so before this process ends."""
+    deadline = time.time() + HANGS
+    while not (found := condition()):
+        assert time.time() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.02)
+    return found
+
+
 def children(pid):
     """The pids of all processes under pid."""
     found = []
@@ -120,6 +157,18 @@ def children(pid):
         for child in map(int, path.read_text().split()):
             found += [child, *children(child)]
     return found
+
+
+def works(pid):
+    """Whether a process exists and is not only waiting to be collected."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
+def wait_for_end(pids):
+    wait_until(lambda: not any(map(works, pids)))
 
 
 # parallel modes

@@ -1386,12 +1386,11 @@ def naive_generate(model, idx, n, seed, temperature=1.0, top_k=None, slide=1):
 
 
 @pytest.mark.parametrize('position', POSITION_ENCODING)
-@pytest.mark.parametrize('norm_position', FACTORS['norm_position'])
 @pytest.mark.parametrize('n_kv_head', [None, 2])
 @pytest.mark.parametrize('prompt, n', [(1, 15), (5, 11), (5, 40), (16, 20), (37, 12)])  # block_size is 16
-def test_generation_with_and_without_cache_is_the_naive_loop(position, norm_position, n_kv_head, prompt, n):
+def test_generation_with_and_without_cache_is_the_naive_loop(position, n_kv_head, prompt, n):
     """The cache could outlive its window, positions count on past it, or a prompt exceed block_size."""
-    model = shaken(position_encoding=position, norm_position=norm_position, n_kv_head=n_kv_head, qk_norm=True)
+    model = shaken(position_encoding=position, n_kv_head=n_kv_head, qk_norm=True)
     idx, options = ids(B, prompt), dict(temperature=1.5, top_k=20, seed=7)
     for slide in (1, T // 2):
         expected = naive_generate(model, idx, n, slide=slide, **options)

@@ -2,6 +2,7 @@
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from engine.checkpoint import load_checkpoint
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
 from tests.test_survival import faulty
+from tests.warm import HANGS
 
 ASYNC = '--async_checkpoint=True'
 
@@ -57,7 +59,7 @@ def held(monkeypatch):
     event, write = threading.Event(), run_folder.save_checked
 
     def write_later(content, f):
-        assert event.wait(60)
+        assert event.wait(HANGS)
         write(content, f)
     monkeypatch.setattr(run_folder, 'save_checked', write_later)
     return event
@@ -84,15 +86,23 @@ def test_nothing_is_said_or_replaced_before_it_is_on_disk(tmp_path, held, sharde
     assert [p.stat().st_size // weight.nbytes for p in paths] == [2]  # the weight and its moment
 
 
-def test_the_next_one_waits_for_it(tmp_path, held):
+def test_the_next_one_waits_for_it(tmp_path, held, monkeypatch):
     """Two threads write the same file."""
     folder, weight, reports = RunFolder(str(tmp_path), False, Parallel()), torch.ones(10), []
+    times = iter([0, 1, 5, 12])  # of the start and the end of each save
+
+    def clock():
+        now = next(times)
+        if now == 5:  # only the next one lets the first one be written
+            held.set()
+        return now
+    monkeypatch.setattr(run_folder, 'time', SimpleNamespace(time=clock))
     save(folder, weight, 1, reports)
-    threading.Timer(0.2, held.set).start()
+    assert not reports
     save(folder, weight, 2, reports)
-    assert len(reports) == 1 and reports[0] < 0.2
+    assert reports == [1]
     folder.finish()
-    assert len(reports) == 2 and reports[1] > 0.1
+    assert reports == [1, 12 - 5]
     assert [load_checkpoint(tmp_path / name)['iter_num'] for name in ('ckpt.pt', 'ckpt_prev.pt')] == [2, 1]
 
 
@@ -183,21 +193,22 @@ def test_zero1_copies_the_moments_of_all_processes(tmp_path, monkeypatch):
 
 
 FAILS_WHILE_IT_IS_WRITTEN = """
-import threading, time
+import threading
 import torch
 from engine import run_folder
-write, embedding = run_folder.save_checked, torch.nn.functional.embedding
+write, embedding, failed = run_folder.save_checked, torch.nn.functional.embedding, threading.Event()
 
-def write_slowly(content, f):
-    time.sleep(0.5)
+def write_later(content, f):
+    failed.wait()
     write(content, f)
 
 def fail_beside_it(*args, **kwargs):
     if any(isinstance(t, run_folder.Background) for t in threading.enumerate()):
+        failed.set()
         raise TypeError('a bug')
     return embedding(*args, **kwargs)
 
-run_folder.save_checked, torch.nn.functional.embedding = write_slowly, fail_beside_it
+run_folder.save_checked, torch.nn.functional.embedding = write_later, fail_beside_it
 """
 
 

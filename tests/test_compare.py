@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,17 @@ from scipy import stats
 import compare
 from compare import convert, losses_at
 from configurator import configure, read_block
-from conftest import ROOT, children, command, missing, one_line, refused
+from conftest import (
+    ROOT,
+    at_start,
+    children,
+    command,
+    missing,
+    one_line,
+    refused,
+    wait_for_end,
+    wait_until,
+)
 from data.folder import write_dataset
 from engine.common import UserError
 from engine.compare_report import verdict
@@ -458,33 +467,38 @@ def test_batch_sizes_are_compared_on_the_same_windows(text_set, tmp_path):
 
 # kills
 
-LONG = '--n_head=1,2', '--seed=5', '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=40'
+TWO_RUNS = '--n_head=1,2', '--seed=5'
+HANG = '''
+import builtins, sys, time
+
+def print_and_hang(*texts, print=print, **kwargs):
+    print(*texts, **kwargs)
+    while str(texts[0]).startswith('iter 7 ') and not sys.modules['__main__'].stop.status:
+        time.sleep(0.01)  # until a signal comes
+
+builtins.print = print_and_hang
+'''
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(text_set, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('whole') / 'out'
-    study(text_set, out_dir, *LONG, '--jobs=2')
+    study(text_set, out_dir, *TWO_RUNS, '--jobs=2')
     return out_dir
 
 
 def start_and_kill(text_set, out_dir, sent):
     """Send a signal during the second run; returns the exit status once the child has ended, too."""
-    flags = *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', *LONG
+    env = os.environ | {'OMP_NUM_THREADS': '1'} | at_start(out_dir.parent, HANG)
+    flags = *TINY, f'--dataset={text_set}', f'--out_dir={out_dir}', *TWO_RUNS
     process = subprocess.Popen([sys.executable, 'compare.py', *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.STDOUT, env=os.environ | {'OMP_NUM_THREADS': '1'},
-                               start_new_session=True)
+                               stderr=subprocess.STDOUT, env=env, start_new_session=True)
     second = out_dir / 'n_head=2,seed=5' / 'console.txt'
-    while not (second.exists() and 'iter 7 ' in second.read_text()):
-        time.sleep(0.02)
-        assert process.poll() is None
-    child, = children(process.pid)
+    wait_until(lambda: second.exists() and 'iter 7 ' in second.read_text(), process)
+    running = children(process.pid)
     process.send_signal(sent)
-    process.wait()
-    until = time.time() + HANGS
-    while os.path.exists(f'/proc/{child}') and time.time() < until:  # after kill -9 the child still saves
-        time.sleep(0.05)
-    assert not os.path.exists(f'/proc/{child}')
+    process.wait(HANGS)
+    wait_for_end(running)  # after kill -9 the child still saves
     return process.returncode
 
 
@@ -496,14 +510,15 @@ def start_and_kill(text_set, out_dir, sent):
 ])
 def test_killed_anywhere_the_same_command_resumes(text_set, tmp_path, uninterrupted, sent, status):
     """A kill costs more than the active run, leaves its train.py running, or changes a result."""
-    shutil.copytree(uninterrupted / 'n_head=1,seed=5', tmp_path / 'n_head=1,seed=5')
-    assert start_and_kill(text_set, tmp_path, sent) == status
-    console = study(text_set, tmp_path, *LONG)
+    out_dir = tmp_path / 'out'
+    shutil.copytree(uninterrupted / 'n_head=1,seed=5', out_dir / 'n_head=1,seed=5')
+    assert start_and_kill(text_set, out_dir, sent) == status
+    console = study(text_set, out_dir, *TWO_RUNS)
     assert '2 runs, 1 of them finished' in console
-    rows = results(tmp_path)['rows']
+    rows = results(out_dir)['rows']
     assert [row['val_loss'] for row in rows] == [row['val_loss'] for row in results(uninterrupted)['rows']]
-    assert [row['iterations'] for row in rows] == [120, 120]
-    assert len(logs(tmp_path / 'n_head=1,seed=5')) == 1
+    assert [row['iterations'] for row in rows] == [12, 12]
+    assert len(logs(out_dir / 'n_head=1,seed=5')) == 1
 
 
 # search and scaling

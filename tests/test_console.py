@@ -3,6 +3,7 @@ import importlib.util
 import io
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,12 @@ def terminal(monkeypatch):
         monkeypatch.delenv('NO_COLOR', raising=False)
         return screen
     return begin
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """For a console in this process, time stands still."""
+    monkeypatch.setattr('engine.console.time', SimpleNamespace(time=lambda: 1e9))
 
 
 def long_ago(console):

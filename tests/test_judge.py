@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from conftest import ROOT, command, refused, succeeded
+from conftest import ROOT, command, refused, succeeded, wait_until
 from engine import judge_cost
 from engine.judge import decide, is_hopeless, nominal_level
 from engine.judge_power import verdict_of
@@ -158,22 +157,19 @@ def test_all_tests_of_a_judgement_together_err_with_alpha(alpha, max_pairs):
 
 
 def simulate(draw, gain, margin, judgements=1500, max_pairs=6):
-    """(share of judgements that end with 'better', pairs on average); draw(n) returns differences without a gain."""
-    verdicts, pairs, level = collections.Counter(), 0, nominal_level(0.05, max_pairs)
+    """(share of judgements that end with 'better', pairs on average); draw(rng, n): differences without a gain."""
+    verdicts, pairs, level, rng = collections.Counter(), 0, nominal_level(0.05, max_pairs), np.random.default_rng(7)
     for _ in range(judgements):
-        verdict, n = verdict_of(draw(max_pairs) - gain, draw(3), margin, level)
+        verdict, n = verdict_of(draw(rng, max_pairs) - gain, draw(rng, 3), margin, level)
         verdicts[verdict] += 1
         pairs += n
     return verdicts['better'] / judgements, pairs / judgements
 
 
-RNG = np.random.default_rng(7)
-
-
 @pytest.mark.parametrize('draw, margin, at_most', [
-    (lambda n: 0.35 * RNG.standard_normal(n), 1, 0.02),  # pairs without a gain end early
-    (lambda n: RNG.standard_normal(n), 1e-9, 0.05 + 0.02),  # never early: alpha, and 3 standard errors
-    (lambda n: RNG.standard_t(3, n), 1e-9, 0.05 + 0.02),  # heavy tails
+    (lambda rng, n: 0.35 * rng.standard_normal(n), 1, 0.02),  # pairs without a gain end early
+    (lambda rng, n: rng.standard_normal(n), 1e-9, 0.05 + 0.02),  # never early: alpha, and 3 standard errors
+    (lambda rng, n: rng.standard_t(3, n), 1e-9, 0.05 + 0.02),  # heavy tails
 ])
 def test_a_change_that_does_nothing_is_seldom_better(draw, margin, at_most):
     assert simulate(draw, 0, margin)[0] <= at_most
@@ -181,8 +177,8 @@ def test_a_change_that_does_nothing_is_seldom_better(draw, margin, at_most):
 
 def test_a_judgement_is_cheap_and_finds_a_gain_of_the_margin():
     """For pairs with a standard deviation of 0.35 margins."""
-    def draw(n):
-        return 0.35 * RNG.standard_normal(n)
+    def draw(rng, n):
+        return 0.35 * rng.standard_normal(n)
     assert simulate(draw, 0, 1)[1] <= 1.5
     assert simulate(draw, 1, 1)[0] >= 0.9
     assert simulate(draw, 2, 1)[0] >= 0.98
@@ -454,16 +450,14 @@ def test_a_killed_judgement_goes_on(tree, number):
     gain = 0.05 + number / 1000
     flags = f'--try=--gain={gain}', f'--out_dir=out-{number}'
     process = subprocess.Popen([sys.executable, 'compare.py', *flags], cwd=tree.folder, start_new_session=True,
-                               env=os.environ | dict(TOY_HANGS_AT='5'), stdout=subprocess.DEVNULL)
-    deadline = time.time() + HANGS
-    while not any(path.read_text() == '5' for f in tree.runs(gain, f'out-{number}') for path in f.glob('ckpt.json')):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.05)
+                               env=os.environ | dict(TOY_HANGS_AT='5', OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+    folders = lambda: tree.runs(gain, f'out-{number}')
+    wait_until(lambda: any(path.read_text() == '5' for f in folders() for path in f.glob('ckpt.json')), process)
     (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
     assert process.wait(HANGS) == (-9 if number == signal.SIGKILL else 143)
     assert (tree.folder / f'out-{number}' / 'trees').exists() == (number == signal.SIGKILL)
     code, found, _ = tree.judge(*flags)
-    resumed = tree.runs(gain, f'out-{number}')[0]
+    resumed = folders()[0]
     assert json.loads(max(resumed.glob('run_*.json')).read_text())['summary']['iterations'] == 8 - 5
     undisturbed = tree.judge(flags[0])
     assert code == undisturbed[0] == 0

@@ -194,7 +194,7 @@ def test_an_iteration_reads_the_same_windows_however_it_is_divided(counting, ran
 
 def test_shrunk_micro_batches_start_the_iteration_again(counting):
     """Out of memory at the second of three micro-batches: the iteration is redone on the same windows."""
-    loader = Loader(counting, 'train', T)
+    loader, before = Loader(counting, 'train', T), set(threading.enumerate())
     expected = loader.batch(np.arange(18) + 18 * 2)[0]
     batches = MicroBatches(loader, 6, 3)
     taken(batches, 7)  # into iteration 2
@@ -205,9 +205,9 @@ def test_shrunk_micro_batches_start_the_iteration_again(counting):
         assert batches.per_rank == accumulation
         assert torch.equal(torch.cat(taken(batches, accumulation)), expected)
     assert batches.smaller() is None
-    threads = set(threading.enumerate())
+    assert len(set(threading.enumerate()) - before) == 1
     batches.close()
-    assert len(threads - set(threading.enumerate())) == 1
+    assert not set(threading.enumerate()) - before
     assert MicroBatches(loader, 4, 1, rank=1, world_size=2).per_rank == 1  # evaluation alone allows this
 
 

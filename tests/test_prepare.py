@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import zlib
 from pathlib import Path
 
@@ -23,15 +22,19 @@ from conftest import (
     LIMITED,
     PYTHON,
     ROOT,
+    at_start,
     children,
     command,
     flip_bit,
+    hang_once_written,
     ids_of,
     llama_json,
     one_line,
     refused,
     shards,
     tokenizer_named,
+    wait_for_end,
+    wait_until,
 )
 from data.documents import KINDS, Item, Kind, find_sources
 from data.folder import read_meta
@@ -39,6 +42,7 @@ from data.loader import Loader
 from data.parts import Join, Part
 from data.prepare import Preparation
 from data.tokenizer import get_tokenizer
+from engine.common import try_lock
 
 T = 8  # block_size of the loader tests
 BYTE = '--tokenizer=byte'
@@ -356,13 +360,9 @@ def test_two_commands_do_not_write_one_folder(prepare_text, tmp_path, text_file)
     """Their shards would be mixed; a lock left by kill -9 does not block."""
     left = tmp_path / 'out' / 'unfinished'
     left.mkdir(parents=True)
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); f.write('process 7')"
-    code += "; f.flush(); print('locked', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, '-c', code, left / 'lock'], stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b'locked\n'
-    refused(prepare_text(tmp_path / 'out', text_file, '--tokenizer=byte'), left, 'process 7')
-    holder.kill()
-    holder.communicate()
+    with try_lock(left / 'lock', 'process 7'):
+        refused(prepare_text(tmp_path / 'out', text_file, '--tokenizer=byte'), left, 'process 7')
+    assert (left / 'lock').read_text() == 'process 7'
     assert prepare_text(tmp_path / 'out', text_file, '--tokenizer=byte').returncode == 0
 
 
@@ -437,9 +437,9 @@ def big(tmp_path_factory):
     """Flags for a text that takes a while, and the folder that they make of it."""
     folder = tmp_path_factory.mktemp('big')
     with open(folder / 'big.txt', 'w') as f:
-        f.writelines(f'line {i} of a text that takes a while, {i * i}\n' for i in range(300000))
+        f.writelines(f'line {i} of a text that takes a while, {i * i}\n' for i in range(150000))
     tokenizer_named('gpt2')
-    flags = f'--input={folder / "big.txt"}', '--tokenizer=gpt2', '--tokens_per_shard=500000', '--processes=2'
+    flags = f'--input={folder / "big.txt"}', '--tokenizer=gpt2', '--tokens_per_shard=250000', '--processes=2'
     assert command('data/prepare.py', f'--out={folder / "whole"}', *flags, launcher=PYTHON).returncode == 0
     return flags, folder / 'whole'
 
@@ -450,10 +450,9 @@ def test_killed_in_the_middle_of_many_processes_it_resumes_and_leaves_none(big, 
     flags, whole = big
     out = tmp_path / 'out'
     process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--out={out}', *flags], cwd=ROOT,
+                               env=os.environ | at_start(tmp_path, hang_once_written('train_00002.bin')),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (out / 'unfinished' / 'train_00002.bin').exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until((out / 'unfinished' / 'train_00002.bin').exists, process)
     workers = children(process.pid)
     process.send_signal(signum)
     said = process.communicate()[1]
@@ -464,8 +463,7 @@ def test_killed_in_the_middle_of_many_processes_it_resumes_and_leaves_none(big, 
     share = re.search(r'resuming at (\d+)% of the input', done.stdout)
     assert done.returncode == 0 and 10 < int(share[1]) < 90, done.stdout
     assert shards(out) == shards(whole) and read_meta(out) == read_meta(whole)
-    stat = [Path(f'/proc/{pid}/stat') for pid in workers]
-    assert not [path for path in stat if path.exists() and 'Z' not in path.read_text().split()[2]]
+    wait_for_end(workers)
 
 
 # parts, on several machines

@@ -25,6 +25,7 @@ from data.loader import Loader
 from data.source import download
 from data.tokenizer import get_tokenizer
 from engine.common import UserError
+from tests.warm import HANGS
 
 T = 8  # block_size of the loader tests
 
@@ -132,7 +133,8 @@ def hub(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         Hub.fetched, Hub.broken = [], set()
         yield {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'HF_HOME': str(tmp_path / 'home'),
-               'no_proxy': '*', 'HF_HUB_DISABLE_XET': '1'}
+               'no_proxy': '*', 'HF_HUB_DISABLE_XET': '1',
+               'HF_HUB_ETAG_TIMEOUT': str(HANGS), 'HF_HUB_DOWNLOAD_TIMEOUT': str(HANGS)}
         server.shutdown()
 
 

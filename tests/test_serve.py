@@ -1,20 +1,22 @@
 """The server: a shared batch, OpenAI's protocol, clients that leave: python -m pytest tests/test_serve.py"""
 import asyncio
+import contextlib
+import http.client
 import json
 import math
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from conftest import ROOT, command, one_line, refused
+from conftest import ROOT, command, one_line, refused, wait_until
 from data.chat import CHATML, end_of_turn, reply_prompt, with_separator
 from data.tokenizer import get_tokenizer
 from engine.attention_map import attention_weights
@@ -166,6 +168,25 @@ def client_of(server):
     return openai.OpenAI(base_url=f'{server.url}/v1', api_key='secret', max_retries=0, timeout=HANGS)
 
 
+def post(server, path, body, key='secret'):
+    return httpx.post(server.url + path, json=body, headers={'authorization': f'Bearer {key}'}, timeout=HANGS)
+
+
+def send(url, body):
+    """Send a request for a text with the key of `server`. Returns the connection, on which the answer will come."""
+    connection = http.client.HTTPConnection(url.split('/')[2], timeout=HANGS)
+    headers = {'authorization': 'Bearer secret', 'content-type': 'application/json'}
+    connection.request('POST', '/v1/completions', json.dumps(body), headers)
+    return connection
+
+
+def free_port():
+    """A port that the kernel gives to nobody else before it is used, since it does not draw from these."""
+    for port in range(20000 + 10 * os.getpid() % 10000, 32000):
+        with contextlib.suppress(OSError), socket.create_server(('127.0.0.1', port)):
+            return port
+
+
 def text_alone(server, ids, n, stop_strings=()):
     """The text that the model writes after ids without a server."""
     sample = Continuation(BYTE, n, stop_strings=stop_strings)
@@ -255,17 +276,15 @@ def test_clients_that_vanish_free_their_rows(server, monkeypatch):
     requests, submit = [], server.batcher.submit
     monkeypatch.setattr(server.batcher, 'submit', lambda request: (requests.append(request), submit(request)))
     body = {'prompt': 'a', 'max_tokens': 4000}
-    with httpx.Client(headers={'authorization': 'Bearer secret'}) as http:
-        for _ in range(4):  # these leave in the middle of the text
-            with http.stream('POST', f'{server.url}/v1/completions', json=body | {'stream': True}) as answer:
-                next(answer.iter_lines())
-        for _ in range(4):  # these never get a byte
-            with pytest.raises(httpx.ReadTimeout):
-                http.post(f'{server.url}/v1/completions', json=body, timeout=0.2)
-    deadline = time.monotonic() + HANGS
-    while server.batcher.requests or server.batcher.waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    for stream in 4 * [True] + 4 * [False]:  # these leave in the middle of the text; the others never get a byte
+        n, connection = len(requests), send(server.url, body | {'stream': stream})
+        if stream:
+            answer = connection.getresponse()
+            assert answer.readline()
+            answer.close()
+        wait_until(lambda n=n: len(requests) > n)
+        connection.close()
+    wait_until(lambda: not (server.batcher.requests or server.batcher.waiting))
     assert len(requests) == 8 and all(request.reply.finish is None for request in requests)
 
 
@@ -309,19 +328,19 @@ def test_mistakes_have_openais_shape(server, path, body, status, words):
 def test_completions_ignore_messages(server):
     """A chat in place of a text, for a client that sends both."""
     body = {'prompt': 'ab', 'messages': [{'role': 'bogus', 'content': 'x'}], 'max_tokens': 1}
-    answer = httpx.post(f'{server.url}/v1/completions', json=body, headers={'authorization': 'Bearer secret'})
+    answer = post(server, '/v1/completions', body)
     assert answer.json()['object'] == 'text_completion' and answer.json()['usage']['prompt_tokens'] == 2
 
 
 def test_the_key_is_asked_for(server):
     """A key that is not checked, or only on some paths; or a page that nobody can open without it."""
     for path in '/v1/completions', CHAT, '/attention':
-        answer = httpx.post(server.url + path, json={}, headers={'authorization': 'Bearer wrong'})
+        answer = post(server, path, {}, key='wrong')
         assert answer.status_code == 401 and 'API key' in answer.json()['error']['message']
-    assert httpx.get(f'{server.url}/v1/models').status_code == 401
+    assert httpx.get(f'{server.url}/v1/models', timeout=HANGS).status_code == 401
     [model] = client_of(server).models.list()
     assert (model.id, model.block_size, model.max_tokens) == ('tiny', 4096, 2000)  # the page reads them
-    page = httpx.get(server.url)
+    page = httpx.get(server.url, timeout=HANGS)
     assert page.status_code == 200 and '</script>' in page.text
     assert '<link rel="icon" href="data:,">' in page.text, 'browsers ask for favicon.ico'
     assert '//' not in page.text.replace('// ', ''), 'a resource from elsewhere'
@@ -335,7 +354,7 @@ def test_the_map_is_of_the_text(server, monkeypatch):
     monkeypatch.setattr('engine.serve.draw_attention', lambda maps, tokens, file: drawn.append((maps, tokens)))
     messages = [{'role': 'user', 'content': 'Faust?'}, {'role': 'assistant', 'content': 'Goethe'}]
     for body in {'prompt': 'Faust'}, {'messages': messages}:
-        answer = httpx.post(f'{server.url}/attention', json=body, headers={'authorization': 'Bearer secret'})
+        answer = post(server, '/attention', body)
         assert answer.status_code == 200 and answer.headers['content-type'] == 'image/png'
     expected = torch.cat(attention_weights(server.model, torch.tensor([list(b'Faust')])))
     assert drawn[0][1] == list('Faust') and torch.allclose(torch.tensor(drawn[0][0]), expected)
@@ -349,8 +368,7 @@ def long_texts(tmp_path):
     model = GPT(GPTConfig(**TINY | dict(block_size=20000, position_encoding='rope')))
     torch.save({'model': model.state_dict(), 'model_args': vars(model.config), 'tokenizer': BYTE.spec},
                tmp_path / 'ckpt.pt')
-    with socket.create_server(('127.0.0.1', 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     flags = f'--out_dir={tmp_path}', '--device=cpu', f'--serve={port}', '--max_new_tokens=19000', '--stop=False'
     process = subprocess.Popen([sys.executable, 'sample.py', *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert any(f'127.0.0.1:{port}/v1' in line for line in process.stderr)
@@ -361,22 +379,21 @@ def long_texts(tmp_path):
 def test_ctrl_c_answers_open_requests(long_texts):
     """Tracebacks of CancelledError, and plain text that OpenAI's clients cannot read."""
     process, url = long_texts
-    body = {'prompt': 'a', 'stream': True}
-    with ThreadPoolExecutor(1) as pool, httpx.stream('POST', url, json=body, timeout=HANGS) as stream:
-        whole, lines = pool.submit(httpx.post, url, json={'prompt': 'a'}, timeout=HANGS), stream.iter_lines()
-        next(lines)
-        time.sleep(1)  # both are open
-        process.send_signal(signal.SIGINT)
-        assert 'the server is stopping' in ''.join(lines)
-        assert whole.result().status_code == 503 and 'error' in whole.result().json()
+    whole = send(url, {'prompt': 'a'})
+    stream = send(url, {'prompt': 'a', 'stream': True}).getresponse()
+    assert stream.readline()  # so the server has read both
+    process.send_signal(signal.SIGINT)
+    assert b'the server is stopping' in stream.read()
+    answer = whole.getresponse()
+    assert answer.status == 503 and 'error' in json.load(answer)
     process.wait(HANGS)
     assert 'Traceback' not in process.stderr.read()
 
 
 def test_sample_py_serves_until_ctrl_c(finished):
     """Settings that do not reach the server, or a server that a signal does not end."""
-    with socket.create_server(('127.0.0.1', 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
+    with socket.create_server(('127.0.0.1', port)):
         refused(command('sample.py', f'--out_dir={finished[0]}', f'--serve={port}'), 'in use', f'--serve={port + 1}')
     flags = f'--out_dir={finished[0]}', '--device=cpu', f'--serve={port}', '--max_new_tokens=7'
     process = subprocess.Popen([sys.executable, 'sample.py', *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -1,7 +1,6 @@
 """Weights & Biases and TensorBoard: they show what the run log has, and a run does not depend on them."""
 import http.server
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -49,7 +48,8 @@ def watched(text_set, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('watched')  # with two samples, after the first iterations
     sinks = '--wandb_log=True', '--wandb_artifacts=True', '--wandb_run_name=seen', '--tensorboard_log=True'
     flags = '--save_interval=10', '--eval_interval=10', '--sample_interval=1', '--gradient_log_interval=5'
-    done = train(text_set, out_dir, *flags, *sinks, env={'HOME': str(out_dir), 'WANDB_API_KEY': ''})
+    env = {'HOME': str(out_dir), 'WANDB_API_KEY': '', 'WANDB__SERVICE_WAIT': str(HANGS)}
+    done = train(text_set, out_dir, *flags, *sinks, env=env)
     succeeded(done)
     assert done.stdout.count('WARNING') == done.stdout.count('recorded offline') == 1, done.stdout
     return out_dir
@@ -82,8 +82,8 @@ def test_wandb_has_the_numbers_of_the_run_log(watched, wandb_run):
 def test_wandb_has_a_table_of_all_samples(watched, wandb_run):
     """Each sample replaces the one before."""
     folder, _ = wandb_run
-    tables = sorted((folder / 'files' / 'media' / 'table').glob('samples_*'), key=os.path.getmtime)
-    table = json.loads(tables[-1].read_text())
+    tables = (folder / 'files/media/table').glob('samples_*')  # samples_STEP_HASH.table.json
+    table = json.loads(max(tables, key=lambda path: int(path.name.split('_')[1])).read_text())
     samples = [[e['iter'], e['sample']] for e in run_logs(watched)[-1]['eval_steps'] if 'sample' in e]
     assert table['columns'] == ['iter', 'text'] and table['data'] == samples
 

@@ -22,6 +22,7 @@ from conftest import (
     Bomb,
     assert_equal_states,
     assert_finite_checkpoints,
+    at_start,
     begin,
     checkpoint,
     children,
@@ -29,6 +30,7 @@ from conftest import (
     contents,
     copy_run,
     copy_sharded,
+    hang_once_written,
     launcher_of,
     limit_data,
     losses,
@@ -39,6 +41,8 @@ from conftest import (
     succeeded,
     train,
     train_mode,
+    wait_for_end,
+    wait_until,
 )
 from data.folder import find_datasets, write_dataset
 from engine.checkpoint import load_checkpoint
@@ -88,7 +92,8 @@ def test_a_signal_interrupts_an_evaluation_which_the_resumed_run_makes_up_for(tm
     write_dataset(data, {'train': bytes(range(200)) * 20, 'val': bytes(range(200)) * 20_000}, BYTE)
     flags = '--init_from=auto', '--max_iters=15', '--eval_interval=15'
     succeeded(train_mode(mode, data, out_dir, *flags, '--max_iters=10'))
-    process = begin(data, out_dir, '--dropout=0.0', *flags, '--eval_iters=1000000', launcher=launcher_of(mode))
+    slowly = '--batch_size=1', '--gradient_accumulation_steps=8', '--eval_iters=1000000'  # it takes minutes
+    process = begin(data, out_dir, '--dropout=0.0', *flags, *slowly, launcher=launcher_of(mode))
     assert any(line.startswith('iter 14 ') for line in process.stdout)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -121,11 +126,9 @@ def test_ranks_save_and_end_when_torchrun_is_killed(text_set, tmp_path):
     process = start(text_set, tmp_path, launcher=TORCHRUN)
     ranks = children(process.pid)
     process.kill()
-    process.wait()
-    until = time.time() + HANGS
-    while (left := [pid for pid in ranks if os.path.exists(f'/proc/{pid}')]) and time.time() < until:
-        time.sleep(0.1)
-    assert ranks and not left and checkpoint(tmp_path)['iter_num'] >= 6
+    process.communicate(timeout=HANGS)  # ranks that print into a full pipe never end
+    wait_for_end(ranks)
+    assert ranks and checkpoint(tmp_path)['iter_num'] >= 6
 
 
 FAULTS = """
@@ -524,19 +527,16 @@ def test_a_signal_that_nohup_ignores_stays_ignored(listens):
 def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
     """A signal waits until a text is prepared, or leaves prepare.py at work alone."""
     book = tmp_path / 'book.txt'
-    book.write_bytes(b'all work and no play makes a dull line\n' * 1_000_000)
+    book.write_bytes(b'all work and no play makes a dull line\n' * 100_000)
     folder = find_datasets(str(book))[0][2]
-    process = begin(book, tmp_path / 'out')
+    process = begin(book, tmp_path / 'out', env=at_start(tmp_path, hang_once_written('.bin')))
     try:
         assert any(line.startswith('preparing ') for line in process.stdout)
-        while not (preparing := children(process.pid)):
-            assert process.poll() is None
+        wait_until(lambda: list(folder.glob('unfinished/*.bin')), process)
+        preparing = children(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(HANGS) == -signal.SIGTERM
-        until = time.time() + HANGS
-        while any(os.path.exists(f'/proc/{pid}') for pid in preparing) and time.time() < until:
-            time.sleep(0.1)
-        assert not any(os.path.exists(f'/proc/{pid}') for pid in preparing)
+        assert preparing and process.wait(HANGS) == -signal.SIGTERM
+        wait_for_end(preparing)
         assert not (folder / 'meta.json').exists() and not (tmp_path / 'out').exists()
     finally:
         process.kill()

@@ -25,6 +25,7 @@ import threading
 import torch.distributed
 
 HANGS = 300  # a process that takes more seconds is stuck, however busy the machine is
+GRACE = 60  # seconds that a process has to end once another one of its group has failed
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRELOAD = ('numpy.random', 'torch.distributed.fsdp', 'torch.distributed.optim', 'bench', 'compare',
            'engine.attention_map', 'engine.start', 'engine.startup_report', 'engine.text_metrics',
@@ -82,22 +83,23 @@ def kill(pid, number):
 
 
 def wait(jobs, timeout):
-    """The exit status of a group of processes. When one of them fails, the others get SIGTERM."""
+    """
+    The exit status of a group of processes. When one of them fails, the others have time to say and do what they still
+    want to. Then they are killed, since they may wait for it for ever.
+    """
     waiting, returncode = {job.answers: job for job in jobs}, 0
     while waiting:
-        ready = select.select(list(waiting), [], [], timeout)[0]
+        ready = select.select(list(waiting), [], [], GRACE if returncode else timeout)[0]
         if not ready:
             for job in waiting.values():
                 kill(job.pid, signal.SIGKILL)
-            raise subprocess.TimeoutExpired('a script', timeout)
+            if not returncode:
+                raise subprocess.TimeoutExpired('a script', timeout)
         for answers in ready:
             code = int(answers.recv(100))
             waiting.pop(answers)
             answers.close()
-            if code and not returncode:
-                returncode = code
-                for job in waiting.values():
-                    kill(job.pid, signal.SIGTERM)
+            returncode = returncode or code
     return returncode
 
 
