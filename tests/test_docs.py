@@ -32,6 +32,7 @@ SHORT = {
     r'--scaling=': '--n_embd=32,64,96 --n_head=1 --tokens_per_param=0.01',
     r'bench\.py': '--warmup=0 --repeats=1',
     r'--report=': '--sections=loader',
+    r'^python model\.py config/': '--n_layer=2 --n_embd=64 --n_head=2',
     r'--find_batch_size=': '--batch_size=1',
     r'--fsdp_shard_size=': '--fsdp_shard_size=1',
     r'--what=generate': '--prompt_tokens=8 --new_tokens=2',

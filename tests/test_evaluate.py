@@ -89,7 +89,7 @@ def test_eval_only_takes_no_step_and_reads_every_window_once(text_set, finished,
     """An evaluation saves, trains a step, or records other windows than it reads."""
     out_dir = copy_run(finished[0], tmp_path / 'eval')
     before = (out_dir / 'ckpt.pt').read_bytes()
-    done = train(text_set, out_dir, '--init_from=resume', '--eval_only=True', '--eval_iters=100000', '--batch_size=1')
+    done = train(text_set, out_dir, '--init_from=resume', '--eval_only=True', '--eval_iters=100000', '--batch_size=50')
     succeeded(done, 'step 20: train loss')
     assert (out_dir / 'ckpt.pt').read_bytes() == before and losses(out_dir) == {}
     ids = val_ids(text_set)

@@ -69,7 +69,7 @@ atexit.register(lambda: print(f'{CountReads.n} numbers read'))
 def test_no_step_reads_a_number_from_the_device(text_set, tmp_path, flags):
     """Every step of a GPU waits for Python, and Python for the GPU."""
     counts = []
-    for n in (10, 20):
+    for n in (5, 9):
         done = train(text_set, tmp_path / str(n), f'--max_iters={n}', '--log_interval=100', '--gradient_log_interval=0',
                      *flags, before=COUNT_READS)
         succeeded(done)
