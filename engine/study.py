@@ -2,7 +2,6 @@
 Manage a study: many runs of train.py, each in its own folder. This file reads their logs and runs
 the unfinished ones, several at a time. Interrupted runs are resumed.
 """
-import contextlib
 import glob
 import json
 import math
@@ -360,8 +359,7 @@ def run_all(runs, launcher, target=math.inf, give_up=None, limit=math.inf):
                     job = waiting.pop(0)
                     job.start(launcher, slot)
                     active[slot] = job
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                next(iter(active.values())).process.wait(0.1)  # or until the first of them ends
+            time.sleep(0.1)
             if time.time() - looked > 1:
                 looked = time.time()
                 for job in active.values():
