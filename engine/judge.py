@@ -46,7 +46,7 @@ NOISE_PAIRS = 3
 # from seed to seed than rounding does
 LEAST_NOISE = 0.35
 # the code that draws windows, measures and judges: a candidate that edits it cannot be better
-MEASURES = r'data/\w+\.py|engine/(evaluate|run_log|study|judge\w*)\.py|compare\.py'
+MEASURES = r'data/\w+\.py|engine/(datasets|evaluate|run_log|study|judge\w*)\.py|compare\.py'
 
 
 # the decision
@@ -126,7 +126,8 @@ def judge(config, files, flags, gpus):
     against = git('rev-parse', '--short=12', '--verify', '--quiet', config['against'] + '^0')
     tried = flags_in(config['try_flags'])
     try:
-        prepare(config['dataset'])
+        for dataset in {config['dataset'], tried.get('dataset', config['dataset'])}:
+            prepare(dataset)
         copy_code(ROOT, trees + '/candidate')
         copy_code(config['against'] or ROOT, trees + '/baseline')
         baseline = make_side(trees + '/baseline', files, flags)
@@ -167,7 +168,8 @@ def compare_pairs(baseline, candidate, config, gpus):
     train = functools.partial(train_side, config['out_dir'], gpus, spent)
     noise = functools.cache(lambda: noise_of(train, baseline, seed, unit))  # once it is needed
     if config['at'] != 'steps':
-        candidate = at_equal_cost(candidate, baseline, config['at'], train)
+        result = train_or_refuse(train, baseline, seed)
+        candidate = at_equal_cost(candidate, baseline, result, config['at'], train)
     level = nominal_level(config['alpha'], config['max_pairs'])
     pairs, decision = {}, Decision(None, math.nan, math.nan)
     while decision.verdict is None:
@@ -210,7 +212,7 @@ def decide_pairs(pairs, give_up, noise, level, config):
     if give_up(result):
         return Decision('given up', mean, math.nan)
     if all((a.evals[-1].losses == b.evals[-1].losses).all() for a, b in pairs):
-        return Decision('no difference', 0.0, 0.0)  # down to the last bit
+        return Decision('no difference', 0.0, 0.0)  # to the last decimal
     return decide(differences, noise(), config['margin'], level, config['max_pairs'])
 
 

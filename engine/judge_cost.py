@@ -48,10 +48,10 @@ def train_or_refuse(train, side, seed, name='baseline'):
     return result
 
 
-def at_equal_cost(candidate, baseline, at, train):
+def at_equal_cost(candidate, baseline, result, at, train):
     """
     Return the candidate with as many iterations as cost what the baseline's do, or None if its
-    trial failed. The same number of iterations counts as equally fast up to CLOCK_ERROR.
+    trial failed. `result` is a Result of the baseline.
     """
     trials = time_trials(baseline, candidate, train) if at == 'seconds' else \
         run_trials(baseline, candidate, train, flops_per_iter, 1)
@@ -62,9 +62,14 @@ def at_equal_cost(candidate, baseline, at, train):
         ratio = 1.0
     iters = max(1, round(baseline.settings['max_iters'] / ratio))
     print(f'at equal {at} the candidate has {iters} iterations', flush=True)
+    if iters == baseline.settings['max_iters']:
+        return candidate
     flags = candidate.flags | dict(max_iters=iters)
-    if 'warmup_iters' in candidate.settings:  # train.py would cut that of a shorter run
-        flags.setdefault('warmup_iters', candidate.settings['warmup_iters'])
+    for key in ('warmup_iters', 'lr_decay_iters'):  # or train.py would adapt them to max_iters
+        own = candidate.settings[key]
+        flags[key] = result.config[key] if own == baseline.settings[key] else own
+    if flags['lr_decay_iters'] == result.config['max_iters']:
+        flags['lr_decay_iters'] = iters
     return make_side(candidate.tree, candidate.files, flags)
 
 

@@ -22,14 +22,20 @@ from engine.common import ROOT, UserError, first_line
 from engine.machine import device_name, pick_device, processor
 
 CODE = '*.py', 'config/**/*.py', 'engine/**/*', 'data/*.py', 'data/*/*.py'
-DATA = 'data/*/*.bin', 'data/*/meta.*'  # prepared data sets
+DATA = 'data/*/*.bin', 'data/*/meta.*', 'data/*/.checked.json'  # prepared data sets
 IGNORED = 'seed', 'out_dir', 'overwrite'  # settings that are not part of a side's key
-# run in another process, by the code of a tree
-READ_SETTINGS = '''import json
+# run by another process, with the modules of another tree
+BEGIN = '''import sys
+tree, *argv = sys.argv[1:]
+sys.path[0] = tree
+from engine.common import show_error
+sys.excepthook = show_error
+'''
+READ_SETTINGS = BEGIN + '''import json
 from configurator import configure
 config, given = configure(tree + '/train.py', argv=argv)
 print(json.dumps([config, sorted(given)]))'''
-PREPARE = '''from data.folder import find_datasets, is_prepared
+PREPARE = BEGIN + '''from data.folder import find_datasets
 from engine.console import Console
 from engine.datasets import prepare_data
 from engine.parallel import Parallel
@@ -51,7 +57,12 @@ def make_side(tree, files, flags):
     own = [os.path.join(tree, name) for name in inside]
     files = [copy if os.path.isfile(copy) else path for copy, path in zip(own, files)]
     words = files + [f'--{name}={value}' for name, value in flags.items()]
-    settings, given = json.loads(run_in(tree, READ_SETTINGS, *words))
+    command = [sys.executable, '-c', READ_SETTINGS, tree, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
+        raise UserError(f"the settings of '{tree}': {reason.removeprefix('-c: ')}")
+    settings, given = json.loads(done.stdout.splitlines()[-1])  # a config file may print, too
     flags = {name: settings[name] for name in flags}  # as the types of the settings
     # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
     facts = [{k: v for k, v in settings.items() if k not in IGNORED},
@@ -63,23 +74,11 @@ def make_side(tree, files, flags):
     return Side(tree, files, flags, settings, key)
 
 
-def run_in(tree, code, *words):
-    """Return what code prints that imports from a tree. Raise UserError if it fails."""
-    code = ('import sys; tree, *argv = sys.argv[1:]; sys.path[0] = tree\n'
-            f'from engine.common import show_error; sys.excepthook = show_error\n{code}')
-    command = [sys.executable, '-c', code, tree, *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1].removeprefix('-c: ')
-        raise UserError(f"in '{tree}': {reason}")
-    return done.stdout
-
-
 def prepare(dataset):
     """Prepare what --dataset names in this folder, or each side would prepare its own."""
     if not all(is_prepared(folder) for _, _, folder in find_datasets(dataset)):
-        print(f"preparing data set '{dataset}'", flush=True)
-        run_in(ROOT, PREPARE, dataset)
+        if subprocess.run([sys.executable, '-c', PREPARE, ROOT, dataset]).returncode:
+            raise UserError(f"data set '{dataset}' is not prepared, see above")
 
 
 def copy_code(source, to):
@@ -134,7 +133,8 @@ def data_of(settings):
         paths += [*folder.glob('*.bin'), *folder.glob('meta.*')]
     for key in ('init_from', 'teacher'):
         start = Path(settings.get(key) or '-')
-        paths += [start, *start.rglob('ckpt*'), *start.rglob('*.safetensors')]
+        for pattern in ('ckpt*', '*.safetensors', '*.bin', 'config.json'):
+            paths += [start, *start.rglob(pattern)]
     stats = {str(path): path.stat() for path in sorted(paths) if path.is_file()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 

@@ -281,9 +281,9 @@ class Job:
 
     def end_after(self, seconds):
         """End the run if it has taken longer than that: by SIGTERM first, later by SIGKILL."""
-        if time.time() - self.started > seconds:
+        if time.time() - self.started > seconds and not self.too_slow:
             self.too_slow = True
-            self.process.terminate()
+            self.process.terminate()  # only once: a second signal would end it without saving
         if time.time() - self.started > seconds + 30:
             self.process.kill()
 

@@ -414,7 +414,7 @@ def test_the_key_of_a_run_knows_what_it_reads(tmp_path):
         (tmp_path / name).write_text('x')
     settings = dict(dataset=str(tmp_path / 'data' / 'toy'), init_from=str(tmp_path / 'a'), teacher='')
     assert {os.path.basename(path) for path in data_of(settings)} == {'train.bin', 'meta.pkl', 'ckpt.pt'}
-    assert {os.path.basename(path) for path in find(DATA, tmp_path)} == {'train.bin', 'meta.pkl'}
+    assert {os.path.basename(path) for path in find(DATA, tmp_path)} == {'train.bin', 'meta.pkl', '.checked.json'}
 
 
 def trial_run(seconds):
@@ -433,16 +433,22 @@ def trial_run(seconds):
 ])
 def test_iterations_at_equal_seconds(monkeypatch, baseline, candidate, iters):
     """A busy machine changed the number of iterations, and with it the loss; a median hid what happens now and then."""
-    monkeypatch.setattr(judge_cost, 'make_side', lambda *args: Side(*args[:3], dict(max_iters=100) | args[2], 'a'))
-    sides = Side('baseline', [], {}, dict(max_iters=100), 'a'), Side('candidate', [], {}, dict(max_iters=100), 'b')
+    settings = dict(max_iters=100, warmup_iters=10, lr_decay_iters=None)
+    monkeypatch.setattr(judge_cost, 'make_side', lambda *args: Side(*args[:3], settings | args[2], 'a'))
+    sides = Side('baseline', [], {}, settings, 'a'), Side('candidate', [], {}, settings, 'b')
     left = dict(baseline=iter(baseline), candidate=iter(candidate))
 
     def train(name, side, seed, limit=math.inf):
         assert side.tree == 'baseline' or limit < math.inf
         seconds = next(left[side.tree])
         return seconds and trial_run(seconds)
-    found = judge_cost.at_equal_cost(sides[1], sides[0], 'seconds', train)
+    result = SimpleNamespace(config=dict(max_iters=100, warmup_iters=7, lr_decay_iters=100))
+    found = judge_cost.at_equal_cost(sides[1], sides[0], result, 'seconds', train)
     assert (found and found.settings['max_iters']) == iters
+    if iters == 100:
+        assert found is sides[1]
+    elif found:  # the schedule is the baseline's, as train.py adapted it to a flag
+        assert found.flags == dict(max_iters=iters, warmup_iters=7, lr_decay_iters=iters)
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
