@@ -126,10 +126,12 @@ def at_start(folder, code):
 HANG_ONCE_WRITTEN = """
 import os, time
 
-def sync(fd, fsync=os.fsync, hung=[]):
+hung = os.path.join(os.path.dirname(__file__), 'hung')
+
+def sync(fd, fsync=os.fsync):
     fsync(fd)
-    if os.readlink(f'/proc/self/fd/{{fd}}').endswith({end!r}) and not hung:
-        hung.append(True)
+    if os.readlink(f'/proc/self/fd/{{fd}}').endswith({end!r}) and not os.path.exists(hung):
+        open(hung, 'w').close()
         time.sleep(1e6)
 
 os.fsync = sync
@@ -137,7 +139,10 @@ os.fsync = sync
 
 
 def hang_once_written(end):
-    """Code for at_start(): a process hangs when it has written a file whose name has this ending."""
+    """
+    Code for at_start(folder): a process hangs when it has written a file whose name has this ending, as folder/hung
+    shows. Only then is a signal sure to meet it there.
+    """
     return HANG_ONCE_WRITTEN.format(end=end)
 
 

@@ -43,6 +43,7 @@ from data.parts import Join, Part
 from data.prepare import Preparation
 from data.tokenizer import get_tokenizer
 from engine.common import try_lock
+from tests.warm import HANGS
 
 T = 8  # block_size of the loader tests
 BYTE = '--tokenizer=byte'
@@ -452,10 +453,10 @@ def test_killed_in_the_middle_of_many_processes_it_resumes_and_leaves_none(big, 
     process = subprocess.Popen([sys.executable, 'data/prepare.py', f'--out={out}', *flags], cwd=ROOT,
                                env=os.environ | at_start(tmp_path, hang_once_written('train_00002.bin')),
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_until((out / 'unfinished' / 'train_00002.bin').exists, process)
+    wait_until((tmp_path / 'hung').exists, process)
     workers = children(process.pid)
     process.send_signal(signum)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=HANGS)[1]
     assert process.returncode == code and not shards(out) and len(workers) >= 2
     if signum == signal.SIGINT:
         one_line(said, 'the same command', 'resume')

@@ -283,7 +283,7 @@ def test_a_second_run_in_one_out_dir_is_refused(text_set, finished, tmp_path):
     assert done.returncode and holder in done.stderr and len(re.findall('^train.py: ', done.stderr, re.M)) == 1
     assert contents(out_dir) == before
     process.kill()
-    process.communicate()
+    process.communicate(timeout=HANGS)
     succeeded(train(text_set, out_dir, '--init_from=auto', '--max_iters=21'))
     assert checkpoint(out_dir)['iter_num'] == 21
 
@@ -532,7 +532,7 @@ def test_a_signal_ends_the_preparation_of_a_text(tmp_path):
     process = begin(book, tmp_path / 'out', env=at_start(tmp_path, hang_once_written('.bin')))
     try:
         assert any(line.startswith('preparing ') for line in process.stdout)
-        wait_until(lambda: list(folder.glob('unfinished/*.bin')), process)
+        wait_until((tmp_path / 'hung').exists, process)
         preparing = children(process.pid)
         process.send_signal(signal.SIGTERM)
         assert preparing and process.wait(HANGS) == -signal.SIGTERM
