@@ -27,7 +27,7 @@ IGNORED = 'seed', 'out_dir', 'overwrite'  # settings that are not part of a side
 # run by another process, with the modules of another tree
 BEGIN = '''import sys
 tree, *argv = sys.argv[1:]
-sys.path[0] = tree
+sys.path[0], sys.argv[0] = tree, 'compare.py'
 from engine.common import show_error
 sys.excepthook = show_error
 '''
@@ -61,7 +61,7 @@ def make_side(tree, files, flags):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
-        raise UserError(f"the settings of '{tree}': {reason.removeprefix('-c: ')}")
+        raise UserError(f"the settings of '{tree}': {reason.removeprefix('compare.py: ')}")
     settings, given = json.loads(done.stdout.splitlines()[-1])  # a config file may print, too
     flags = {name: settings[name] for name in flags}  # as the types of the settings
     # where a setting comes from counts, too: the schedule follows max_iters if that is a flag
@@ -78,7 +78,7 @@ def prepare(dataset):
     """Prepare what --dataset names in this folder, or each side would prepare its own."""
     if not all(is_prepared(folder) for _, _, folder in find_datasets(dataset)):
         if subprocess.run([sys.executable, '-c', PREPARE, ROOT, dataset]).returncode:
-            raise UserError(f"data set '{dataset}' is not prepared, see above")
+            raise SystemExit(2)  # it has said why
 
 
 def copy_code(source, to):
