@@ -53,8 +53,10 @@ def at_equal_cost(candidate, baseline, result, at, train):
     Return the candidate with as many iterations as cost what the baseline's do, or None if its
     trial failed. `result` is a Result of the baseline.
     """
-    trials = time_trials(baseline, candidate, train) if at == 'seconds' else \
-        run_trials(baseline, candidate, train, flops_per_iter, 1)
+    if at == 'seconds':
+        trials = time_trials(baseline, candidate, train)
+    else:
+        trials = run_trials(baseline, candidate, train, flops_per_iter, 1)
     if trials is None:
         return None
     ratio = float(np.median(trials))
@@ -62,7 +64,7 @@ def at_equal_cost(candidate, baseline, result, at, train):
         ratio = 1.0
     iters = max(1, round(baseline.settings['max_iters'] / ratio))
     print(f'at equal {at} the candidate has {iters} iterations', flush=True)
-    if iters == baseline.settings['max_iters']:
+    if iters == candidate.settings['max_iters']:
         return candidate
     flags = candidate.flags | dict(max_iters=iters)
     for key in ('warmup_iters', 'lr_decay_iters'):  # or train.py would adapt them to max_iters

@@ -15,7 +15,8 @@ from engine.schema import Between, check
 LEDGER = 'judged.jsonl'
 # the fields of its entries that are read here
 ENTRY = {'time': str, 'verdict': str, 'difference': (float, None), 'interval': (float, None),
-         'unit': str, 'by_seed': dict, 'against': str, 'tried': dict, 'commit': (str, None),
+         'unit': str, 'by_seed': dict, 'against': str, 'against_commit?': (str, None),
+         'tried': dict, 'commit': (str, None),
          'diff': (str, None), 'alpha': Between(0, 1)}
 VERDICTS = {
     'better': 'keep it',

@@ -133,8 +133,9 @@ def data_of(settings):
         paths += [*folder.glob('*.bin'), *folder.glob('meta.*')]
     for key in ('init_from', 'teacher'):
         start = Path(settings.get(key) or '-')
+        paths.append(start)
         for pattern in ('ckpt*', '*.safetensors', '*.bin', 'config.json'):
-            paths += [start, *start.rglob(pattern)]
+            paths += start.rglob(pattern)
     stats = {str(path): path.stat() for path in sorted(paths) if path.is_file()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 

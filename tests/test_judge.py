@@ -305,6 +305,7 @@ def test_a_run_that_hangs_fails(tree, monkeypatch):
     ('flops', '--flops=12000', 4),
     ('flops', '--tokens=200', 4),
     ('flops', '--flops=3000 --speed=2e6', 16),  # it was given up, because it trailed at the same iteration
+    ('flops', '--max_iters=16', 8),  # it kept its own, and so cost twice as much
     ('seconds', '--speed=5e5', 4),
     ('seconds', '--speed=5e5 --flops=1', 4),
 ])
