@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from engine.checked_file import read_file, save_checked
-from engine.checkpoint import number_of
+from engine.checkpoint import optimizer_state
 from engine.common import create, first_line, remove, sync_folder
 from engine.parallel import copy_to_host
 
@@ -34,11 +34,7 @@ class WholeTensors:
         with together(self.parallel, group):
             if self.parallel.master:
                 check_finite(self.sets['model'].values())
-                state, moments = {}, self.sets['optimizer']
-                for name in sorted(moments, key=number_of):
-                    number, _, key = name.partition('/')
-                    state.setdefault(int(number), {})[key] = moments[name]
-                optimizer = {'state': state, 'param_groups': param_groups}
+                optimizer = optimizer_state(self.sets['optimizer'], param_groups)
                 with create(path) as f:
                     save_checked(self.sets | {'optimizer': optimizer} | facts, f)
 
