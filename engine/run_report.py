@@ -1,6 +1,6 @@
 """
 Report on one run from its logs: a sparkline, the picture loss.png, what `compare.py out` prints.
-Every function that takes a `result` takes a study.Result.
+Every function that takes a `result` takes a results.Result.
 """
 import io
 import os
