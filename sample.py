@@ -14,9 +14,7 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out --metrics=True           # compare samples with real text
     python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
-import errno
 import itertools
-import socket
 import sys
 from json import dumps
 from typing import Literal
@@ -34,18 +32,19 @@ from configurator import (
     Share,
     configure,
 )
-from data.chat import end_of_turn, reply_prompt
+from data.chat import end_of_turn, newest_turns
 from data.tokenizer import Ids, find_tokenizer, prompt_ids, tokenizer_by_name
 from engine.attention_map import attention_weights, draw_attention
 from engine.beam import beam_search
 from engine.checkpoint import load_checkpoint
-from engine.common import UserError, optional, printable, reader_may_exit, user_errors
+from engine.common import UserError, printable, reader_may_exit, user_errors
 from engine.continuation import Continuation
 from engine.cost import check_sampling_fits
 from engine.fast_linear import prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
 from engine.machine import pick_device
-from engine.text_metrics import measure, metrics_table, real_texts
+from engine.sample_settings import check_settings, read_prompts
+from engine.text_metrics import compare_with_real_text
 from model import GPT
 
 # ------------------------------------------------------------------------------------------------
@@ -89,77 +88,18 @@ config, given = configure(__file__)
 globals().update(config)
 # ------------------------------------------------------------------------------------------------
 
-# {setting: others that it does not go with}
-CONFLICTS = {
-    'serve': 'chat interactive attention prompts start num_samples num_beams json metrics seed '
-             'slide',
-    'chat': 'interactive attention prompts start num_samples num_beams json metrics',
-    'interactive': 'attention prompts start',
-    'attention': 'prompts num_beams json metrics',
-    'metrics': 'prompts num_beams json',
-    'prompts': 'start',
-    'num_beams': 'temperature top_k top_p min_p repetition_penalty slide seed',
-}
-changed = {name for name in given if config[name] != given.history[name][0][0]}
-for name, others in CONFLICTS.items():
-    for other in others.split():
-        if {name, other} <= changed:
-            raise UserError(f'--{name} and --{other} do not go together: leave one of them out')
-if (metrics or num_beams > 1) and max_new_tokens == 0:
-    raise UserError('--metrics and --num_beams need --max_new_tokens of 1 or more, not 0')
-if attention and not attention.endswith(('.png', '.jpg', '.pdf', '.svg')):
-    raise UserError(f"--attention='{attention}' must end in .png, .jpg, .pdf or .svg")
-if attention:
-    optional('matplotlib', '--attention')
-if metrics:
-    optional('scipy', '--metrics')
+# set-up: what is asked for
+check_settings(config, given)
 if serve:
-    for library in 'fastapi', 'uvicorn':
-        optional(library, '--serve')
-    from engine.serve import Server
-    if serve > 65535:
-        raise UserError(f'--serve={serve} is no port: ports end at 65535')
-    try:
-        listener = socket.create_server((host, serve))
-    except OSError as e:
-        if e.errno != errno.EADDRINUSE:
-            raise
-        raise UserError(f'port {serve} is in use: take another one, such as '
-                        f'--serve={serve + 1}') from e
+    from engine.serve import Server, listen  # it imports libraries that only a server needs
+    listener = listen(host, serve)  # now, because loading the model may take a while
 if (prompts or interactive or chat or num_beams > 1) and 'num_samples' not in given:
     num_samples = 1
-if num_beams == 1 and 'length_penalty' in changed:
-    raise UserError('--length_penalty is a setting of beam search: add --num_beams=4, for example')
-if 1 < num_beams < num_samples:
-    raise UserError(f'--num_beams={num_beams} finds {num_beams} samples, so --num_samples must be '
-                    f'at most that, not {num_samples}')
-
-
-def read_prompt_file(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"the prompt file '{path}' cannot be read as UTF-8: {e}") from e
-
-
-starts = [start]
-if start.startswith('FILE:'):
-    starts = [read_prompt_file(start.removeprefix('FILE:'))]
-if prompts:
-    starts = [line for line in read_prompt_file(prompts).split('\n') if line.strip()]
-    if not starts:
-        raise UserError(f"the prompt file '{prompts}' is empty; write one prompt per line")
+starts = read_prompts(start, prompts)
 if tokenizer:
     tokenizer = tokenizer_by_name(tokenizer)
 
-
-def say(text, end='\n', file=None):
-    """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""
-    print(text if raw else printable(text), end=end, file=file, flush=True)
-
-
-# the model
+# set-up: the model and its tokenizer
 device, _ = pick_device(device, dtype)
 ckpt = load_checkpoint(out_dir) if init_from == 'resume' else load_weights(init_from)
 with user_errors():
@@ -184,6 +124,12 @@ if chat and template is None:
     raise UserError(f"{ckpt['path']} has no chat template: make a model that has one by training "
                     'on a data set of data/prepare.py --chat=FILE.jsonl')
 
+
+def say(text, end='\n', file=None):
+    """Print a text, on stdout by default. Its control characters are escaped unless --raw=True."""
+    print(text if raw else printable(text), end=end, file=file, flush=True)
+
+
 megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
 ignored = '; compile=True is ignored, see --help' if compile else ''
@@ -192,6 +138,8 @@ say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {weights}"
 if trial:
     say(trial, file=sys.stderr)
 
+
+# generation
 
 def stream_text(rows, samples):
     """
@@ -227,7 +175,11 @@ def generate(starts):
         if i or json:
             write(i, prompt, sample)
     if metrics:
-        print(f'---------------\n{compare_with_real_text(rows[0], [s.ids for s in samples])}')
+        texts = [rows[0] + sample.ids for sample in samples]
+        table, note = compare_with_real_text(ckpt, model, tokenizer, texts, len(rows[0]), seed)
+        if note:
+            say(note, file=sys.stderr)
+        print(f'---------------\n{table}')
 
 
 def search(starts):
@@ -253,19 +205,6 @@ def write(i, prompt, sample, **numbers):
         print(dumps(facts | numbers), flush=True)
     else:
         say(('---------------\n' if i else '') + prompt + sample.text)
-
-
-def compare_with_real_text(prompt, rows):
-    """Return a table of metrics of the samples, and of as many real texts of as many tokens."""
-    samples = [prompt + row for row in rows]
-    columns = {f'{len(samples)} samples': measure(model, tokenizer, samples, len(prompt))}
-    lengths = [len(ids) for ids in samples]
-    try:
-        real = real_texts(ckpt, model, tokenizer, lengths, seed)
-        columns[f'{len(real)} of real text'] = measure(model, tokenizer, real, len(prompt))
-    except UserError as e:
-        say(f'no real text to compare the samples with: {e}', file=sys.stderr)
-    return metrics_table(columns)
 
 
 def draw(prompt):
@@ -300,13 +239,8 @@ def reply(messages, text):
     forgotten when the conversation no longer fits into block_size.
     """
     turn, block_size = [{'role': 'user', 'content': text}], model.config.block_size
-    for n_forgotten in range(0, len(messages) + 1, 2):
-        ids = reply_prompt(messages[n_forgotten:] + turn, tokenizer, template)
-        if len(ids) <= block_size - min(max_new_tokens, block_size // 8):
-            break
-    if len(ids) >= block_size:
-        raise UserError(f'the message has {len(ids)} tokens with the template around it, which '
-                        f'leaves no room for a reply in block_size={block_size}: shorten it')
+    n_forgotten, ids = newest_turns(
+        messages + turn, tokenizer, template, block_size, max_new_tokens)
     if n_forgotten:
         say('(the model no longer sees the oldest turns)', file=sys.stderr)
     del messages[:n_forgotten]
@@ -318,6 +252,7 @@ def reply(messages, text):
     messages += turn + [{'role': 'assistant', 'content': sample.text}]
 
 
+# the mode that is asked for
 sys.stdout.reconfigure(errors='replace')  # samples may not fit its encoding
 print_samples = search if num_beams > 1 else generate
 with reader_may_exit():

@@ -98,6 +98,21 @@ def reply_prompt(messages, tokenizer, template):
     return tokenizer.encode(write(messages, template, reply=True))
 
 
+def newest_turns(messages, tokenizer, template, block_size, max_new_tokens):
+    """
+    Return (how many of the oldest messages are left out, ids): the reply_prompt() of the others,
+    which leaves room for a reply of max_new_tokens or an eighth of block_size.
+    """
+    for n_left_out in range(0, len(messages), 2):
+        ids = reply_prompt(messages[n_left_out:], tokenizer, template)
+        if len(ids) <= block_size - min(max_new_tokens, block_size // 8):
+            break
+    if len(ids) >= block_size:
+        raise UserError(f'the message has {len(ids)} tokens with the template around it, which '
+                        f'leaves no room for a reply in block_size={block_size}: shorten it')
+    return n_left_out, ids
+
+
 def end_of_turn(template):
     """Return the text that ends a reply, such as <|im_end|>."""
     text, [(_, end)] = render(EXAMPLE, template)

@@ -11,7 +11,8 @@ contains
     rank_0000.pt, ...   {'set/name': (shape, first row, rows)}: the tensors of one process
     info.pt             everything else; it is written last
 
-engine/checked_file.py reads and writes these files, engine/run_folder.py the folder of a run.
+engine/checkpoint_writer.py writes it, engine/checked_file.py reads and writes each file, and
+engine/run_folder.py keeps the folder of a run.
 """
 import glob
 import math
@@ -279,19 +280,13 @@ def load_sharded(path, moments, weights):
         for name, pieces in tensors.items():
             if pieces.shape:
                 pieces.slices(0, pieces.shape[0])  # none may be missing
-    state = {}
-    moment_pieces = sets.pop('optimizer', {})
-    for name in sorted(moment_pieces, key=number_of):
-        number, _, key = name.partition('/')
-        pieces = moment_pieces[name]
-        state.setdefault(int(number), {})[key] = pieces.whole() if moments else pieces
-    ckpt['optimizer'] = {'state': state, 'param_groups': ckpt.pop('param_groups')}
     model = {name: pieces.whole() if weights else pieces
              for name, pieces in sets.pop('model').items()}
     ckpt['model'] = {name: model[stored] for name, stored in ckpt.pop('names').items()}
     for kind, tensors in sets.items():
         ckpt[kind] = {name: pieces.whole() if moments else pieces
                       for name, pieces in tensors.items()}
+    ckpt['optimizer'] = optimizer_state(ckpt.get('optimizer', {}), ckpt.pop('param_groups'))
     return ckpt
 
 
@@ -308,9 +303,13 @@ def read_part(path):
     return part
 
 
-def number_of(name):
-    """Return the parameter's number from an optimizer tensor's name, 'number/key'."""
-    return int(name.partition('/')[0])
+def optimizer_state(moments, param_groups):
+    """Return an optimizer's state dict from {'number of a parameter/key': tensor}."""
+    state = {}
+    for name in sorted(moments, key=lambda name: int(name.partition('/')[0])):
+        number, _, key = name.partition('/')
+        state.setdefault(int(number), {})[key] = moments[name]
+    return {'state': state, 'param_groups': param_groups}
 
 
 # -------------------------------------------------------------------------------------------------

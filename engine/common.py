@@ -192,6 +192,15 @@ def sync_folder(path):
     os.close(folder)
 
 
+def remove(path):
+    """Remove a file or a folder if it exists."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
 def link_or_copy(path, other):
     """Replace `other` atomically by a hard link to `path`, or by a copy if links are impossible."""
     with contextlib.suppress(FileNotFoundError):

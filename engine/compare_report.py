@@ -9,9 +9,9 @@ import os
 import numpy as np
 
 from engine.common import GIB
+from engine.results import AXES
 from engine.run_report import markdown_table, save_picture
 from engine.statistics import fit_power_law
-from engine.study import AXES
 
 COLUMNS = ['choice', 'seeds', 'iterations', 'parameters', 'MFLOP/token', 'tokens/s', 'MFU',
            'peak memory', 'val loss', 'difference', 'by seed', 'p', 'verdict',

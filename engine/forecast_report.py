@@ -14,8 +14,8 @@ from engine.forecast import (
     from_smaller,
     is_finished,
 )
+from engine.results import read_runs, runs_beside
 from engine.run_report import markdown_table
-from engine.study import read_runs, runs_beside
 
 NO_FORECAST = '''it needs a sixteenth of its iterations, and a finished run with the same data, \
 size, schedule and log_interval; or finished runs of three smaller sizes, all else equal'''

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from configurator import ON_COMMAND_LINE, coerce
 from data.folder import find_datasets, prepare_facts, read_meta
 from engine.common import UserError
+from engine.job import Run
 from engine.schedule import fit_schedule, schedule_note
-from engine.study import Run
 
 
 class Range(NamedTuple):

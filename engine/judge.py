@@ -28,6 +28,8 @@ import time
 import numpy as np
 
 from engine.common import ROOT, UserError, optional
+from engine.grid import Range
+from engine.job import Launcher, Run
 from engine.judge_cost import (
     at_equal_cost,
     cost_ratios,
@@ -38,7 +40,8 @@ from engine.judge_cost import (
 )
 from engine.judge_report import Decision, git, report, shown, unit_of
 from engine.judge_sides import copy_code, diff_of, make_side, prepare
-from engine.study import Launcher, Run, read_run, remove_checkpoints, run_all
+from engine.results import read_run
+from engine.study import remove_checkpoints, run_all
 
 UNLIKELY = 0.05  # chance of missing a gain of the margin, after each pair
 NOISE_PAIRS = 3
@@ -46,7 +49,8 @@ NOISE_PAIRS = 3
 # from seed to seed than rounding does
 LEAST_NOISE = 0.35
 # the code that draws windows, measures and judges: a candidate that edits it cannot be better
-MEASURES = r'data/\w+\.py|engine/(datasets|evaluate|run_log|study|judge\w*)\.py|compare\.py'
+MEASURES = (r'data/\w+\.py|compare\.py|'
+            r'engine/(datasets|evaluate|run_log|results|job|study|judge\w*)\.py')
 
 
 # the decision
@@ -113,6 +117,25 @@ def difference(result, baseline, unit):
 
 
 # the judgement
+
+def check_settings(config, given, flags, folders):
+    """Raise UserError for what a judgement cannot do."""
+    if folders or config['search'] or config['scaling'] or config['cells']:
+        raise UserError('--against and --try judge one config file and its flags: no folders of '
+                        'runs, cells, search or scaling')
+    if config['epochs']:
+        raise UserError('the runs of a judgement end at --max_iters, not after --epochs')
+    for key in ('jobs', 'baseline', 'sort', 'confidence', 'keep_checkpoints', 'tokens_per_param'):
+        if key in given:
+            raise UserError(f'{key} has no effect on a judgement')
+    for key, value in flags.items():
+        if isinstance(value, (list, tuple, Range)):
+            raise UserError(f'{key} has several values, but a judgement has one for each key; its '
+                            'pairs have seeds of their own')
+    if not 2 <= config['max_pairs'] <= 100:
+        raise UserError('max_pairs must be 2 to 100: one pair does not tell how much pairs differ, '
+                        'and the bounds for more than 100 would need gigabytes')
+
 
 def judge(config, files, flags, gpus):
     """

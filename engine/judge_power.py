@@ -7,8 +7,8 @@ import numpy as np
 from engine.common import UserError
 from engine.judge import NOISE_PAIRS, decide, difference, nominal_level
 from engine.judge_report import VERDICTS
+from engine.results import files_of, read_run
 from engine.run_report import markdown_table
-from engine.study import files_of, read_run
 
 
 def verdict_of(pairs, noise, margin, level):

@@ -11,9 +11,9 @@ import time
 
 from engine.common import GIB, duration, first_line, replacing
 from engine.forecast import FIRST, forecast
+from engine.results import read_run, result_of, runs_beside
 from engine.run_report import draw_loss, sparkline
 from engine.sinks import SINKS
-from engine.study import read_run, result_of, runs_beside
 
 # numbers of the run log that sinks do not plot: the iteration of 'gradients', and the norm there
 BOOKKEEPING = 'gradients/iter', 'gradients/norm_at_iter'

@@ -1,6 +1,6 @@
 """
 Report on one run from its logs: a sparkline, the picture loss.png, what `compare.py out` prints.
-Every function that takes a `result` takes a study.Result.
+Every function that takes a `result` takes a results.Result.
 """
 import io
 import os
@@ -122,7 +122,7 @@ def markdown_table(lines):
 
 
 def run_report(result, costs):
-    """Return the report on a run in Markdown. `costs` is what compare.costs_of() returns for it."""
+    """Return the report on a run in Markdown. `costs` are those of comparison.costs_of()."""
     outcome = result.outcome
     if outcome == 'failed':  # the log says so until the run has ended
         outcome = 'failed, killed or still running'

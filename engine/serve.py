@@ -5,9 +5,11 @@ A server with OpenAI's protocol, and a page for a person: python sample.py --ser
     /, /attention                                       the page, and the picture that it shows
 """
 import asyncio
+import errno
 import io
 import json
 import secrets
+import socket
 import time
 import uuid
 from pathlib import Path
@@ -42,6 +44,17 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2 ** 63)
     stop: str | list[str] | None = None
     stream: bool = False
+
+
+def listen(host, port):
+    """Return a socket that listens. UserError if another program listens on that port."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE:
+            raise
+        raise UserError(f'port {port} is in use: take another one, such as '
+                        f'--serve={port + 1}') from e
 
 
 class Server:

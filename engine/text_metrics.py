@@ -142,11 +142,21 @@ def real_texts(ckpt, model, tokenizer, lengths, seed):
     return [ids[:length] for ids, length in zip(windows, lengths)]
 
 
-def metrics_table(columns):
-    """Format {heading: what measure() returns} as a table."""
-    headings = ''.join(f'{heading:<22}' for heading in columns)
+def compare_with_real_text(ckpt, model, tokenizer, samples, prompt_length, seed):
+    """
+    Return (table, note): metrics of the samples, given as ids, and of as many real texts of as many
+    tokens. The note is empty, or says why there is no real text.
+    """
+    texts, note = {f'{len(samples)} samples': samples}, ''
+    try:
+        real = real_texts(ckpt, model, tokenizer, [len(ids) for ids in samples], seed)
+        texts[f'{len(real)} of real text'] = real
+    except UserError as e:
+        note = f'no real text to compare the samples with: {e}'
+    columns = [measure(model, tokenizer, rows, prompt_length) for rows in texts.values()]
+    headings = ''.join(f'{heading:<22}' for heading in texts)
     lines = [f"{'':<14}{headings}mean and 95 % interval over texts; words"]
-    for metric, note in NOTES.items():
-        cells = ''.join(f'{interval(values[metric]):<22}' for values in columns.values())
-        lines.append(f'{metric:<14}{cells}{note}')
-    return '\n'.join(lines)
+    for metric, meaning in NOTES.items():
+        cells = ''.join(f'{interval(values[metric]):<22}' for values in columns)
+        lines.append(f'{metric:<14}{cells}{meaning}')
+    return '\n'.join(lines), note

@@ -21,7 +21,8 @@ from conftest import (
     train,
     train_mode,
 )
-from engine import run_folder
+from engine import background, checkpoint_writer, run_folder
+from engine.background import Copies
 from engine.checkpoint import load_checkpoint
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
@@ -56,12 +57,12 @@ def test_it_holds_what_training_held_when_it_was_due(modes, mode, flags):
 @pytest.fixture
 def held(monkeypatch):
     """An event that holds back the writing of checkpoints until it is set."""
-    event, write = threading.Event(), run_folder.save_checked
+    event, write = threading.Event(), checkpoint_writer.save_checked
 
     def write_later(content, f):
         assert event.wait(HANGS)
         write(content, f)
-    monkeypatch.setattr(run_folder, 'save_checked', write_later)
+    monkeypatch.setattr(checkpoint_writer, 'save_checked', write_later)
     return event
 
 
@@ -150,21 +151,21 @@ def test_a_kill_while_it_is_written_leaves_the_last_one(text_set, finished, tmp_
     assert_equal_states(checkpoint(finished[0]), checkpoint(out_dir))
 
 
-def test_it_must_be_large_and_leave_half_of_the_memory(tmp_path, monkeypatch, capsys):
+def test_it_must_be_large_and_leave_half_of_the_memory(monkeypatch, capsys):
     """A small run's lines come late for nothing; or a large one runs out of memory at its first checkpoint."""
-    folder = RunFolder(str(tmp_path), False, Parallel())
+    copies = Copies(Parallel())
     small, large = ({'model': {'wte': torch.empty(n, device='meta')}} for n in (10 ** 6, 10 ** 9))
-    monkeypatch.setattr(run_folder, 'free_memory', lambda device: 8 * 10 ** 9)
-    assert folder.worth_copying(large) and not folder.worth_copying(small)
-    monkeypatch.setattr(run_folder, 'free_memory', lambda device: 8 * 10 ** 9 - 1)
-    folder.copied = 0
-    assert not folder.worth_copying(large) and not folder.worth_copying(large)
+    monkeypatch.setattr(background, 'free_memory', lambda device: 8 * 10 ** 9)
+    assert copies.worth(large) and not copies.worth(small)
+    monkeypatch.setattr(background, 'free_memory', lambda device: 8 * 10 ** 9 - 1)
+    copies.copied = 0
+    assert not copies.worth(large) and not copies.worth(large)
     assert capsys.readouterr().out.count('NOTE: training waits') == 1
 
 
 def test_without_memory_for_a_copy_it_waits_even_if_asked_not_to(tmp_path, monkeypatch, capsys):
     """With --async_checkpoint=True, the kernel's killer ends a run at its first checkpoint."""
-    monkeypatch.setattr(run_folder, 'free_memory', lambda device: 0)
+    monkeypatch.setattr(background, 'free_memory', lambda device: 0)
     folder, reports = RunFolder(str(tmp_path), False, Parallel()), []
     for iter_num in (1, 2):
         save(folder, torch.ones(10), iter_num, reports)
@@ -172,15 +173,15 @@ def test_without_memory_for_a_copy_it_waits_even_if_asked_not_to(tmp_path, monke
     assert load_checkpoint(tmp_path)['iter_num'] == 2 and capsys.readouterr().out.count('NOTE: training waits') == 1
 
 
-def test_the_memory_of_the_copy_before_does_not_count_as_used(tmp_path, monkeypatch):
+def test_the_memory_of_the_copy_before_does_not_count_as_used(monkeypatch):
     """malloc keeps it for the next copy, so the second checkpoint of a run finds too little and training waits."""
-    folder, large = RunFolder(str(tmp_path), False, Parallel()), {'model': {'wte': torch.empty(10 ** 9, device='meta')}}
+    copies, large = Copies(Parallel()), {'model': {'wte': torch.empty(10 ** 9, device='meta')}}
     for free in (8, 4, 4):
-        monkeypatch.setattr(run_folder, 'free_memory', lambda device, free=free: free * 10 ** 9)
-        assert folder.worth_copying(large)
+        monkeypatch.setattr(background, 'free_memory', lambda device, free=free: free * 10 ** 9)
+        assert copies.worth(large)
 
 
-def test_zero1_copies_the_moments_of_all_processes(tmp_path, monkeypatch):
+def test_zero1_copies_the_moments_of_all_processes(monkeypatch):
     """Rank 0 counts its own share, copies all, and is killed at the first checkpoint."""
     parallel = Parallel()
     monkeypatch.setattr(parallel, 'mode', 'zero1')
@@ -188,27 +189,27 @@ def test_zero1_copies_the_moments_of_all_processes(tmp_path, monkeypatch):
     weight, moment = (torch.empty(n, device='meta') for n in (10 ** 9, 25 * 10 ** 7))
     sets = {'model': {'wte': weight, 'lm_head': weight}, 'optimizer': {'0/exp_avg': moment}}
     for free, worth in ((24, True), (23, False)):  # the copy has 4 and 8 GB; a tied weight counts once
-        monkeypatch.setattr(run_folder, 'free_memory', lambda device, free=free: free * 10 ** 9)
-        assert RunFolder(str(tmp_path), False, parallel).worth_copying(sets) == worth
+        monkeypatch.setattr(background, 'free_memory', lambda device, free=free: free * 10 ** 9)
+        assert Copies(parallel).worth(sets) == worth
 
 
 FAILS_WHILE_IT_IS_WRITTEN = """
 import threading
 import torch
-from engine import run_folder
-write, embedding, failed = run_folder.save_checked, torch.nn.functional.embedding, threading.Event()
+from engine import background, checkpoint_writer
+write, embedding, failed = checkpoint_writer.save_checked, torch.nn.functional.embedding, threading.Event()
 
 def write_later(content, f):
     failed.wait()
     write(content, f)
 
 def fail_beside_it(*args, **kwargs):
-    if any(isinstance(t, run_folder.Background) for t in threading.enumerate()):
+    if any(isinstance(t, background.Background) for t in threading.enumerate()):
         failed.set()
         raise TypeError('a bug')
     return embedding(*args, **kwargs)
 
-run_folder.save_checked, torch.nn.functional.embedding = write_later, fail_beside_it
+checkpoint_writer.save_checked, torch.nn.functional.embedding = write_later, fail_beside_it
 """
 
 

@@ -23,9 +23,9 @@ from engine.checkpoint import (
     restore_optimizer,
     restore_tensors,
 )
-from engine.common import UserError, create, replacing
+from engine.common import UserError, create, remove, replacing
 from engine.parallel import Parallel
-from engine.run_folder import RunFolder, remove
+from engine.run_folder import RunFolder
 from model import GPT, POSITION_ENCODING, GPTConfig
 from test_model import B, Reference, T, close, gradients, ids, shaken
 

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 import compare
-from compare import convert, losses_at
+from compare import convert
 from configurator import configure, read_block
 from conftest import (
     ROOT,
@@ -30,10 +30,11 @@ from conftest import (
 from data.folder import write_dataset
 from engine.common import UserError
 from engine.compare_report import verdict
+from engine.comparison import losses_at
 from engine.describe import meta_model
 from engine.grid import Range, make_cells
+from engine.results import Evaluation, read_run
 from engine.run_report import draw_loss, evaluation_table, sparkline
-from engine.study import Evaluation, read_run
 from tests.warm import HANGS
 
 

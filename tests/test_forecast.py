@@ -11,8 +11,8 @@ from engine.common import UserError
 from engine.console import Console
 from engine.forecast import forecast
 from engine.forecast_report import check
+from engine.results import result_of
 from engine.run_log import RunLog
-from engine.study import result_of
 
 CONFIG = dict(eval_only=False, seed=1, max_iters=320, log_interval=10, n_layer=2, n_head=2, n_embd=16,
               lr_schedule='cosine', lr_decay_iters=320, decay_lr=True, learning_rate=1e-3)

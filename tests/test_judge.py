@@ -16,10 +16,12 @@ from scipy import stats
 
 from conftest import ROOT, command, refused, succeeded, wait_until
 from engine import judge_cost
+from engine.job import Launcher, Run
 from engine.judge import decide, is_hopeless, nominal_level
 from engine.judge_power import verdict_of
 from engine.judge_sides import DATA, Side, data_of, find
-from engine.study import Evaluation, Launcher, Result, Run, read_run, run_all
+from engine.results import Evaluation, Result, read_run
+from engine.study import run_all
 from tests.warm import HANGS
 
 # A train.py without a model, which resumes. Its losses depend on the seed and the gain, and a little on norm_eps.
