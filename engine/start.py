@@ -12,6 +12,9 @@ from engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_facts,
+    restore_optimizer,
+    restore_tensors,
+    restore_weights,
 )
 from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
@@ -185,10 +188,16 @@ def previous_of(out_dir, newest):
     return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
 
 
-def restore_scaler(scaler, ckpt):
-    with reading(ckpt['path']):
-        check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
-        scaler.load_state_dict(ckpt['scaler'])
+def restore(ckpt, raw_model, state_tensors, opt, scaler, config, parallel):
+    """Fill a model, state_tensors, an optimizer and a gradient scaler from a checkpoint."""
+    restore_weights(raw_model, ckpt, parallel)  # FSDP's rows; other modes have them
+    restore_tensors(state_tensors, ckpt, parallel)
+    if not config['eval_only']:  # evaluation needs no moments
+        restore_optimizer(opt, config['optimizer'], ckpt, parallel)
+    if scaler.is_enabled() and ckpt.get('scaler'):
+        with reading(ckpt['path']):
+            check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
+            scaler.load_state_dict(ckpt['scaler'])
 
 
 # Keys of the model that may differ from the checkpoint's. All others are fixed by training.
