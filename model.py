@@ -93,7 +93,7 @@ def require_range(name, value, in_range):
 
 
 def divides_logits(value):
-    """Return whether float32 logits can be divided by it without overflow; 0 means: do not."""
+    """Return whether float32 logits can be divided by a value without overflow. 0: no division."""
     return value == 0 or 1e-3 <= value <= 1e6
 
 
@@ -182,8 +182,8 @@ class GPTConfig:
     def from_settings(cls, settings, data_vocab=None):
         """
         Build the config from a dict of settings. Keys that are None or missing come from
-        arch_preset, then from the defaults above. activation comes first from the ffn_type, if that
-        has a default_activation.
+        arch_preset, then from the defaults above. An activation that is None is the ffn_type's
+        default_activation if there is one.
 
         data_vocab is the number of ids in the data set. It becomes vocab_size if that is unset,
         padded to a multiple of 64 above 1024, for speed.
@@ -228,7 +228,8 @@ def apply_dropout(x, p):
     """
     if p == 0 or x.device.type != 'cpu':
         return F.dropout(x, p)
-    n, dropped = x.numel(), min(round(65536 * p), 65535)  # so many of the values of an int16
+    n = x.numel()
+    dropped = min(round(65536 * p), 65535)  # how many of the 65536 values of an int16 drop
     bits = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 4 + 1,), device=x.device).view(torch.int16)
     keep = bits[:n].ge_(dropped - 32768).view(x.shape).to(x.dtype)
     return x * keep * (65536 / (65536 - dropped))
@@ -567,7 +568,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
-            q = q.type_as(k)
+            q = q.type_as(k)  # see cache_dtype()
         dropout = self.config.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout, self.config, mask)
         if cache is not None:

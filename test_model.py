@@ -481,7 +481,7 @@ def test_rope_scores_depend_on_distance_only():
     assert scores[5, 5] != pytest.approx(scores[5, 4].item(), abs=1e-3)
 
 
-@pytest.mark.parametrize('backend', ATTENTION_BACKEND)
+@pytest.mark.parametrize('backend', KNOWN['attention_backend'])
 @pytest.mark.parametrize('T, S', [(1, 1), (1, 9), (9, 9), (4, 9), (16, 16), (11, 16)])
 @pytest.mark.parametrize('K', [4, 2, 1])
 def test_attention_is_its_formula(backend, T, S, K):
@@ -492,7 +492,7 @@ def test_attention_is_its_formula(backend, T, S, K):
     close(y.double(), reference_attention(q, k, v))
 
 
-@pytest.mark.parametrize('backend', ATTENTION_BACKEND)
+@pytest.mark.parametrize('backend', KNOWN['attention_backend'])
 def test_attention_dropout_keeps_the_mean(backend):
     """Dropout before the softmax, or without the division by 1 - p, would shift what attention returns."""
     torch.manual_seed(0)

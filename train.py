@@ -71,13 +71,13 @@ eval_iters: PositiveInt = 200  # batches per split per evaluation, over all proc
 eval_only = False  # evaluate once and exit; on all of val unless --eval_iters is a flag too
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
-keep_interval: NonNegativeInt = 0  # iterations between those that stay, as ckpt_ITER.pt; 0: none
+keep_interval: NonNegativeInt = 0  # iterations between checkpoints to keep: ckpt_ITER.pt; 0: none
 async_checkpoint: Literal['auto', True, False] = 'auto'  # write while training; auto: large ones
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
 ckpt = ''  # with init_from=resume: the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
-sample_start: str = None  # the text that these begin with; None: a line end
+sample_start: str = None  # the text with which these samples begin; None: a line end
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
 verbose = False  # print the whole start-up report, and FLOP/s, memory and gradients per log line
@@ -169,8 +169,9 @@ globals().update(config)
 def training_loss(model, X, Y):
     """
     Return the loss of one micro-batch, which training minimizes: add a loss term here. Evaluations
-    report the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price
-    of another matmul with the head and of (B, T, V) floats.
+    report the model's own loss. Where Y is -1, there is nothing to learn. model(X, Y,
+    all_logits=True) also returns the logits, at the price of another matmul with the head and of
+    (B, T, V) floats.
     """
     loss_of_rows = distillation.loss_of_rows(X) if distillation else None
     return model(X, Y, loss_of_rows=loss_of_rows)[1]
@@ -260,8 +261,9 @@ if checkpoint is not None:
     if 'compile' not in given and is_ours(checkpoint):  # the same kernels give the same numbers
         compile = checkpoint['config'].get('compile', compile)
 del checkpoint  # free its memory
-distillation = None if eval_only or not teacher else distill.Distillation(
-    config, model_config, tokenizer, device)
+distillation = None
+if teacher and not eval_only:
+    distillation = distill.Distillation(config, model_config, tokenizer, device)
 
 # set-up: batches, and the prompt of the samples
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
@@ -403,7 +405,7 @@ def save_checkpoint(best, wait):
         torch_version=str(torch.__version__))
     moments, param_groups = parallel.moments(opt)
     sets = {'model': weights, 'optimizer': moments} | state_tensors
-    also = [run_folder.best] if best else []
+    also = [run_folder.best] if best else []  # files with a copy of this checkpoint
     if is_due(keep_interval):
         also.append(run_folder.numbered(state.iter_num))
     run_log.write()  # before the checkpoint, so that the log never lags behind it
@@ -418,8 +420,8 @@ if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
-# the loop. It waits for a GPU only at log lines, evaluations and checkpoints, and for float16 with
-# Muon or ZeRO-1 in the scaler.
+# the loop. It waits for a GPU only at log lines, evaluations and checkpoints. With float16 and Muon
+# or ZeRO-1, the scaler also waits at every step.
 first_iter = state.iter_num
 loss_sum = torch.zeros((), device=device)
 # the first iteration with a gradient that is not finite; max_iters: none so far
@@ -495,10 +497,10 @@ while True:
     scaler.update()
     opt.zero_grad(set_to_none=True)
     if state.iter_num + 1 < max_iters:
-        stop.try_reading(batches.fetch)  # here, so that all processes agree to stop and save
+        stop.try_reading(batches.fetch)  # if this fails, all processes stop and save
 
     # log
-    state.train_seconds += time.time() - t0  # on a GPU, with the update before, not this one
+    state.train_seconds += time.time() - t0  # a GPU may still be computing this update
     if log_due:
         more = {}  # {name: number}: also logged and printed; compute it on all processes
         iteration_report.add(mean_loss, lr, float(grad_norm), more)

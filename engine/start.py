@@ -32,11 +32,12 @@ def settings_of_run(script, config, given):
     keys = ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps')
     keys = [key for key in keys if key not in given]
     init_from, out_dir = config['init_from'], config['out_dir']
-    own_run = init_from in ('scratch', 'resume', 'auto')
-    path = config['ckpt'] or (out_dir if own_run else init_from)
+    if init_from == 'scratch' or not keys:
+        return {}
+    path = config['ckpt'] or (out_dir if init_from in ('resume', 'auto') else init_from)
     if not os.path.isfile(path) and not is_sharded(path):
         path = newest_checkpoint(path)
-    if not path or init_from == 'scratch' or not keys:
+    if not path:
         return {}
     try:
         saved = read_facts(path).get('config') or {}
