@@ -383,6 +383,8 @@ def watch_backend(model):
 @pytest.mark.parametrize('doc_mask_token', [None, 0], ids=['', 'doc_mask'])
 def test_attention_weights_are_those_the_backend_used(parts, doc_mask_token):
     """The weights shown could be from before RoPE or the norm of q and k, without the mask, or of another head."""
+    if parts['attention_backend'] not in KNOWN['attention_backend']:
+        pytest.skip('the weights shown are those of softmax attention')
     model, idx = shaken(**parts, doc_mask_token=doc_mask_token), ids(B, T)
     idx[:, 5] = 0
     weights, logits = attention_weights(model, idx), model(idx)[0]

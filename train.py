@@ -358,6 +358,10 @@ def evaluate_splits():
     return evaluated
 
 
+# the first iteration with a gradient that is not finite; max_iters: none so far
+first_bad = torch.tensor(max_iters, device=device)
+
+
 def all_finite():
     """
     Return whether all gradients so far were finite. If not, record where the run ends; the caller
@@ -424,8 +428,6 @@ if device.type == 'cuda':
 # or ZeRO-1, the scaler also waits at every step.
 first_iter = state.iter_num
 loss_sum = torch.zeros((), device=device)
-# the first iteration with a gradient that is not finite; max_iters: none so far
-first_bad = torch.tensor(max_iters, device=device)
 while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
