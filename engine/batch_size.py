@@ -13,7 +13,7 @@ import torch
 from configurator import check_value
 from engine import machine
 from engine.common import ROOT, UserError, run_script
-from engine.lora import SETTINGS
+from engine.lora import LORA_SETTINGS
 
 
 def check_accumulation(config, n):
@@ -50,7 +50,7 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
                     f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
                     f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
         settings = {key: value for key, value in asdict(model_config).items() if key in config}
-        keys = 'dataset', 'device', 'dtype', 'optimizer', *SETTINGS
+        keys = 'dataset', 'device', 'dtype', 'optimizer', *LORA_SETTINGS
         settings |= {key: config[key] for key in keys}
         settings |= dict(batch_size=batch_size,
                          gradient_accumulation_steps=accumulation_steps // parallel.world_size)

@@ -19,7 +19,7 @@ from engine.checkpoint import (
 from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
-from engine.lora import SETTINGS, base_weights, start_adapters
+from engine.lora import LORA_SETTINGS, base_weights, start_adapters
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
@@ -210,7 +210,7 @@ def fit_model(ckpt, config, given, resuming):
     Return the model in a checkpoint, in float32. Raise ValueError if the user asked for a part that
     differs from the checkpoint's.
     """
-    model_keys = {f.name for f in fields(GPTConfig)} | set(SETTINGS if resuming else ())
+    model_keys = {f.name for f in fields(GPTConfig)} | set(LORA_SETTINGS if resuming else ())
     asked = {key: value for key, value in config.items()
              if key in model_keys and key in given and value is not None}
     if 'arch_preset' in given:
