@@ -710,12 +710,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             logits = rows @ w.T  # (chunk, V)
-            firsts = range(i, x.size(0), softmax_rows)
-            for first, *part in zip(firsts, logits.split(softmax_rows), t.split(softmax_rows)):
+            parts = zip(range(i, x.size(0), softmax_rows),
+                        logits.split(softmax_rows), t.split(softmax_rows))
+            for first, part, part_targets in parts:
                 if loss_of_rows is None:
-                    row_losses = softmax_losses(*part, softcap, need_grad)
+                    row_losses = softmax_losses(part, part_targets, softcap, need_grad)
                 else:
-                    row_losses = loss_of_rows(first, *part, softcap, need_grad)
+                    row_losses = loss_of_rows(first, part, part_targets, softcap, need_grad)
                 loss += row_losses.sum()
                 if reduction == 'none':
                     losses.append(row_losses[:, 0])
@@ -881,8 +882,9 @@ class GPT(nn.Module):
         token = self.config.doc_mask_token
         if token is None and pos.dim() == 1:
             return None
-        # (B, T), numbered from 0 within the row; -1 is no id, so without a token all are 0
-        doc = (idx == (-1 if token is None else token)).cumsum(1)
+        doc = torch.zeros_like(idx)  # (B, T), numbers of documents, from 0 within the row
+        if token is not None:
+            doc = (idx == token).cumsum(1)
         if pos.dim() == 2:
             doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
         if cache:
