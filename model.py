@@ -2,14 +2,9 @@
 The whole GPT in one file: the parts, the model, the loss, and text generation.
 
     python model.py config/full_llama_1.36b.py --n_layer=24     # parameters, FLOPs and memory
-    python model.py config/full_llama_1.36b.py --device=H100    # its cost on a GPU elsewhere
     python model.py --ckpt=out                                  # inspect a checkpoint
-    python model.py --ckpt=out --consolidate=ckpt.pt            # a sharded checkpoint as one file
-    python model.py --ckpt=out-lora --merge=ckpt.pt             # LoRA's adapters and their base
-    python model.py --ckpt=out-lora --peft=peft_dir             # LoRA's adapters to PEFT's format
     python model.py --ckpt=out --export=hf_dir                  # to a folder for transformers
-    python model.py --ckpt=out --export=model.onnx              # to ONNX
-    python model.py --list=True                                 # every config with its counts
+    python model.py --help                                      # everything else that it does
 
 Shapes: B batch, T queries, S keys, C n_embd, H heads, K key/value heads, D = C / H, V vocabulary.
 
@@ -43,8 +38,8 @@ ACTIVATION = {}
 # rotate is None or a function that rotates q or k, (B, H or K, T, D) -> same shape
 POSITION_ENCODING = {}
 # function(q, k, v, dropout, config, mask=None) -> (B, H, T, D), for q (B, H, T, D) and
-# k, v (B, K, S, D); queries are the last T of the S positions. mask: see attention_mask.
-# Only sdpa ever gets a BlockMask; every other backend gets None or a bool tensor.
+# k, v (B, K, S, D); queries are the last T of the S positions. mask is None for plain causal
+# attention, or comes from document_mask(). Only sdpa ever gets a BlockMask.
 ATTENTION_BACKEND = {}
 # function(x, norm, sublayer) -> x. Set its attribute final_norm to True if the last block's output
 # still has to be normalized, otherwise to False.
@@ -98,7 +93,7 @@ def require_range(name, value, in_range):
 
 
 def divides_logits(value):
-    """Return whether float32 logits can be divided by it without overflow; 0 means: do not."""
+    """Return whether float32 logits can be divided by a value without overflow. 0: no division."""
     return value == 0 or 1e-3 <= value <= 1e6
 
 
@@ -187,8 +182,8 @@ class GPTConfig:
     def from_settings(cls, settings, data_vocab=None):
         """
         Build the config from a dict of settings. Keys that are None or missing come from
-        arch_preset, then from the defaults above. activation comes first from the ffn_type, if that
-        has a default_activation.
+        arch_preset, then from the defaults above. An activation that is None is the ffn_type's
+        default_activation if there is one.
 
         data_vocab is the number of ids in the data set. It becomes vocab_size if that is unset,
         padded to a multiple of 64 above 1024, for speed.
@@ -233,7 +228,8 @@ def apply_dropout(x, p):
     """
     if p == 0 or x.device.type != 'cpu':
         return F.dropout(x, p)
-    n, dropped = x.numel(), min(round(65536 * p), 65535)  # so many of the values of an int16
+    n = x.numel()
+    dropped = min(round(65536 * p), 65535)  # how many of the 65536 values of an int16 drop
     bits = torch.randint(-2 ** 63, 2 ** 63 - 1, (n // 4 + 1,), device=x.device).view(torch.int16)
     keep = bits[:n].ge_(dropped - 32768).view(x.shape).to(x.dtype)
     return x * keep * (65536 / (65536 - dropped))
@@ -319,17 +315,21 @@ class TokenShift(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_embd))
         self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.zeros_(self.weight)
 
-    def forward(self, x, is_first, cache=None):
+    def forward(self, x, idx, pos, cache=None):
         """
-        x (B, T, C) -> same shape. is_first, (T,) or (B, T), is True where no token comes before.
-        cache is the KVCache of the first layer.
+        x (B, T, C) -> same shape. idx (B, T) are the ids, pos (T,) or (B, T) their positions. cache
+        is the KVCache of the first layer.
         """
+        is_first = pos <= 0
+        if self.config.doc_mask_token is not None:  # that token opens a document
+            is_first = is_first | (idx == self.config.doc_mask_token)
         before = torch.zeros_like(x[:, :1])
         if cache is not None:
             before = cache.last if cache.length else before
@@ -403,29 +403,20 @@ def causal_mask(T, S, device):
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def attention_mask(T, S, device, doc=None, window=None, flex=False):
+def document_mask(doc, T, flex=False):
     """
-    Return a bool mask, broadcastable to (B, H, T, S), of the positions that the last T of S queries
-    may attend to. Return None for plain causal attention: backends then mask by themselves, and
-    torch's kernels need no mask for it.
+    Return a bool mask (B, 1, T, S), True where a query may attend: to itself and to what precedes
+    it in its document. doc (B, S) holds document numbers; the queries are the last T positions.
 
-    doc (B, S) holds document numbers; a query sees only its own document. window limits a query to
-    itself and the window - 1 positions before it. With flex=True (T == S only) the result is a
-    BlockMask, with which flex attention skips empty 128 x 128 blocks:
-    https://arxiv.org/abs/2412.05496.
+    With flex=True (T == S only) the result is a BlockMask, with which flex attention skips empty
+    128 x 128 blocks: https://arxiv.org/abs/2412.05496.
     """
-    if doc is None and window is None:
-        return None
+    B, S = doc.size()
+    device = doc.device
 
     def visible(b, h, i, j):
-        seen = j <= i
-        if doc is not None:
-            seen = seen & (doc[b, i] == doc[b, j])
-        if window is not None:
-            seen = seen & (i - j < window)
-        return seen
+        return (j <= i) & (doc[b, i] == doc[b, j])
 
-    B = 1 if doc is None else doc.size(0)
     if flex:
         # imported late: it loads torch.compile's front end
         from torch.nn.attention.flex_attention import create_block_mask
@@ -577,7 +568,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, D)
-            q = q.type_as(k)
+            q = q.type_as(k)  # see cache_dtype()
         dropout = self.config.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout, self.config, mask)
         if cache is not None:
@@ -719,12 +710,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, x.size(0), chunk):
             rows, t = x[i:i + chunk].to(dtype), targets[i:i + chunk, None]
             logits = rows @ w.T  # (chunk, V)
-            firsts = range(i, x.size(0), softmax_rows)
-            for first, *part in zip(firsts, logits.split(softmax_rows), t.split(softmax_rows)):
+            parts = zip(range(i, x.size(0), softmax_rows),
+                        logits.split(softmax_rows), t.split(softmax_rows))
+            for first, part, part_targets in parts:
                 if loss_of_rows is None:
-                    row_losses = softmax_losses(*part, softcap, need_grad)
+                    row_losses = softmax_losses(part, part_targets, softcap, need_grad)
                 else:
-                    row_losses = loss_of_rows(first, *part, softcap, need_grad)
+                    row_losses = loss_of_rows(first, part, part_targets, softcap, need_grad)
                 loss += row_losses.sum()
                 if reduction == 'none':
                     losses.append(row_losses[:, 0])
@@ -779,11 +771,6 @@ def linear_cross_entropy(x, weight, targets, softcap=0.0, reduction='mean', loss
 
 
 # the model
-
-# which row of params_by_part() a parameter counts in, by a word of its name; all others are norms
-PARTS = dict(wte='token embeddings', shift='token embeddings', wpe='position embeddings',
-             attn='attention', mlp='ffn', lm_head='head')
-
 
 class NoRandomInit(TorchFunctionMode):
     """Inside this context, torch.nn.init draws no random numbers and leaves tensors as they are."""
@@ -861,10 +848,7 @@ class GPT(nn.Module):
             pos = pos - left_padding[:, None]  # (B, T), negative in the padding
         x = self.transformer.wte(idx)
         if self.config.token_shift:
-            # an end-of-text token opens its document; without documents, doc_mask_token is None
-            token = self.config.doc_mask_token
-            is_first = pos <= 0 if token is None else (pos <= 0) | (idx == token)
-            x = self.transformer.shift(x, is_first, cache[0] if cache else None)
+            x = self.transformer.shift(x, idx, pos, cache[0] if cache else None)
         x, rotate = self.transformer.wpe(x, pos.clamp(min=0))
         x = self.transformer.drop(x)
         mask = self.make_mask(idx, cache, pos)
@@ -898,15 +882,16 @@ class GPT(nn.Module):
         token = self.config.doc_mask_token
         if token is None and pos.dim() == 1:
             return None
-        # (B, T), numbered from 0 within the row; -1 is no id, so without a token all are 0
-        doc = (idx == (-1 if token is None else token)).cumsum(1)
+        doc = torch.zeros_like(idx)  # (B, T), numbers of documents, from 0 within the row
+        if token is not None:
+            doc = (idx == token).cumsum(1)
         if pos.dim() == 2:
             doc = doc.masked_fill(pos < 0, -1)  # left padding is a document of its own
         if cache:
             doc = cache[0].continue_documents(doc)
         compiled = torch.compiler.is_compiling() and not cache
         flex = compiled and self.can_use_flex(idx.device.type)
-        return attention_mask(idx.size(1), doc.size(1), idx.device, doc, flex=flex)
+        return document_mask(doc, idx.size(1), flex)
 
     def can_use_flex(self, device_type):
         """
@@ -930,14 +915,6 @@ class GPT(nn.Module):
         if non_embedding and not self.config.weight_tying:
             n -= self.transformer.wte.weight.numel()
         return n
-
-    def params_by_part(self):
-        """Return {part: number of parameters}. A tied matrix counts once, as token embeddings."""
-        counts = {}
-        for name, p in self.named_parameters():  # lists a shared tensor once, under wte
-            part = next((PARTS[word] for word in name.split('.') if word in PARTS), 'norms')
-            counts[part] = counts.get(part, 0) + p.numel()
-        return counts
 
     def flops_by_part(self, seq_len=None, causal=False, training=False):
         """
@@ -978,19 +955,6 @@ class GPT(nn.Module):
         others = [p for p in params if p.dim() < 2]
         return [{'params': decayed, 'weight_decay': weight_decay},
                 {'params': others, 'weight_decay': 0.0}]
-
-    def hidden_matrices(self):
-        """
-        Return the matrices that Muon may train: the weights of Linears in the blocks. A module may
-        override this for its own 2-D parameters with hidden_matrix = True or False.
-        """
-        found = {}
-        for module in self.transformer.h.modules():
-            if getattr(module, 'hidden_matrix', isinstance(module, nn.Linear)):
-                for p in module.parameters(recurse=False):
-                    if p.dim() == 2 and p.requires_grad:
-                        found[id(p)] = p
-        return list(found.values())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """Build AdamW, for code written for nanoGPT. train.py uses engine/optim.py."""

@@ -29,7 +29,6 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 import torch
 
 from configurator import (
-    ON_COMMAND_LINE,
     Fraction,
     Layers,
     LogitScale,
@@ -48,14 +47,14 @@ from data.folder import find_datasets
 from data.loader import MicroBatches
 from engine import distill, lora, machine, optim, report, start
 from engine.attention_kernel import choose_attention
-from engine.batch_size import auto_batch_size
-from engine.checkpoint import is_ours, restore_optimizer, restore_tensors, restore_weights
+from engine.batch_size import auto_batch_size, run_within_memory
+from engine.checkpoint import is_ours
 from engine.checks import check_doc_mask, check_settings
 from engine.common import StopSignal
 from engine.compile import compile_model
 from engine.console import Console
 from engine.datasets import load_split, load_tokenizer, prepare_data, read_metas
-from engine.evaluate import Split, bytes_per_id, evaluate, sample_prompt, sample_text
+from engine.evaluate import evaluate, load_eval_splits, sample_prompt, sample_text
 from engine.parallel import Parallel
 from engine.run_folder import RunFolder
 from engine.run_log import RunLog, numbers_in
@@ -72,13 +71,13 @@ eval_iters: PositiveInt = 200  # batches per split per evaluation, over all proc
 eval_only = False  # evaluate once and exit; on all of val unless --eval_iters is a flag too
 always_save_checkpoint = True  # save at every evaluation, not only at the lowest val loss so far
 save_interval: NonNegativeInt = 0  # iterations between additional checkpoints; 0: none
-keep_interval: NonNegativeInt = 0  # iterations between those that stay, as ckpt_ITER.pt; 0: none
+keep_interval: NonNegativeInt = 0  # iterations between checkpoints to keep: ckpt_ITER.pt; 0: none
 async_checkpoint: Literal['auto', True, False] = 'auto'  # write while training; auto: large ones
 init_from = 'scratch'  # scratch, resume, auto (resume if possible), or weights: a folder, a hub id
 ckpt = ''  # with init_from=resume: the checkpoint to start from; '': the newest in out_dir
 overwrite = False  # let a new run replace the checkpoints of an earlier one in out_dir
 sample_interval: NonNegativeInt = 1  # evaluations between short text samples; 0: none
-sample_start: str = None  # the text that these begin with; None: a line end
+sample_start: str = None  # the text with which these samples begin; None: a line end
 patience: NonNegativeInt = 0  # stop after this many evaluations without a lower val loss; 0: never
 gradient_log_interval: NonNegativeInt = 10  # iterations between gradient statistics; 0: none
 verbose = False  # print the whole start-up report, and FLOP/s, memory and gradients per log line
@@ -170,8 +169,9 @@ globals().update(config)
 def training_loss(model, X, Y):
     """
     Return the loss of one micro-batch, which training minimizes: add a loss term here. Evaluations
-    report the model's own loss. model(X, Y, all_logits=True) also returns the logits, at the price
-    of another matmul with the head and of (B, T, V) floats.
+    report the model's own loss. Where Y is -1, there is nothing to learn. model(X, Y,
+    all_logits=True) also returns the logits, at the price of another matmul with the head and of
+    (B, T, V) floats.
     """
     loss_of_rows = distillation.loss_of_rows(X) if distillation else None
     return model(X, Y, loss_of_rows=loss_of_rows)[1]
@@ -195,7 +195,7 @@ autocast = functools.partial(machine.autocast, device, dtype)  # for forward pas
 
 # set-up: data
 data_sets = find_datasets(dataset)
-prepare_data(data_sets, config['vocab_size'], console, parallel)
+prepare_data(data_sets, vocab_size, console, parallel)
 run_folder = RunFolder(out_dir, sharded_checkpoint, parallel)
 run_folder.lock()
 meta = read_metas(data_sets)
@@ -203,42 +203,35 @@ tokenizer = load_tokenizer(meta, console, parallel)
 data_vocab = meta.get('vocab_size') if meta else 50257  # no meta.json: GPT-2's ids
 check_doc_mask(config, tokenizer)
 
-# set-up: the model's config, and its weights unless they are new. `loaded` is the checkpoint of a
-# run to resume; it is None if a run starts new, or takes only the weights of another run.
-model_config, raw_model, loaded = start.starting_point(
+# set-up: the model's config, and the model itself unless its weights are new. `checkpoint` is that
+# of a run to resume. It is None if a run is new or takes only the weights of another run.
+model_config, raw_model, checkpoint = start.starting_point(
     config, given, run_folder, data_vocab, tokenizer, console)
-model_config.doc_mask_token = meta.get('chat_separator', tokenizer.eot if doc_mask else None)
-state = start.starting_state(loaded, out_dir, parallel)
+model_config.doc_mask_token = tokenizer.eot if doc_mask else None
+if 'chat_separator' in meta:  # conversations are always masked
+    model_config.doc_mask_token = meta['chat_separator']
+state = start.starting_state(checkpoint, out_dir, parallel)
 if batch_size == 'auto':
     batch_size, gradient_accumulation_steps = auto_batch_size(
-        __file__, config, given, model_config, loaded, console, parallel)
+        __file__, config, given, model_config, checkpoint, console, parallel)
     config.update(batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
-resuming = loaded is not None and not eval_only
+resuming = checkpoint is not None and not eval_only
 if resuming:
-    start.say_changed_data(loaded, config, console)
+    start.say_changed_data(checkpoint, config, console)
 
 # set-up: data loaders; evaluations read the same windows in every run, whatever its seed
 train_loader = load_split('train', data_sets, model_config, device, seed=seed)
-id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
-splits = {}
-for split in ('train', 'val'):
-    loader = load_split(split, data_sets, model_config, device, seed=0, shift=False)
-    splits[split] = Split(loader, min(eval_iters * batch_size, loader.n_windows), id_bytes)
-# --eval_only reads all of val. eval_iters limits it only as a flag, or if the same config file sets
-# both keys, as nanoGPT's eval_ configs do.
-limited = given.get('eval_iters') in (ON_COMMAND_LINE, given.get('eval_only'))
-if eval_only and not limited:
-    splits['val'].n = splits['val'].loader.n_windows
+splits = load_eval_splits(data_sets, model_config, config, given, tokenizer, device)
 
 # set-up: how long to train
 config.update(schedule(__file__, config, given, data_sets, train_loader, console))
 max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
 warmup_iters = config['warmup_iters']
 if resuming:
-    start.say_changed_schedule(loaded, config, console)
+    start.say_changed_schedule(checkpoint, config, console)
 was_evaluated = state.last_eval_iter == state.iter_num
 if resuming and was_evaluated and state.iter_num >= max_iters:
-    console.say(f"{loaded['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
+    console.say(f"{checkpoint['path']} is at iteration {state.iter_num} of max_iters={max_iters}: "
                 'nothing to do; a higher --max_iters trains on')
     parallel.leave(0)
 os.makedirs(out_dir, exist_ok=True)
@@ -263,18 +256,14 @@ opt = parallel.shard_optimizer(optim.build(optimizer, raw_model, config, device.
 scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
 # More tensors to save and restore, {set: {name: tensor like a parameter}}: an EMA, for example
 state_tensors = {}
-if loaded is not None:
-    restore_weights(raw_model, loaded, parallel)  # FSDP's rows; other modes have them
-    restore_tensors(state_tensors, loaded, parallel)
-    if not eval_only:  # evaluation needs no moments
-        restore_optimizer(opt, optimizer, loaded, parallel)
-    if scaler.is_enabled() and loaded.get('scaler'):
-        start.restore_scaler(scaler, loaded)
-    if 'compile' not in given and is_ours(loaded):  # the same kernels give the same numbers
-        compile = loaded['config'].get('compile', compile)
-del loaded  # free its memory
-distillation = None if eval_only or not teacher else distill.Distillation(
-    config, model_config, tokenizer, device)
+if checkpoint is not None:
+    start.restore(checkpoint, raw_model, state_tensors, opt, scaler, config, parallel)
+    if 'compile' not in given and is_ours(checkpoint):  # the same kernels give the same numbers
+        compile = checkpoint['config'].get('compile', compile)
+del checkpoint  # free its memory
+distillation = None
+if teacher and not eval_only:
+    distillation = distill.Distillation(config, model_config, tokenizer, device)
 
 # set-up: batches, and the prompt of the samples
 batches = MicroBatches(train_loader, batch_size, gradient_accumulation_steps, parallel.rank,
@@ -286,9 +275,9 @@ if sample_interval and tokenizer:
 # set-up: what it will cost
 costs = measure_costs(config, given, raw_model, training_loss, distillation, opt,
                       state_tensors, batches, splits, state.iter_num, compile, parallel, console)
-compiled = config['compile'] = costs.compiled
-attention = choose_attention(model_config, batches.batch_size, dtype, parallel)
-summary, details = startup_report(config, costs, attention, raw_model, opt, batches, splits,
+config['compile'] = costs.compiled
+attention_note = choose_attention(model_config, batches.batch_size, dtype, parallel)
+summary, details = startup_report(config, costs, attention_note, raw_model, opt, batches, splits,
                                   data_sets, train_loader, tokenizer, state.iter_num, parallel)
 say_startup(summary, details, costs, out_dir, verbose, console)
 
@@ -298,6 +287,8 @@ run_log = RunLog(out_dir, config, summary | details | costs.as_numbers(raw_model
 run_log.open_sinks(config)
 iteration_report = report.IterationReport(run_log, costs, max_iters, eval_interval, parallel,
                                           verbose)
+# calls a function; if memory runs out, splits the micro-batches and calls it again
+within_memory = functools.partial(run_within_memory, raw_model, batches, config, run_log, parallel)
 
 
 def get_lr(it):
@@ -327,6 +318,11 @@ def get_lr(it):
     else:
         coeff = 0.5 * (1 + math.cos(math.pi * ratio))
     return min_lr + coeff * (learning_rate - min_lr)
+
+
+def is_due(interval):
+    """Return whether the current iteration is a multiple of `interval`; 0: never."""
+    return interval > 0 and state.iter_num % interval == 0
 
 
 def forward_backward():
@@ -362,6 +358,10 @@ def evaluate_splits():
     return evaluated
 
 
+# the first iteration with a gradient that is not finite; max_iters: none so far
+first_bad = torch.tensor(max_iters, device=device)
+
+
 def all_finite():
     """
     Return whether all gradients so far were finite. If not, record where the run ends; the caller
@@ -376,27 +376,6 @@ def all_finite():
         run_log.not_finite('loss or gradient')
         return False
     return True
-
-
-def within_memory(step):
-    """
-    Return step(). If a run in one process is out of memory, split its micro-batches, which keeps
-    the windows of an iteration, and try again. With several processes, raise UserError.
-    """
-    while True:
-        try:
-            return step()
-        except (RuntimeError, MemoryError) as e:
-            machine.check_out_of_memory(e, batches.smaller(), parallel.distributed)
-        # outside the except block, because the traceback keeps the failed step's tensors alive
-        raw_model.zero_grad(set_to_none=True)
-        batches.shrink(state.iter_num)
-        machine.release_freed_memory(device)
-        if compiled:
-            torch.compiler.reset()  # or it recompiles for dynamic batch sizes, which is slower
-        config.update(batch_size=batches.batch_size,
-                      gradient_accumulation_steps=batches.accumulation_steps)
-        run_log.add_out_of_memory(batches)
 
 
 def report_evaluation(evaluated, best, lr):
@@ -430,32 +409,25 @@ def save_checkpoint(best, wait):
         torch_version=str(torch.__version__))
     moments, param_groups = parallel.moments(opt)
     sets = {'model': weights, 'optimizer': moments} | state_tensors
-    also = [run_folder.best] if best else []
-    if keep_interval and state.iter_num % keep_interval == 0:
+    also = [run_folder.best] if best else []  # files with a copy of this checkpoint
+    if is_due(keep_interval):
         also.append(run_folder.numbered(state.iter_num))
     run_log.write()  # before the checkpoint, so that the log never lags behind it
     when_saved = run_log.checkpoint_entry([run_folder.newest, *also], best)
     run_folder.save(sets, param_groups, facts, also, when_saved, not wait and async_checkpoint)
 
 
-def try_compiler():
-    X, Y = train_loader.batch(range(batches.batch_size))
-    note = ', with a dense doc_mask' if costs.flex else ''
-    return compile_model(raw_model, training_loss, X, Y, autocast, parallel, console, note)
-
-
-if compiled:
-    compiled = config['compile'] = within_memory(try_compiler)
+if config['compile']:
+    config['compile'] = within_memory(lambda: compile_model(
+        raw_model, training_loss, batches, costs.flex, autocast, parallel, console))
 if device.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()  # measure the loop only, not the set-up
 
 # -------------------------------------------------------------------------------------------------
-# the loop. It waits for a GPU only at log lines, evaluations and checkpoints, and for float16 with
-# Muon or ZeRO-1 in the scaler.
+# the loop. It waits for a GPU only at log lines, evaluations and checkpoints. With float16 and Muon
+# or ZeRO-1, the scaler also waits at every step.
 first_iter = state.iter_num
 loss_sum = torch.zeros((), device=device)
-# the first iteration with a gradient that is not finite; max_iters: none so far
-first_bad = torch.tensor(max_iters, device=device)
 while True:
     lr = get_lr(state.iter_num)
     for group in opt.param_groups:
@@ -463,11 +435,10 @@ while True:
     stop_status = parallel.all_max(stop.status)  # if one process has to stop, all do
     finished = state.iter_num >= max_iters or eval_only
     log_due = iteration_report.due(state.iter_num, log_interval)
-    intervals = save_interval, keep_interval
-    save = bool(stop_status) or any(n and state.iter_num % n == 0 for n in intervals)
+    save = bool(stop_status) or is_due(save_interval) or is_due(keep_interval)
     best = False
 
-    evaluation_due = (state.iter_num % eval_interval == 0 or finished) and not stop_status
+    evaluation_due = (is_due(eval_interval) or finished) and not stop_status
     if (evaluation_due or save) and state.iter_num > first_iter:
         t0 = time.time()
         finite = all_finite()
@@ -510,7 +481,7 @@ while True:
 
     # clip and step; gradients are averages over all processes, so all do the same
     scaler.unscale_(opt)
-    if gradient_log_interval and state.iter_num % gradient_log_interval == 0:
+    if is_due(gradient_log_interval):
         # on the device until the next log line reads them
         iteration_report.gradients = report.GradientStatistics(raw_model, state.iter_num, parallel)
     grad_norm = parallel.global_norm([p.grad for p in raw_model.parameters() if p.grad is not None])
@@ -528,10 +499,10 @@ while True:
     scaler.update()
     opt.zero_grad(set_to_none=True)
     if state.iter_num + 1 < max_iters:
-        stop.try_reading(batches.fetch)  # here, so that all processes agree to stop and save
+        stop.try_reading(batches.fetch)  # if this fails, all processes stop and save
 
     # log
-    state.train_seconds += time.time() - t0  # on a GPU, with the update before, not this one
+    state.train_seconds += time.time() - t0  # a GPU may still be computing this update
     if log_due:
         more = {}  # {name: number}: also logged and printed; compute it on all processes
         iteration_report.add(mean_loss, lr, float(grad_norm), more)
@@ -542,10 +513,6 @@ while True:
 
 run_folder.finish()
 batches.close()
-if stop_status:
-    run_log.outcome = signal.Signals(stop_status - 128).name if stop_status > 128 else 'failed'
-elif run_log.outcome != 'not finite':
-    complete = state.iter_num >= max_iters or eval_only
-    run_log.outcome = 'finished' if complete else 'stopped early'
-run_log.close(run_folder.best, chat='chat_template' in meta)
+complete = state.iter_num >= max_iters or eval_only
+run_log.close(stop_status, complete, run_folder.best, chat='chat_template' in meta)
 parallel.leave(stop_status or int(run_log.outcome == 'not finite'))

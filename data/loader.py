@@ -140,7 +140,7 @@ class Loader:
             rows = numbers == number
             ids[rows] = self.shards[number].read(starts[rows], self.block_size + 1)
         targets = np.maximum(ids[:, 1:], -1)
-        ids = np.maximum(ids, ~ids)  # only conversations have negative ids
+        ids = np.maximum(ids, ~ids)  # in conversations, ~id stands for an id that is no target
         if self.vocab_size is not None and (ids >= self.vocab_size).any():
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             shard = self.shards[numbers[row]]

@@ -1,6 +1,6 @@
 """
 Divide the sequences of an iteration into micro-batches: gradient_accumulation_steps that the
-processes can share, and batch_size='auto'.
+processes can share, batch_size='auto', and smaller micro-batches when memory runs out.
 """
 import json
 import math
@@ -8,9 +8,12 @@ import os
 import tempfile
 from dataclasses import asdict
 
+import torch
+
 from configurator import check_value
+from engine import machine
 from engine.common import ROOT, UserError, run_script
-from engine.lora import SETTINGS
+from engine.lora import LORA_SETTINGS
 
 
 def check_accumulation(config, n):
@@ -47,7 +50,7 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
                     f'{accumulation_steps * batch_size} sequences per iteration of batch_size '
                     f'{batch_size} x gradient_accumulation_steps {accumulation_steps} ...')
         settings = {key: value for key, value in asdict(model_config).items() if key in config}
-        keys = 'dataset', 'device', 'dtype', 'optimizer', *SETTINGS
+        keys = 'dataset', 'device', 'dtype', 'optimizer', *LORA_SETTINGS
         settings |= {key: config[key] for key in keys}
         settings |= dict(batch_size=batch_size,
                          gradient_accumulation_steps=accumulation_steps // parallel.world_size)
@@ -56,6 +59,27 @@ def auto_batch_size(script, config, given, model_config, ckpt, console, parallel
     if not found:
         raise UserError("batch_size='auto' found no size that fits (see above); set --batch_size")
     return found, accumulation_steps * batch_size // found
+
+
+def run_within_memory(raw_model, batches, config, run_log, parallel, step):
+    """
+    Return step(). If a run in one process is out of memory, split its micro-batches, which keeps
+    the windows of an iteration, and try again. With several processes, raise UserError.
+    """
+    while True:
+        try:
+            return step()
+        except (RuntimeError, MemoryError) as e:
+            machine.check_out_of_memory(e, batches.smaller(), parallel.distributed)
+        # outside the except block, because the traceback keeps the failed step's tensors alive
+        raw_model.zero_grad(set_to_none=True)
+        batches.shrink(run_log.state.iter_num)
+        machine.release_freed_memory(parallel.device)
+        if config['compile']:
+            torch.compiler.reset()  # or it recompiles for dynamic batch sizes, which is slower
+        config.update(batch_size=batches.batch_size,
+                      gradient_accumulation_steps=batches.accumulation_steps)
+        run_log.add_out_of_memory(batches)
 
 
 def saved_batch_size(script, saved, path, n):

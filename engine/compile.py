@@ -24,12 +24,14 @@ def choose_compile(setting, given, device, expected, eval_only):
     return device.type == 'cuda' or long_on_cpu, why
 
 
-def compile_model(model, loss, X, Y, autocast, parallel, console, fallback_note=''):
+def compile_model(model, loss, batches, flex, autocast, parallel, console):
     """
-    Compile the model in place and try a forward and backward pass of loss(model, X, Y). Return
-    whether it works. If the compiler fails (for example without a C++ compiler), warn and leave the
-    model uncompiled.
+    Compile the model in place and try a forward and backward pass of loss(model, X, Y) on a
+    micro-batch. Return whether it works. If the compiler fails (for example without a C++
+    compiler), warn and leave the model uncompiled. `flex` says whether the compiled model masks
+    documents with flex attention.
     """
+    X, Y = batches.loader.batch(range(batches.batch_size))
     started = time.time()
     # FSDP gathers weights between blocks, which cannot be compiled.
     modules = model.transformer.h if parallel.mode == 'fsdp' else [model]
@@ -42,8 +44,9 @@ def compile_model(model, loss, X, Y, autocast, parallel, console, fallback_note=
     except Exception as e:  # the compiler and its tools raise many types
         if out_of_memory(e):
             raise
+        dense = ', with a dense doc_mask' if flex else ''
         console.say('WARNING: torch.compile failed on this machine; continuing without it, which '
-                    f'is slower{fallback_note}: {first_line(e)}')
+                    f'is slower{dense}: {first_line(e)}')
         for module in modules:
             module._compiled_call_impl = None
         if parallel.mode == 'fsdp':

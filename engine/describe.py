@@ -88,8 +88,22 @@ def describe(model, settings, device, dtype, gpu=''):
     return printable('\n'.join(lines))
 
 
+# which row of params_by_part() a parameter counts in, by a word of its name; all others are norms
+PARTS = dict(wte='token embeddings', shift='token embeddings', wpe='position embeddings',
+             attn='attention', mlp='ffn', lm_head='head')
+
+
+def params_by_part(model):
+    """Return {part: number of parameters}. A tied matrix counts once, as token embeddings."""
+    counts = {}
+    for name, p in model.named_parameters():  # lists a shared tensor once, under wte
+        part = next((PARTS[word] for word in name.split('.') if word in PARTS), 'norms')
+        counts[part] = counts.get(part, 0) + p.numel()
+    return counts
+
+
 def parameter_lines(model):
-    counts = model.params_by_part() | {
+    counts = params_by_part(model) | {
         'total': model.get_num_params(non_embedding=False),
         'trainable': sum(p.numel() for p in model.parameters() if p.requires_grad),
         'non-embedding': model.get_num_params(),

@@ -8,10 +8,12 @@ import math
 import numpy as np
 import torch
 
+from configurator import ON_COMMAND_LINE
 from data.loader import Mixture, fingerprint
 from data.tokenizer import prompt_ids
 from engine.attention_kernel import without_cudnn
 from engine.common import UserError
+from engine.datasets import load_split
 from engine.statistics import mean_and_error
 
 
@@ -30,6 +32,24 @@ class Split:
         a data set repeats.
         """
         return sum(part.n_windows for part in getattr(self.loader, 'loaders', [self.loader]))
+
+
+def load_eval_splits(data_sets, model_config, config, given, tokenizer, device):
+    """
+    Return {'train': Split, 'val': Split}, each with the windows of eval_iters batches. With
+    eval_only, 'val' has all windows; eval_iters limits it only as a flag, or if the same config
+    file sets both keys, as nanoGPT's eval_ configs do.
+    """
+    id_bytes = bytes_per_id(tokenizer, model_config.vocab_size)
+    splits = {}
+    for name in ('train', 'val'):
+        loader = load_split(name, data_sets, model_config, device, seed=0, shift=False)
+        n = min(config['eval_iters'] * config['batch_size'], loader.n_windows)
+        splits[name] = Split(loader, n, id_bytes)
+    limited = given.get('eval_iters') in (ON_COMMAND_LINE, given.get('eval_only'))
+    if config['eval_only'] and not limited:
+        splits['val'].n = splits['val'].loader.n_windows
+    return splits
 
 
 def bytes_per_id(tokenizer, vocab_size):

@@ -1,7 +1,7 @@
 """
 LoRA (https://arxiv.org/abs/2106.09685): train small matrices beside the frozen weights of a model.
 A checkpoint holds these adapters alone, and names the base that everything but a resume adds them
-to. `lora` is a dict: the settings in SETTINGS, and the base with its checksum.
+to. `lora` is a dict: the settings in LORA_SETTINGS, and the base with its checksum.
 """
 import json
 import os
@@ -17,7 +17,7 @@ from engine.families import family_of, names_there
 from engine.huggingface import is_pretrained, load_weights, split_rows, write_folder
 from model import GPT, GPTConfig, Linear
 
-SETTINGS = 'lora_rank', 'lora_alpha', 'lora_targets'
+LORA_SETTINGS = 'lora_rank', 'lora_alpha', 'lora_targets'
 
 
 def add_adapters(model, lora):
@@ -52,7 +52,7 @@ def start_adapters(model, ckpt, config, resuming):
     """
     lora = ckpt.get('lora')
     if resuming and lora:
-        config.update({key: lora[key] for key in SETTINGS})
+        config.update({key: lora[key] for key in LORA_SETTINGS})
     elif config['lora_rank']:
         if ckpt.get('merged'):  # another CPU may round the sum otherwise: another checksum
             raise UserError(f"'{ckpt['path']}' holds adapters itself; make a base of it first: "
@@ -60,7 +60,7 @@ def start_adapters(model, ckpt, config, resuming):
         base = config['init_from'] if is_pretrained(config['init_from']) else ckpt['path']
         if os.path.realpath(os.path.dirname(base)) == os.path.realpath(config['out_dir']):
             raise UserError(f"the adapters will need '{base}' as it is: choose another --out_dir")
-        lora = {key: config[key] for key in SETTINGS} | dict(base=base, crc32=crc_of(ckpt))
+        lora = {key: config[key] for key in LORA_SETTINGS} | dict(base=base, crc32=crc_of(ckpt))
         torch.manual_seed(config['seed'])
     if lora:
         add_adapters(model, lora)

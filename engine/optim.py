@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from engine.common import UserError
 from engine.machine import pick_device
@@ -19,7 +20,7 @@ class Entry(NamedTuple):
     options: Callable  # (settings, device_type) -> its keyword arguments but lr and weight_decay
     moments: int       # tensors of state per parameter that have the parameter's shape
     rate: str          # the setting with its highest learning rate
-    rest: str | None   # the optimizer of all parameters but GPT.hidden_matrices(); None: this one
+    rest: str | None   # the optimizer of all parameters but hidden_matrices(); None: this one
                        # trains all parameters
 
 
@@ -171,6 +172,20 @@ def check_name(name):
         raise UserError(f"unknown optimizer {name!r}; choose from {', '.join(OPTIMIZER)}")
 
 
+def hidden_matrices(model):
+    """
+    Return the matrices of a GPT that Muon may train: the weights of Linears in the blocks. A module
+    may override this for its own 2-D parameters with hidden_matrix = True or False.
+    """
+    found = {}
+    for module in model.transformer.h.modules():
+        if getattr(module, 'hidden_matrix', isinstance(module, nn.Linear)):
+            for p in module.parameters(recurse=False):
+                if p.dim() == 2 and p.requires_grad:
+                    found[id(p)] = p
+    return list(found.values())
+
+
 def parameter_groups(name, model, weight_decay=0.0):
     """
     Return the model's parameter groups, each with its optimizer's name. Groups of `rest` come
@@ -182,7 +197,7 @@ def parameter_groups(name, model, weight_decay=0.0):
     for group in groups:
         group['optimizer'] = rest or name
     if rest is not None:
-        hidden = model.hidden_matrices()
+        hidden = hidden_matrices(model)
         taken = {id(p) for p in hidden}
         for group in groups:
             group['params'] = [p for p in group['params'] if id(p) not in taken]

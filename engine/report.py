@@ -118,10 +118,11 @@ class IterationReport:
         Log the current iteration, with self.gradients if they were computed since the last line.
         `loss` is the mean since then. `more`, {name: number}, is printed and logged as it is.
         """
-        state, costs = self.run_log.state, self.costs
+        state, costs, say = self.run_log.state, self.costs, self.run_log.console.say
         seconds = (state.train_seconds - self.logged_seconds) / self.n_since_log
         self.update_mean(seconds)
-        speed, used = self.run_log.tokens_per_iter / seconds, memory(self.parallel.device)
+        speed = self.run_log.tokens_per_iter / seconds
+        used = memory(self.parallel.device)
         achieved = costs.flops_per_token * speed / self.parallel.world_size
         mfu_percent = 100 * achieved / costs.peak_flops
         mfu = dict(mfu_percent=mfu_percent, achieved_tflops=achieved / 1e12,
@@ -136,11 +137,10 @@ class IterationReport:
             time_ms=1000 * seconds, mfu=mfu, memory=used, gradients=norms, **more))
         rate = f'{speed:,.0f} tok/s' + self.mfu_text(mfu_percent)
         self.summary = f', loss {loss:.4f}, {rate}'
-        done, say = 100 * (state.iter_num + 1) / self.max_iters, self.run_log.console.say
-        say(f'iter {state.iter_num} ({done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
-            f'{1000 * seconds:.0f} ms, {rate}, '
-            f"{''.join(f'{name} {value:.4g}, ' for name, value in more.items())}"
-            f'{duration(self.seconds_left())} left')
+        percent_done = 100 * (state.iter_num + 1) / self.max_iters
+        more_text = ''.join(f'{name} {value:.4g}, ' for name, value in more.items())
+        say(f'iter {state.iter_num} ({percent_done:.1f}%): loss {loss:.4f}, lr {lr:.2e}, '
+            f'{1000 * seconds:.0f} ms, {rate}, {more_text}{duration(self.seconds_left())} left')
         if self.verbose:
             say(f'    {self.compute_text(mfu)}; {memory_text(used)}; {gradient_text(norms)}')
         if state.iter_num == self.run_log.first_iter + 2:  # by now the moments exist

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import time
 
 from engine.common import GIB, duration, first_line, replacing
@@ -166,11 +167,18 @@ class RunLog:
         self.console.say(f'{what} is not finite at iteration {self.state.iter_num}: nothing saved; '
                          'try a lower --learning_rate, a longer --warmup_iters or --grad_clip=1.0')
 
-    def close(self, best_path, chat=False):
+    def close(self, stop_status, complete, best_path, chat=False):
         """
-        Close the sinks, write the log, draw the losses and print how the run ended. `chat`: the
-        model learned conversations.
+        Close the sinks, write the log, draw the losses and print how the run ended. stop_status is
+        StopSignal's. `complete` says whether all iterations were done, and `chat` whether the model
+        learned conversations.
         """
+        if stop_status > 128:
+            self.outcome = signal.Signals(stop_status - 128).name
+        elif stop_status:
+            self.outcome = 'failed'
+        elif self.outcome != 'not finite':
+            self.outcome = 'finished' if complete else 'stopped early'
         self.tell('close')
         self.write()
         for line in end_of_run(self, best_path, self.draw(), chat):

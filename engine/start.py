@@ -12,11 +12,14 @@ from engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_facts,
+    restore_optimizer,
+    restore_tensors,
+    restore_weights,
 )
 from engine.common import UserError, user_errors
 from engine.cost import check_weights_fit
 from engine.huggingface import load_weights
-from engine.lora import SETTINGS, base_weights, start_adapters
+from engine.lora import LORA_SETTINGS, base_weights, start_adapters
 from engine.schema import check
 from model import GPT, PRESETS, GPTConfig
 
@@ -29,11 +32,12 @@ def settings_of_run(script, config, given):
     keys = ('dataset', 'doc_mask', 'batch_size', 'gradient_accumulation_steps')
     keys = [key for key in keys if key not in given]
     init_from, out_dir = config['init_from'], config['out_dir']
-    own_run = init_from in ('scratch', 'resume', 'auto')
-    path = config['ckpt'] or (out_dir if own_run else init_from)
+    if init_from == 'scratch' or not keys:
+        return {}
+    path = config['ckpt'] or (out_dir if init_from in ('resume', 'auto') else init_from)
     if not os.path.isfile(path) and not is_sharded(path):
         path = newest_checkpoint(path)
-    if not path or init_from == 'scratch' or not keys:
+    if not path:
         return {}
     try:
         saved = read_facts(path).get('config') or {}
@@ -185,10 +189,16 @@ def previous_of(out_dir, newest):
     return os.path.join(out_dir, 'ckpt_sharded_prev' if sharded else 'ckpt_prev.pt')
 
 
-def restore_scaler(scaler, ckpt):
-    with reading(ckpt['path']):
-        check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
-        scaler.load_state_dict(ckpt['scaler'])
+def restore(ckpt, raw_model, state_tensors, opt, scaler, config, parallel):
+    """Fill a model, state_tensors, an optimizer and a gradient scaler from a checkpoint."""
+    restore_weights(raw_model, ckpt, parallel)  # FSDP's rows; other modes have them
+    restore_tensors(state_tensors, ckpt, parallel)
+    if not config['eval_only']:  # evaluation needs no moments
+        restore_optimizer(opt, config['optimizer'], ckpt, parallel)
+    if scaler.is_enabled() and ckpt.get('scaler'):
+        with reading(ckpt['path']):
+            check(ckpt, {'scaler': dict.fromkeys(scaler.state_dict(), float)})
+            scaler.load_state_dict(ckpt['scaler'])
 
 
 # Keys of the model that may differ from the checkpoint's. All others are fixed by training.
@@ -200,7 +210,7 @@ def fit_model(ckpt, config, given, resuming):
     Return the model in a checkpoint, in float32. Raise ValueError if the user asked for a part that
     differs from the checkpoint's.
     """
-    model_keys = {f.name for f in fields(GPTConfig)} | set(SETTINGS if resuming else ())
+    model_keys = {f.name for f in fields(GPTConfig)} | set(LORA_SETTINGS if resuming else ())
     asked = {key: value for key, value in config.items()
              if key in model_keys and key in given and value is not None}
     if 'arch_preset' in given:

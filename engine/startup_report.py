@@ -208,16 +208,16 @@ def memory_line(estimate, compiled):
     return f"about {estimate['peak'] / GIB:.2f} GiB per device estimated: {parts}{note}"
 
 
-def estimate_memory(model, loss, batches, name, opt, state_tensors, dtype, parallel, console):
+def estimate_memory(model, loss, batches, optimizer, opt, state_tensors, dtype, parallel, console):
     """
-    Estimate the memory of a step, with state_tensors and, on a CPU, the rest of the process,
-    because memory() counts all of it. If the step cannot be run without data, print a NOTE and use
-    zeros.
+    Estimate the memory of a training step and of state_tensors. `optimizer` is the name of `opt`.
+    On a CPU the estimate includes the rest of the process, because memory() counts all of it. If
+    the step cannot be run without data, print a NOTE and use zeros.
     """
     device, present = parallel.device, memory(parallel.device)
     try:
         estimate = memory_estimate(model.config, batches.batch_size, dtype, device,
-                                   batches.per_rank, parallel.mode, parallel.shard_size, name,
+                                   batches.per_rank, parallel.mode, parallel.shard_size, optimizer,
                                    loss, getattr(model, 'lora', None))
     except UserError:  # the micro-batch is too large for any machine
         raise

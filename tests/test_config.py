@@ -11,7 +11,7 @@ from configurator import configure, read_block
 from conftest import ROOT
 from data.folder import prepare_facts
 from engine.cost import LiveBytes
-from engine.describe import meta_model
+from engine.describe import meta_model, params_by_part
 from model import GPT, PRESETS, REGISTRY, GPTConfig
 
 # test_compare.py builds the ablations
@@ -211,7 +211,7 @@ def test_parameter_formulas_are_right_part_by_part(config):
     flops = {'attention scores': 'attention scores and values', 'ffn': 'FFN'}
     flops |= {name: name for name in ('attention projections', 'head')}
     counted = {name: sums['part', row] for name, row in parameters.items()}
-    assert {name: n for name, n in counted.items() if n} == model.params_by_part()
+    assert {name: n for name, n in counted.items() if n} == params_by_part(model)
     counted = {name: sums['forward, per token', row] for name, row in flops.items()}
     assert counted == model.flops_by_part()
 

@@ -13,7 +13,7 @@ from conftest import command, run_logs, succeeded, train
 from engine import cost
 from engine.common import GIB, UserError
 from engine.cost import memory_estimate
-from engine.describe import describe, fit, meta_model
+from engine.describe import describe, fit, meta_model, params_by_part
 from engine.machine import DATASHEETS, datasheet_peak, find_gpu, peak_flops
 from engine.parallel import Parallel
 from engine.report import GradientStatistics
@@ -146,7 +146,7 @@ def test_a_description_adds_up():
     rows, text = described()
     model = meta_model(SETTINGS)
     assert rows['non-embedding'] == model.get_num_params()
-    assert rows['trainable'] == model.get_num_params(False) == sum(rows[part] for part in model.params_by_part())
+    assert rows['trainable'] == model.get_num_params(False) == sum(rows[part] for part in params_by_part(model))
     assert rows['training, 3 x forward'] == 3 * rows['forward'] == model.flops_per_token()
     assert rows['KV cache, 32 tokens'] == pytest.approx(2 * 2 * 2 * 64 * 32 / GIB, abs=1e-2)
     assert 'memory to train, adamw, float32 on cpu, batch_size 1, one process, estimated' in text
