@@ -100,8 +100,9 @@ def reply_prompt(messages, tokenizer, template):
 
 def newest_turns(messages, tokenizer, template, block_size, max_new_tokens):
     """
-    Return (how many of the oldest messages are left out, ids): the reply_prompt() of the others,
-    which leaves room for a reply of max_new_tokens or an eighth of block_size.
+    Return (number of the oldest messages that are left out, ids). The ids are the reply_prompt() of
+    the others, and leave room for a reply of max_new_tokens or an eighth of block_size. Messages
+    are those of user and assistant in turn; the last is the user's.
     """
     for n_left_out in range(0, len(messages), 2):
         ids = reply_prompt(messages[n_left_out:], tokenizer, template)

@@ -1,4 +1,4 @@
-"""Write checkpoints while training goes on: the thread, and the memory for copies of tensors."""
+"""Write checkpoints while training goes on: the thread, and whether memory allows a copy."""
 import threading
 
 import torch
@@ -10,7 +10,7 @@ LARGE = 10 ** 8  # bytes; a smaller checkpoint is on disk within a second
 
 
 class Background(threading.Thread):
-    """Call work() in a thread. If it raises an error, this becomes `error`."""
+    """Call work() in a thread. If it raises an error, the attribute `error` holds it."""
     def __init__(self, work):
         super().__init__(daemon=True)
         self.work, self.error = work, None
@@ -24,7 +24,7 @@ class Background(threading.Thread):
 
 
 class Copies:
-    """The copies of tensors from which a run's checkpoints are written, one after another."""
+    """Decides for each checkpoint of a run whether its tensors are copied, to be written later."""
     def __init__(self, parallel):
         self.parallel = parallel
         self.copied = 0  # bytes of the previous copy

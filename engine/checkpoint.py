@@ -11,8 +11,8 @@ contains
     rank_0000.pt, ...   {'set/name': (shape, first row, rows)}: the tensors of one process
     info.pt             everything else; it is written last
 
-engine/checkpoint_writer.py writes it, engine/checked_file.py reads and writes each file, and
-engine/run_folder.py keeps the folder of a run.
+engine/checkpoint_writer.py writes checkpoints, engine/checked_file.py reads and writes each file,
+and engine/run_folder.py keeps the folder of a run.
 """
 import glob
 import math

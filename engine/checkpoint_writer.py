@@ -41,9 +41,9 @@ class WholeTensors:
 
 class OwnPieces:
     """
-    What this process writes into a folder: `pieces` are {'set/name': (shape, first row, rows)}. A
-    tied weight is written once; `names` are {name of a weight: the name under which it is written}.
-    Of FSDP's replicas only the first writes its rows.
+    The tensors that this process writes into a folder: `pieces`, {'set/name': (shape, first row,
+    rows)}. A tied weight is written once: `names` is {name of a weight: the name under which it is
+    written}. Of FSDP's replicas only the first writes its rows.
     """
     def __init__(self, sets, parallel, copy):
         self.parallel, self.pieces = parallel, {}

@@ -138,7 +138,7 @@ class Job:
         return done / max(1, self.until - self.first)
 
 
-def check_settings(run, defaults):
+def check_same_settings(run, defaults):
     """Raise UserError if the run in this folder was started with other settings."""
     if read_run(run.folder) is None:
         return

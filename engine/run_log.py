@@ -170,8 +170,8 @@ class RunLog:
     def close(self, stop_status, complete, best_path, chat=False):
         """
         Close the sinks, write the log, draw the losses and print how the run ended. stop_status is
-        StopSignal's. `complete` says whether all iterations were done, and `chat` whether the model
-        learned conversations.
+        StopSignal's. `complete` says whether all iterations were done or, with eval_only, none was
+        due; `chat` says whether the model learned conversations.
         """
         if stop_status > 128:
             self.outcome = signal.Signals(stop_status - 128).name

@@ -1,4 +1,4 @@
-"""The settings of sample.py: what contradicts each other or is missing, and the prompts."""
+"""Check the settings of sample.py, and read its prompts."""
 from engine.common import UserError, optional
 
 # {setting: others that it does not go with}

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from engine.common import CLEAR_LINE, duration, remove
-from engine.job import Job, check_settings
+from engine.job import Job, check_same_settings
 from engine.results import files_of, read_run
 
 CLEAR = CLEAR_LINE if sys.stdout.isatty() else ''
@@ -67,7 +67,7 @@ def run_all(runs, launcher, target=math.inf, give_up=None, limit=math.inf):
     A run ends early if give_up(its Result so far) says so, and fails after `limit` seconds.
     """
     for run in runs:
-        check_settings(run, launcher.defaults)
+        check_same_settings(run, launcher.defaults)
     todo = [Job(run, min(target, run.max_iters)) for run in runs]
     for job in todo:
         job.end_if(give_up)
