@@ -30,7 +30,7 @@ class Copies:
         self.copied = 0  # bytes of the previous copy
         self.said_scarce = False
 
-    def worth(self, sets, least=LARGE):
+    def worth_making(self, sets, least=LARGE):
         """
         Return whether to copy these sets and write them while training goes on. They must have more
         than `least` bytes, and the copy may take half of the free memory; if that is too little,

@@ -102,7 +102,7 @@ class RunFolder:
         started = time.time()
         self.finish()
         if background:
-            background = self.copies.worth(sets, LARGE if background == 'auto' else 0)
+            background = self.copies.worth_making(sets, LARGE if background == 'auto' else 0)
         if background:
             self.group = self.group or self.parallel.host_group()
         form = OwnPieces if self.sharded else WholeTensors

@@ -156,10 +156,10 @@ def test_it_must_be_large_and_leave_half_of_the_memory(monkeypatch, capsys):
     copies = Copies(Parallel())
     small, large = ({'model': {'wte': torch.empty(n, device='meta')}} for n in (10 ** 6, 10 ** 9))
     monkeypatch.setattr(background, 'free_memory', lambda device: 8 * 10 ** 9)
-    assert copies.worth(large) and not copies.worth(small)
+    assert copies.worth_making(large) and not copies.worth_making(small)
     monkeypatch.setattr(background, 'free_memory', lambda device: 8 * 10 ** 9 - 1)
     copies.copied = 0
-    assert not copies.worth(large) and not copies.worth(large)
+    assert not copies.worth_making(large) and not copies.worth_making(large)
     assert capsys.readouterr().out.count('NOTE: training waits') == 1
 
 
@@ -178,7 +178,7 @@ def test_the_memory_of_the_copy_before_does_not_count_as_used(monkeypatch):
     copies, large = Copies(Parallel()), {'model': {'wte': torch.empty(10 ** 9, device='meta')}}
     for free in (8, 4, 4):
         monkeypatch.setattr(background, 'free_memory', lambda device, free=free: free * 10 ** 9)
-        assert copies.worth(large)
+        assert copies.worth_making(large)
 
 
 def test_zero1_copies_the_moments_of_all_processes(monkeypatch):
@@ -190,7 +190,7 @@ def test_zero1_copies_the_moments_of_all_processes(monkeypatch):
     sets = {'model': {'wte': weight, 'lm_head': weight}, 'optimizer': {'0/exp_avg': moment}}
     for free, worth in ((24, True), (23, False)):  # the copy has 4 and 8 GB; a tied weight counts once
         monkeypatch.setattr(background, 'free_memory', lambda device, free=free: free * 10 ** 9)
-        assert Copies(parallel).worth(sets) == worth
+        assert Copies(parallel).worth_making(sets) == worth
 
 
 FAILS_WHILE_IT_IS_WRITTEN = """
