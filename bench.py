@@ -161,6 +161,8 @@ def plan_sides(config, device, dtype, scratch):
     """Return [(name, settings of the side, its model on the meta device)]."""
     sides = []
     compiled = device.type == 'cuda' if config['compile'] == 'auto' else config['compile']
+    if config['what'] == 'generate':  # as sample.py does
+        compiled = config['compile'] is True and device.type == 'cpu' and config['num_samples'] == 1
     for name, asked in configs_asked(config):
         if asked['batch_size'] == 'auto':
             raise UserError("batch_size='auto' is for train.py; use --find_batch_size=True here")
@@ -170,8 +172,7 @@ def plan_sides(config, device, dtype, scratch):
         side = asked | dict(
             versus='', quantize='', fused=True, device=str(device), dtype=dtype,
             asked_dtype=config['dtype'],
-            compile=compiled and config['what'] != 'generate',  # generation is never compiled
-            model=asdict(model.config),
+            compile=compiled, model=asdict(model.config),
             data_dir=find_data(asked['dataset'], config['what'], model, f'{scratch}/{name}'))
         sides.append((name, side, model))
     name, first, model = sides[0]

@@ -1679,6 +1679,26 @@ def test_a_small_model_has_no_trial():
     assert len(linears(model)) == len(linears(shaken()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('quantize, settings', [
+    ('', dict(position_encoding='rope', normalization='rmsnorm', qk_norm=True, n_kv_head=2, token_shift=True)),
+    ('int8', dict(doc_mask_token=7))])
+def test_a_compiled_step_generates_as_before(quantize, settings):
+    """Other text, or compiling again, which takes seconds, for another length or at the end of the context."""
+    torch.compiler.reset()
+    ours, cpu = shaken(**settings), torch.device('cpu')
+    compiled = copy.deepcopy(ours)
+    prepare_to_generate(ours, cpu, 'float32', quantize, 1)
+    name, dtype, _ = prepare_to_generate(compiled, cpu, 'float32', quantize, 1, compile=True)
+    assert name.endswith('compiled') and dtype == 'float32' and matrix_bytes(compiled) == matrix_bytes(ours)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length, new in (1, 8), (5, 4), (3, 20):  # the last one passes block_size
+            for _ in range(2):
+                tokens = compiled.generate(ids(1, length), new, temperature=0)
+                assert torch.equal(tokens, ours.generate(ids(1, length), new, temperature=0))
+    close(compiled(ids(B, T))[0], ours(ids(B, T))[0], 1e-5)
+
+
 def test_a_cache_on_a_cpu_is_float32():
     """torch's bfloat16 attention took more than half of the time of 16 prompts."""
     model = shaken().bfloat16()

@@ -4,14 +4,17 @@ long as reading the matrices takes. How close torch's kernels come to the memory
 on the CPU, so a short trial chooses among them.
 """
 import copy
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from engine.int8 import Int8Linear
+from engine.common import UserError, first_line
+from engine.int8 import Int8Linear, matvec
 from engine.machine import fastest_dtype
 
 TRIED_WEIGHTS = 2 ** 24  # in a trial, about
@@ -44,12 +47,29 @@ class Float16Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
+class LoopLinear(nn.Module):
+    """
+    A Linear for torch.compile and one row, with weights in a dtype and float32 activations.
+    """
+    def __init__(self, linear, dtype):
+        super().__init__()
+        self.packed = linear.weight.detach().to(getattr(torch, dtype))
+        self.nbytes = self.packed.nbytes
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x):
+        if x.numel() > x.size(-1):
+            return nn.functional.linear(x, self.packed.float(), self.bias)
+        y = matvec(self.packed, x.view(1, -1)).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Kernel(NamedTuple):
     """One way to store and multiply the matrices of a model."""
     name: str
     weights: str  # dtype of the matrices
     dtype: str  # of activations and of everything that is not a matrix
-    make: type | None = None  # what replaces a Linear; None: nothing does
+    make: Callable | None = None  # what replaces a Linear; None: nothing does
 
 
 def kernels_here(dtype):
@@ -108,26 +128,64 @@ def choose_kernel(model, dtype, rows):
     return ordered[0], f"weights: {', '.join(times)} per step of {rows}; the first is used"
 
 
+def compile_steps(model):
+    """
+    Compile the step that continues one sample by one token. Longer inputs, such as prompts, are
+    processed as before.
+    """
+    # Without these, the compiler moves a norm or an activation into the loop over the rows of the
+    # matrix that follows, which then computes it for each row again.
+    options = {'realize_opcount_threshold': 0, 'realize_reads_threshold': 1}
+    for block in model.transformer.h:
+        compiled = torch.compile(block.forward, dynamic=True, options=options)
+        block.forward = functools.partial(continue_cache, block.forward, compiled)
+    model.lm_head.compile(dynamic=True, options=options)
+    try:
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 3)
+    except torch._dynamo.exc.TorchDynamoException as e:
+        raise UserError('torch.compile failed on this machine, so leave out --compile: '
+                        f'{first_line(e)}') from e
+
+
+def continue_cache(forward, compiled, x, rotate, cache, mask):
+    """
+    Apply a Block's compiled forward to a single token, but not where the cache is empty or full:
+    these would each be compiled apart.
+    """
+    one_token = x.numel() == x.size(-1)
+    if one_token and cache is not None and 0 < cache.length < cache.k.size(2) - 1:
+        forward = compiled
+        for tensor in (cache.k, cache.v):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)  # samples may differ in length
+    return forward(x, rotate, cache, mask)
+
+
 def count_weights(module):
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def prepare_to_generate(model, device, dtype, quantize, rows):
+def prepare_to_generate(model, device, dtype, quantize, rows, compile=False):
     """
     Move a model to the device with weights in a dtype or, with 'auto', in the fastest for `rows`
-    prompts at a time. Return (the name of the weights, the dtype of the activations, what a trial
-    found or '').
+    prompts at a time. With compile=True, for a single prompt on a CPU, 'auto' means bfloat16.
+    Return (the name of the weights, the dtype of the activations, what a trial found or '').
     """
     kernel, text = None, ''
     if quantize:
         model.quantize_int8()
-    elif device.type == 'cpu':
+    if compile:
+        stored = 'bfloat16' if dtype == 'auto' else dtype
+        make = None if quantize else functools.partial(LoopLinear, dtype=stored)
+        kernel = Kernel(f'{quantize or stored}, compiled', quantize or stored, 'float32', make)
+    elif device.type == 'cpu' and not quantize:
         kernel, text = choose_kernel(model, dtype, rows)
     torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn() in attention_kernel.py
     if kernel is None:
         dtype = fastest_dtype(device) if dtype == 'auto' else dtype
         kernel = Kernel(quantize or dtype, dtype, dtype)
     use_kernel(model, kernel).to(device)
+    if compile:
+        compile_steps(model)
     return kernel.name, kernel.dtype, text
 
 
@@ -144,5 +202,5 @@ def stored_bytes(model):
 
 
 def packed_bytes(model):
-    packed = OneDNNLinear, Float16Linear
+    packed = OneDNNLinear, Float16Linear, LoopLinear
     return sum(module.nbytes for module in model.modules() if isinstance(module, packed))

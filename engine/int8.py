@@ -4,12 +4,21 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
+def matvec(weight, row):
+    """
+    Multiply a weight (out, in) by a row (1, in) in float32. Return (out,). torch.compile makes a
+    loop of it that converts the weight while it reads it.
+    """
+    return (weight.float() * row.float()).sum(-1)
+
+
 class Int8Linear(nn.Module):
     """
     A Linear with int8 weights and one scale per output: half the bytes of bfloat16.
 
     For up to 4 rows in bfloat16 on a CPU a kernel reads int8 directly and is no slower than
-    bfloat16. Otherwise the weight is first converted to x's dtype, which is slower.
+    bfloat16, and for one row torch.compile makes a faster one. Otherwise the weight is first
+    converted to x's dtype, which is slower.
     """
     def __init__(self, linear):
         super().__init__()
@@ -21,7 +30,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
-        if rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
+        if rows.size(0) == 1 and torch.compiler.is_compiling():
+            y = matvec(self.weight, rows) * self.scale
+        elif rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = self.converted(rows)

@@ -219,9 +219,12 @@ def generation(report):
     GPT-2 124M continues prompts; the limit is what the memory's bandwidth allows for the weights
     and caches that each step reads.
     """
-    for n in 1, 16:
-        flags = ['--what=generate', f'--num_samples={n}', *FEW]
-        yield bench_row(report, 'generation', f'{n} at a time', LARGE, flags, generate_figures, 30)
+    kinds = {'1 at a time': ['--num_samples=1'], '16 at a time': ['--num_samples=16']}
+    if report.device.type == 'cpu':
+        kinds['1 at a time, compiled'] = ['--num_samples=1', '--compile=True']
+    for name, flags in kinds.items():
+        flags = ['--what=generate', *flags, *FEW]
+        yield bench_row(report, 'generation', name, LARGE, flags, generate_figures, 30)
 
 
 def generate_figures(report, sides):

@@ -206,7 +206,8 @@ def generate_step(model, s):
         model.to(cache_dtype)
     else:
         weights, _, _ = prepare_to_generate(
-            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'])
+            model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'],
+            s['compile'])
         cache_dtype = model.cache_dtype()
     model.eval()
     shape = (s['num_samples'], s['prompt_tokens'])

@@ -56,6 +56,21 @@ def test_samples_are_repeatable_and_start_with_the_prompt(finished, tmp_path):
     assert len(set(texts)) == 3 and all(text.startswith('line 7 says') for text in texts)
 
 
+def test_compile_is_for_one_sample_and_needs_a_compiler(finished, tmp_path):
+    """A batch that is compiled again and again, or a traceback of the compiler's."""
+    env = {'CXX': str(tmp_path / 'no-such-compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'),
+           'PATH': str(tmp_path)}
+
+    def sample(*flags):
+        return command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, *flags, env=env)
+    several = sample('--num_samples=2', '--compile=True')
+    assert several.stdout == sample('--num_samples=2').stdout and 'compile=True is ignored' in several.stderr
+    one = sample('--num_samples=1', '--compile=True')
+    note, error = one.stderr.splitlines()
+    assert one.returncode == 2 and not one.stdout and note.startswith('compiling')
+    one_line(error, 'torch.compile failed', 'leave out --compile')
+
+
 def test_streamed_text_is_the_generated_text(finished, trained):
     """Characters cut apart or lost between tokens: against generate() and decode()."""
     done = command('sample.py', f'--out_dir={finished[0]}', *SAMPLE, '--num_samples=1', '--start=über ', '--raw=True',
