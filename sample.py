@@ -117,7 +117,7 @@ known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
 rows = max_batch if serve else max(num_beams, num_samples * len(starts))
-compiled = compile and device.type == 'cpu' and rows == 1
+compiled = compile and device.type == 'cpu' and rows == 1 and not serve
 if compiled:
     print('compiling a step (ten seconds or so) ...', file=sys.stderr)
 weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows, compiled)
