@@ -171,8 +171,7 @@ def plan_sides(config, device, dtype, scratch):
         check_length(config, model.config)
         side = asked | dict(
             versus='', quantize='', fused=True, device=str(device), dtype=dtype,
-            asked_dtype=config['dtype'],
-            compile=compiled, model=asdict(model.config),
+            asked_dtype=config['dtype'], compile=compiled, model=asdict(model.config),
             data_dir=find_data(asked['dataset'], config['what'], model, f'{scratch}/{name}'))
         sides.append((name, side, model))
     name, first, model = sides[0]
@@ -214,6 +213,8 @@ def versus_side(config, ours):
     for key in ('dtype', 'compile'):
         if config[f'versus_{key}'] != 'same':
             theirs[key] = config[f'versus_{key}']
+    if config['what'] == 'generate':  # their generate() is never compiled
+        theirs['compile'] = False
     return os.path.join(*folders[-2:]), theirs
 
 
