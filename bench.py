@@ -40,6 +40,7 @@ from engine.bench_report import add_ratios, figures, print_table
 from engine.common import GIB, UserError, optional, printable
 from engine.cost import check_weights_fit
 from engine.describe import meta_model
+from engine.fast_linear import can_compile
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.machine_report import machine_report
 from engine.plan import memory_figure, plan_ranks
@@ -162,7 +163,7 @@ def plan_sides(config, device, dtype, scratch):
     sides = []
     compiled = device.type == 'cuda' if config['compile'] == 'auto' else config['compile']
     if config['what'] == 'generate':  # as sample.py does
-        compiled = config['compile'] is True and device.type == 'cpu' and config['num_samples'] == 1
+        compiled = config['compile'] is True and can_compile(device, config['num_samples'])
     for name, asked in configs_asked(config):
         if asked['batch_size'] == 'auto':
             raise UserError("batch_size='auto' is for train.py; use --find_batch_size=True here")

@@ -40,7 +40,7 @@ from engine.checkpoint import load_checkpoint
 from engine.common import UserError, printable, reader_may_exit, user_errors
 from engine.continuation import Continuation
 from engine.cost import check_sampling_fits
-from engine.fast_linear import prepare_to_generate, stored_bytes
+from engine.fast_linear import can_compile, prepare_to_generate, stored_bytes
 from engine.huggingface import load_weights
 from engine.machine import pick_device
 from engine.sample_settings import check_settings, read_prompts
@@ -117,15 +117,15 @@ known = min(tokenizer.vocab_size, model.config.vocab_size)
 model.config.unpadded_vocab_size = min(model.config.unpadded_vocab_size or known, known)
 n_params = model.get_num_params(non_embedding=False)
 rows = max_batch if serve else max(num_beams, num_samples * len(starts))
-compiled = compile and device.type == 'cpu' and rows == 1 and not serve
-if compiled:
-    print('compiling a step (ten seconds or so) ...', file=sys.stderr)
-weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows, compiled)
+compiled = compile and can_compile(device, rows) and not (serve or attention)
 ends = {tokenizer.eot} - {None} if stop else set()  # ids that end a sample
 template = ckpt.get('chat_template')
 if chat and template is None:
     raise UserError(f"{ckpt['path']} has no chat template: make a model that has one by training "
                     'on a data set of data/prepare.py --chat=FILE.jsonl')
+if compiled:
+    print('compiling a step (ten seconds or so) ...', file=sys.stderr)
+weights, dtype, trial = prepare_to_generate(model, device, dtype, quantize, rows, compiled)
 
 
 def say(text, end='\n', file=None):
@@ -135,9 +135,11 @@ def say(text, end='\n', file=None):
 
 megabytes = stored_bytes(model) / 1e6
 iteration = f", iteration {ckpt['iter_num']}" if 'iter_num' in ckpt else ''
-ignored = '; compile=True is ignored: it is for one sample on a CPU' if compile > compiled else ''
+note = ', compiled' if compiled else ''
+if compile and not compiled:
+    note = '; compile=True is ignored: it is for one sample on a CPU'
 say(f"{ckpt['path']}: {n_params:,} parameters, {megabytes:,.1f} MB as {weights}"
-    f'{iteration}, {device} {dtype}, seed {seed}{ignored}', file=sys.stderr)
+    f'{iteration}, {device} {dtype}, seed {seed}{note}', file=sys.stderr)
 if trial:
     say(trial, file=sys.stderr)
 

@@ -156,7 +156,7 @@ def start_figures(side):
     start = f"{side.info['setup'] + side.first:.1f} s"
     compiling = 0.0
     if side.s['compile']:
-        compiling = max(0.0, side.first - side.median('whole'))
+        compiling = side.info.get('prepared', max(0.0, side.first - side.median('whole')))
         start += f', {compiling:.1f} of it compiling'
     return {'peak memory': f'{peak / GIB:.2f} GiB', 'to the first step': start}, dict(
         peak_bytes=peak, base_bytes=base, first_step=side.first, setup=side.info['setup'],

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from engine.common import UserError, first_line
-from engine.int8 import Int8Linear, matvec
+from engine.int8 import Int8Linear
 from engine.machine import fastest_dtype
 
 TRIED_WEIGHTS = 2 ** 24  # in a trial, about
@@ -49,7 +49,8 @@ class Float16Linear(nn.Module):
 
 class LoopLinear(nn.Module):
     """
-    A Linear for torch.compile and one row, with weights in a dtype and float32 activations.
+    A Linear with weights in a dtype and float32 activations. For one row, torch.compile makes a
+    loop of it that converts the weights while it reads them.
     """
     def __init__(self, linear, dtype):
         super().__init__()
@@ -60,7 +61,7 @@ class LoopLinear(nn.Module):
     def forward(self, x):
         if x.numel() > x.size(-1):
             return nn.functional.linear(x, self.packed.float(), self.bias)
-        y = matvec(self.packed, x.view(1, -1)).view(*x.shape[:-1], -1)
+        y = (x.unsqueeze(-2) * self.packed).sum(-1)
         return y if self.bias is None else y + self.bias
 
 
@@ -128,6 +129,11 @@ def choose_kernel(model, dtype, rows):
     return ordered[0], f"weights: {', '.join(times)} per step of {rows}; the first is used"
 
 
+def can_compile(device, rows):
+    """Return whether prepare_to_generate() has a compiled step for so many prompts at a time."""
+    return device.type == 'cpu' and rows == 1
+
+
 def compile_steps(model):
     """
     Compile the step that continues one sample by one token. Longer inputs, such as prompts, are
@@ -136,28 +142,34 @@ def compile_steps(model):
     # Without these, the compiler moves a norm or an activation into the loop over the rows of the
     # matrix that follows, which then computes it for each row again.
     options = {'realize_opcount_threshold': 0, 'realize_reads_threshold': 1}
+    compile = functools.partial(torch.compile, dynamic=True, options=options)
     for block in model.transformer.h:
-        compiled = torch.compile(block.forward, dynamic=True, options=options)
-        block.forward = functools.partial(continue_cache, block.forward, compiled)
-    model.lm_head.compile(dynamic=True, options=options)
+        block.forward = functools.partial(continue_cache, block.forward, compile(block.forward))
+    head = model.lm_head
+    head.forward = functools.partial(last_logits, head.forward, compile(head.forward))
     try:
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3)
     except torch._dynamo.exc.TorchDynamoException as e:
-        raise UserError('torch.compile failed on this machine, so leave out --compile: '
-                        f'{first_line(e)}') from e
+        raise UserError('torch.compile failed on this machine, so leave out --compile; it needs a '
+                        f"C++ compiler and Python's headers: {first_line(e)}") from e
 
 
 def continue_cache(forward, compiled, x, rotate, cache, mask):
     """
-    Apply a Block's compiled forward to a single token, but not where the cache is empty or full:
-    these would each be compiled apart.
+    Apply a Block's compiled forward to a single token, but not where the cache is empty or about to
+    be full, which would each be compiled separately.
     """
-    one_token = x.numel() == x.size(-1)
-    if one_token and cache is not None and 0 < cache.length < cache.k.size(2) - 1:
+    is_token = x.numel() == x.size(-1)
+    if is_token and cache is not None and 0 < cache.length < cache.k.size(2) - 1:
         forward = compiled
         for tensor in (cache.k, cache.v):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)  # samples may differ in length
     return forward(x, rotate, cache, mask)
+
+
+def last_logits(forward, compiled, x):
+    """Apply the head's compiled forward to a single token."""
+    return (compiled if x.numel() == x.size(-1) else forward)(x)
 
 
 def count_weights(module):
@@ -167,16 +179,16 @@ def count_weights(module):
 def prepare_to_generate(model, device, dtype, quantize, rows, compile=False):
     """
     Move a model to the device with weights in a dtype or, with 'auto', in the fastest for `rows`
-    prompts at a time. With compile=True, for a single prompt on a CPU, 'auto' means bfloat16.
+    prompts at a time. With compile=True, if can_compile(device, rows), 'auto' means bfloat16.
     Return (the name of the weights, the dtype of the activations, what a trial found or '').
     """
     kernel, text = None, ''
     if quantize:
         model.quantize_int8()
     if compile:
-        stored = 'bfloat16' if dtype == 'auto' else dtype
-        make = None if quantize else functools.partial(LoopLinear, dtype=stored)
-        kernel = Kernel(f'{quantize or stored}, compiled', quantize or stored, 'float32', make)
+        dtype = 'bfloat16' if dtype == 'auto' else dtype
+        make = functools.partial(LoopLinear, dtype=dtype)
+        kernel = Kernel(quantize or dtype, quantize or dtype, 'float32', make)
     elif device.type == 'cpu' and not quantize:
         kernel, text = choose_kernel(model, dtype, rows)
     torch.backends.cuda.enable_cudnn_sdp(False)  # see without_cudnn() in attention_kernel.py

@@ -4,14 +4,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
-def matvec(weight, row):
-    """
-    Multiply a weight (out, in) by a row (1, in) in float32. Return (out,). torch.compile makes a
-    loop of it that converts the weight while it reads it.
-    """
-    return (weight.float() * row.float()).sum(-1)
-
-
 class Int8Linear(nn.Module):
     """
     A Linear with int8 weights and one scale per output: half the bytes of bfloat16.
@@ -31,7 +23,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
         if rows.size(0) == 1 and torch.compiler.is_compiling():
-            y = matvec(self.weight, rows) * self.scale
+            y = (self.weight * rows).sum(-1) * self.scale  # a loop that converts while it reads
         elif rows.size(0) <= 4 and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:

@@ -201,7 +201,7 @@ def generate_step(model, s):
     Return a function that continues prompts as sample.py does, with weights in dtype. Its part
     'prefill' is the time to the first token.
     """
-    weights, cache_dtype = s['dtype'], getattr(torch, s['dtype'])
+    weights, cache_dtype, t0 = s['dtype'], getattr(torch, s['dtype']), time.time()
     if s['versus']:
         model.to(cache_dtype)
     else:
@@ -209,6 +209,7 @@ def generate_step(model, s):
             model, torch.device(s['device']), s['asked_dtype'], s['quantize'], s['num_samples'],
             s['compile'])
         cache_dtype = model.cache_dtype()
+    prepared = time.time() - t0
     model.eval()
     shape = (s['num_samples'], s['prompt_tokens'])
     idx = torch.randint(s['model']['vocab_size'], shape, device=s['device'])
@@ -220,7 +221,7 @@ def generate_step(model, s):
         watch.lap('prefill' if parts else 'whole')
         return watch.times
     step.info = dict(weights=weights, cache_itemsize=cache_dtype.itemsize,
-                     matrix_bytes=matrix_bytes(model))
+                     matrix_bytes=matrix_bytes(model), prepared=prepared)
     return step
 
 
