@@ -274,6 +274,9 @@ def time_sides(config, sides, device):
             add_ratios(rows, numbers, side, running[0])
         columns.append((side.name, rows, numbers))
     print_table(columns)
+    if any(numbers.get('mfu', 0) > 1 for _, _, numbers in columns):
+        print('NOTE: an MFU over 100 % means that the peak is too low. If it was measured, other '
+              'programs may have slowed that: run this again, or set --peak_tflops')
     if config['profile']:
         profiled = running[0].ask('profile')
         print(profiled['table'] + '\ntrace: trace.json')

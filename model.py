@@ -1015,7 +1015,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, ckpt=None):
         """Write a folder for transformers, with the tokenizer of ckpt, a checkpoint dict."""
-        from engine.huggingface import save_pretrained
+        from engine.export import save_pretrained
         save_pretrained(self, folder, ckpt)
 
     def quantize_int8(self):

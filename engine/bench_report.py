@@ -83,8 +83,6 @@ def flops_figures(side, model, peak, source):
     mfu = f'{100 * rate / peak:.1f}%'
     if source.startswith('measured'):
         mfu += ' of measured'
-    if rate > peak:
-        mfu += ' (over 100 %: the peak is too low, which is a bug)'
     rows = {'FLOPs per token': f'{flops / 1e9:.4g} G', 'TFLOP/s': f'{rate / 1e12:.3g}', 'MFU': mfu}
     return rows, dict(flops_per_token=flops, tflops=rate / 1e12, mfu=rate / peak,
                       peak_tflops=peak / 1e12)

@@ -251,7 +251,8 @@ def export_checkpoint(source, path, dtype):
     Write a checkpoint as a folder for transformers, or as a file for ONNX. Raise UserError if the
     path has any other extension; '.36b' in llama-1.36b is none.
     """
-    from engine.huggingface import load_weights, save_onnx
+    from engine.export import save_onnx
+    from engine.huggingface import load_weights
     extension = os.path.splitext(path)[1]
     if re.match(r'\.[A-Za-z]', extension) and extension != '.onnx':
         raise UserError(f"--export='{path}' has the unknown extension '{extension}': use .onnx for "

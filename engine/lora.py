@@ -13,8 +13,9 @@ from torch import nn
 from engine.checked_file import checksum, reading
 from engine.checkpoint import load_checkpoint
 from engine.common import UserError, printable
+from engine.export import split_rows, write_folder
 from engine.families import family_of, names_there
-from engine.huggingface import is_pretrained, load_weights, split_rows, write_folder
+from engine.huggingface import is_pretrained, load_weights
 from model import GPT, GPTConfig, Linear
 
 LORA_SETTINGS = 'lora_rank', 'lora_alpha', 'lora_targets'

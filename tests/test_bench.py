@@ -64,6 +64,7 @@ def test_bench_figures_follow_from_the_times_it_took(tmp_path):
     assert side['flops_per_token'] == model.flops_per_token()
     assert side['tokens_per_sec'] == pytest.approx(rate)
     assert side['mfu'] == pytest.approx(model.flops_per_token() * rate / 1e12)  # --peak_tflops=1
+    assert 'too low' not in out
     assert side['peak_bytes'] > 10**7 and side['first_step'] > 0 and side['compile'] == 0
     rows = ('parameters', 'forward', 'backward', 'optimizer', 'whole step', 'tokens/s', 'TFLOP/s', 'MFU',
             'tokens/s, accumulation 2', 'peak memory', 'to the first step', 'of a step')
@@ -95,7 +96,9 @@ def test_bench_times_each_kind_of_work(tmp_path, what, parts):
 def test_bench_puts_archs_side_by_side(tmp_path):
     """Columns that are all the same model, because a file's parts won over the arch that the column names."""
     archs = '--archs=gpt2,llama,config/speedrun_shakespeare_char.py'
-    _, result = bench(tmp_path, 'config/full_custom.py', archs, '--what=forward', '--n_kv_head=2')
+    out, result = bench(tmp_path, 'config/full_custom.py', archs, '--what=forward', '--n_kv_head=2',
+                        '--peak_tflops=1e-9')
+    assert out.count('the peak is too low') == 1  # below the table, which it would widen
     models = {name: side['settings']['model'] for name, side in result['sides'].items()}
     assert {name: model['activation'] for name, model in models.items()} == {
         'gpt2': 'gelu_tanh', 'llama': 'silu', 'speedrun_shakespeare_char.py': 'relu_squared'}
