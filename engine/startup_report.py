@@ -1,4 +1,5 @@
 """Estimate what a run costs, and report it before the run begins."""
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Costs:
     estimate: dict  # bytes
     too_large: bool  # whether the estimate exceeds this machine's memory
     flex: bool  # whether doc_mask uses flex attention
+    disk_bytes: float  # of all checkpoints, at most
 
     def as_numbers(self, model):
         """Return the costs as numbers for the run log."""
@@ -70,8 +72,14 @@ def measure_costs(settings, given, model, loss, distillation, opt, state_tensors
     # FSDP compiles block by block, and the mask is made outside the blocks
     masked = model.config.doc_mask_token is not None
     flex = masked and compiled and parallel.mode != 'fsdp' and model.can_use_flex(device.type)
+    # a checkpoint has weights and at most two moments; the newest, the previous, the best, and one
+    # that is being written may all differ
+    n_checkpoints = 0 if settings['eval_only'] else 4
+    if settings['keep_interval']:
+        n_checkpoints += iters_left // settings['keep_interval']
+    disk_bytes = n_checkpoints * sum(3 * p.nbytes for p in model.parameters() if p.requires_grad)
     return Costs(flops_per_token, tokens_per_iter, peak, peak_source, expected, compiled, why,
-                 estimate, too_large, flex)
+                 estimate, too_large, flex, disk_bytes)
 
 
 def startup_report(settings, costs, attention, model, opt, batches, splits, data_sets, train_loader,
@@ -151,6 +159,10 @@ def say_startup(summary, details, costs, out_dir, verbose, console):
     if costs.too_large:
         console.say('NOTE: this will probably run out of memory; use a smaller --batch_size or '
                     '--activation_checkpointing=True')
+    free = shutil.disk_usage(out_dir).free
+    if costs.disk_bytes > free:
+        console.say(f'NOTE: the checkpoints may need {costs.disk_bytes / GIB:.1f} GiB in out_dir, '
+                    f'where {free / GIB:.1f} GiB are free')
     if costs.expected_seconds > 3600:
         console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
                     f'more; {QUICK_LOOK}')

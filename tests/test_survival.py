@@ -46,6 +46,7 @@ from conftest import (
 )
 from data.folder import find_datasets, write_dataset
 from engine.checkpoint import load_checkpoint
+from model import GPT
 from tests.warm import HANGS
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc or limits on data segments')
@@ -246,6 +247,23 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(text_set, finis
             out_dir / 'ckpt.pt', 'untouched', 'File too large: it needs', 'MB are free')
     assert contents(out_dir) == before
     assert [e['iter'] for e in run_logs(out_dir)[0]['training_iterations']] == [20]
+
+
+def test_a_disk_that_is_too_small_is_noticed_at_the_start(text_set, finished, tmp_path):
+    """A run ends after a night because its checkpoints were never going to fit; an evaluation warns of them, too."""
+    per_parameter = 3 * 4  # float32: the weight and two moments
+    n_parameters = GPT.from_checkpoint(finished[0]).get_num_params(False)
+    flags = '--init_from=resume', '--max_iters=22', '--keep_interval=1'
+    for spare, notes in ((-1, 1), (0, 0)):
+        out_dir = copy_run(finished[0], tmp_path / f'out{spare}')
+        free = (4 + 2) * per_parameter * n_parameters + spare
+        before = f'import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free={free})'
+        done = train(text_set, out_dir, *flags, before=before)
+        succeeded(done)
+        assert done.stdout.count('the checkpoints may need') == notes
+    done = train(text_set, out_dir, '--init_from=resume', '--eval_only=True', before=before.replace(str(free), '0'))
+    succeeded(done)
+    assert 'the checkpoints may need' not in done.stdout
 
 
 @pytest.mark.parametrize('keep', [lambda n: 0, lambda n: n // 10, lambda n: n // 2, lambda n: n - 1])
