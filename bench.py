@@ -290,10 +290,7 @@ def time_sides(config, sides, device):
 
 def find_peak(config, dtype, device):
     """Return (FLOP/s, source), and print them."""
-    if config['peak_tflops']:
-        flops, source = config['peak_tflops'] * 1e12, 'as given'
-    else:
-        flops, source = peak_flops(device, dtype)
+    flops, source = peak_flops(device, dtype, config['peak_tflops'])
     print(f'peak: {flops / 1e12:.4g} TFLOP/s ({source})', flush=True)
     return flops, source
 

@@ -139,13 +139,15 @@ def datasheet_peak(gpu, dtype):
     return DATASHEETS[gpu][0] * 1e12
 
 
-def peak_flops(device, dtype):
+def peak_flops(device, dtype, given_tflops=0.0):
     """
-    Return (FLOP/s, source): the datasheet's dense peak or, for an unknown device, the measured
-    speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048 elsewhere, or smaller where that
-    would take more than half a second. Other programs make a measured one lower, so it serves to
-    estimate times, and a share of it says little.
+    Return (FLOP/s, source): given_tflops if it is not 0, or the datasheet's dense peak, or, for an
+    unknown device, the measured speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048
+    elsewhere, or smaller where that would take more than half a second. Other programs make a
+    measured one lower, so it serves to estimate times, and a share of it says little.
     """
+    if given_tflops:
+        return given_tflops * 1e12, 'as given'
     name = device_name(device) if device.type == 'cuda' else ''
     gpu = next((known for known in DATASHEETS if re.search(rf'\b{known}\b', name)), '')
     if gpu and not re.search('Laptop|MIG', name):

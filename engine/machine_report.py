@@ -48,9 +48,7 @@ def machine_report(config, argv, device, dtype):
     names = sections_asked(config, device)
     flags = user_flags(argv)
     os.makedirs(config['report'], exist_ok=True)
-    peak, source = config['peak_tflops'] * 1e12, 'as given'
-    if not peak:
-        peak, source = peak_flops(device, dtype)
+    peak, source = peak_flops(device, dtype, config['peak_tflops'])
     report = Report(
         folder=config['report'], device=device, dtype=dtype, flags=flags, versus=config['versus'],
         peak=peak, peak_is_measured=source.startswith('measured'),

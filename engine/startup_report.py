@@ -51,9 +51,7 @@ def measure_costs(settings, given, model, loss, distillation, opt, state_tensors
     # before the peak, whose measurement leaves memory to this process that is not the run's
     estimate = estimate_memory(settings, model, loss, opt, state_tensors, batches, parallel,
                                console)
-    peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
-    if not peak:
-        peak, peak_source = peak_flops(device, settings['dtype'])
+    peak, peak_source = peak_flops(device, settings['dtype'], settings['peak_tflops'])
     peak = parallel.mean(peak)  # all processes must decide alike
     block_size = model.config.block_size
     flops_per_token = model.flops_per_token()
