@@ -80,8 +80,10 @@ def describe(model, settings, device, dtype, gpu=''):
     lines = ['architecture']
     lines += [f'  {key:<24} {value}' for key, value in vars(config).items() if value is not None]
     lines += parameter_lines(model) + flops_lines(model)
-    title, sizes = training_memory(model, settings, device, dtype, gpu)
-    lines += size_lines(title, sizes)
+    sizes = training_memory(model, settings, device, dtype, gpu)
+    lines += size_lines(
+        f"memory to train, {settings.get('optimizer', 'adamw')}, {dtype} on {gpu or device}, "
+        f'batch_size {whole_batch_size(settings)}, one process, estimated', sizes)
     if gpu:
         lines += gpu_lines(model, settings, dtype, device, gpu, sizes)
     lines += sampling_memory_lines(model)
@@ -126,25 +128,19 @@ def flops_lines(model):
     return lines + [f'  {name:<40} {a:>16,.0f} {b:>16,.0f}' for name, a, b in rows]
 
 
-def training_memory(model, settings, device, dtype, gpu='', mode='none', n=1):
-    """
-    Return (title, {part: bytes}) of a training step, as train.py estimates it, on each of n
-    processes.
-    """
-    batch_size = whole_batch_size(settings)
-    optimizer = settings.get('optimizer', 'adamw')
+def training_memory(model, settings, device, dtype, gpu, mode='none', n=1):
+    """Return {part: bytes} of a training step on each of n processes, as train.py estimates it."""
     accumulation = math.ceil(settings.get('gradient_accumulation_steps', 1) / n)
     present = memory(device)
     # A GPU is estimated with the kernels of a CPU. In bfloat16 some of them keep more than a GPU's.
     traced_dtype = 'float16' if gpu and dtype == 'bfloat16' else dtype
-    sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation, mode, n,
-                            optimizer, lora=getattr(model, 'lora', None))
+    sizes = memory_estimate(model.config, whole_batch_size(settings), traced_dtype, device,
+                            accumulation, mode, n, settings.get('optimizer', 'adamw'),
+                            lora=getattr(model, 'lora', None))
     if device.type == 'cpu' and not gpu:
         weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
         add_process(sizes, present.get('resident', present['peak']) - weights)
-    title = f'memory to train, {optimizer}, {dtype} on {gpu or device}, batch_size {batch_size}'
-    parts = {part: size for part, size in sizes.items() if size and part != 'peak'}
-    return f'{title}, one process, estimated', parts
+    return {part: size for part, size in sizes.items() if size and part != 'peak'}
 
 
 def whole_batch_size(settings):
@@ -168,7 +164,7 @@ def gpu_lines(model, settings, dtype, device, gpu, on_one):
             continue
         sizes = on_one
         if n > 1:
-            sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
+            sizes = training_memory(model, settings, device, dtype, gpu, mode, n)
         lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
@@ -185,7 +181,7 @@ def gpu_lines(model, settings, dtype, device, gpu, on_one):
     ]
 
 
-def fit(sizes, gib, mode='none'):
+def fit(sizes, gib, mode):
     """Say whether {part: bytes} fits a GPU of so many GiB and, if not, what would help."""
     needed, usable = sum(sizes.values()) / GIB, USABLE_MEMORY * gib
     numbers = f'{needed:,.2f} GiB, and of its {gib} GiB about {usable:.0f} are free for tensors'
