@@ -145,11 +145,7 @@ def training_memory(model, settings, device, dtype, gpu, mode='none', n=1):
 
 def whole_batch_size(settings):
     batch_size = settings.get('batch_size', 1)
-    if batch_size == 'auto':
-        return 1
-    if batch_size < 1:
-        raise UserError(f'batch_size must be positive, not {batch_size}')
-    return batch_size
+    return 1 if batch_size == 'auto' else batch_size
 
 
 def gpu_lines(model, settings, dtype, device, gpu, on_one):
