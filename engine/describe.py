@@ -20,6 +20,8 @@ import torch
 
 from configurator import PositiveInt, Share, configure
 from data.folder import prepare_facts, read_meta
+from engine.checked_file import save_checked
+from engine.checkpoint import load_checkpoint
 from engine.common import (
     GIB,
     ROOT,
@@ -31,6 +33,8 @@ from engine.common import (
     user_errors,
 )
 from engine.cost import add_process, cache_bytes, memory_estimate
+from engine.export import save_onnx
+from engine.huggingface import load_weights
 from engine.lora import add_adapters, save_peft
 from engine.machine import (
     DATASHEETS,
@@ -224,8 +228,6 @@ def list_configs():
 
 def consolidate_checkpoint(source, path, merge=False):
     """Write a checkpoint, sharded or not, as one file, as train.py would if not for `merge`."""
-    from engine.checked_file import save_checked
-    from engine.checkpoint import load_checkpoint
     saved = load_checkpoint(source, merge=merge)
     if os.path.lexists(path):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")
@@ -243,8 +245,6 @@ def export_checkpoint(source, path, dtype):
     Write a checkpoint as a folder for transformers, or as a file for ONNX. Raise UserError if the
     path has any other extension; '.36b' in llama-1.36b is none.
     """
-    from engine.export import save_onnx
-    from engine.huggingface import load_weights
     extension = os.path.splitext(path)[1]
     if re.match(r'\.[A-Za-z]', extension) and extension != '.onnx':
         raise UserError(f"--export='{path}' has the unknown extension '{extension}': use .onnx for "
@@ -264,7 +264,6 @@ def export_checkpoint(source, path, dtype):
 
 def inspect_checkpoint(source):
     """Print the model in a checkpoint, its training progress, and its settings."""
-    from engine.huggingface import load_weights
     saved = load_weights(source)
     config = saved.get('config') or {}
     print(describe(model_in(saved), config, *pick_device()))
