@@ -19,7 +19,6 @@ the middle half in parentheses. Weights and ids are random. FLOPs count matmuls 
 in full; MFU is their share of the peak for the side's dtype.
 """
 import ast
-import glob
 import json
 import os
 import re
@@ -195,10 +194,9 @@ def find_data(dataset, what, model, scratch):
     Return the folder of the data set, or of the first one of several. If it is not prepared, make
     one of random ids.
     """
-    folder = str(find_datasets(dataset)[0][2])
-    prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
-    if prepared or what != 'data':
-        return folder
+    folder = find_datasets(dataset)[0][2]
+    if what != 'data' or any(folder.glob('train*.bin')):
+        return str(folder)
     print(printable(f"data set '{dataset}' is not prepared: using 10 million random ids instead"))
     vocab_size = model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab_size, 10 ** 7)
