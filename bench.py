@@ -38,7 +38,7 @@ from engine import optim
 from engine.bench_report import add_ratios, figures, print_table
 from engine.common import GIB, UserError, optional, printable
 from engine.cost import check_weights_fit
-from engine.describe import meta_model
+from engine.describe import TRAIN, meta_model
 from engine.fast_linear import can_compile
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.machine_report import machine_report
@@ -46,9 +46,6 @@ from engine.plan import memory_figure, plan_ranks
 from engine.run_report import save_picture
 from engine.side import Side, SideError
 from model import PRESETS
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-TRAIN = os.path.join(HERE, 'train.py')
 
 
 def settings():
