@@ -86,15 +86,17 @@ def kernels(device):
 
 def machine_facts(device, dtype, peak, source):
     """Return what is known about the machine, {name: text}."""
-    facts = dict(device=f'{device} ({device_name(device)})', processor=processor())
-    facts['memory'] = f'{total_memory(device) / GIB:.0f} GiB, {free_memory(device) / GIB:.0f} free'
-    facts['torch'] = f'{torch.__version__}, Python {platform.python_version()}'
-    facts['training in'] = dtype
-    facts['peak'] = f'{peak / 1e12:.4g} TFLOP/s ({source})'
-    facts['kernels'] = ', '.join(kernels(device)) or 'none beyond the standard ones'
-    facts['measured'] = time.strftime('%Y-%m-%d %H:%M')
-    facts['other work'] = f'a load average of {os.getloadavg()[0]:.1f} before'
-    return facts
+    return {
+        'device': f'{device} ({device_name(device)})',
+        'processor': processor(),
+        'memory': f'{total_memory(device) / GIB:.0f} GiB, {free_memory(device) / GIB:.0f} free',
+        'torch': f'{torch.__version__}, Python {platform.python_version()}',
+        'training in': dtype,
+        'peak': f'{peak / 1e12:.4g} TFLOP/s ({source})',
+        'kernels': ', '.join(kernels(device)) or 'none beyond the standard ones',
+        'measured': time.strftime('%Y-%m-%d %H:%M'),
+        'other work': f'a load average of {os.getloadavg()[0]:.1f} before',
+    }
 
 
 def synchronize(device):
