@@ -12,6 +12,7 @@ from configurator import configure, read_block
 from engine.common import GIB, ROOT
 from engine.cost import add_process, memory_estimate
 from engine.describe import TRAIN, meta_model
+from engine.hints import stem
 from engine.machine import free_memory
 from engine.machine_rows import Row, command_line, run, spread
 from engine.results import files_of
@@ -53,10 +54,6 @@ def settings_of(report, config, *flags):
     """Return the settings of a row of bench.py."""
     argv = [os.path.join(ROOT, config), *report.flags, *flags]
     return configure(BENCH, TRAIN, argv=argv)[0]
-
-
-def stem(config):
-    return os.path.basename(config).removesuffix('.py')
 
 
 def fitted(report, config, *flags):
