@@ -181,7 +181,7 @@ def gpu_lines(model, settings, dtype, device, gpu, on_one):
     ]
 
 
-def fit(sizes, gib, mode):
+def fit(sizes, gib, mode='none'):
     """Say whether {part: bytes} fits a GPU of so many GiB and, if not, what would help."""
     needed, usable = sum(sizes.values()) / GIB, USABLE_MEMORY * gib
     numbers = f'{needed:,.2f} GiB, and of its {gib} GiB about {usable:.0f} are free for tensors'
