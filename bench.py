@@ -19,7 +19,6 @@ the middle half in parentheses. Weights and ids are random. FLOPs count matmuls 
 in full; MFU is their share of the peak for the side's dtype.
 """
 import ast
-import glob
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from engine import optim
 from engine.bench_report import add_ratios, figures, print_table
 from engine.common import GIB, UserError, optional, printable
 from engine.cost import check_weights_fit
-from engine.describe import meta_model
+from engine.describe import TRAIN, meta_model
 from engine.fast_linear import can_compile
 from engine.machine import device_name, peak_bandwidth, peak_flops, pick_device
 from engine.machine_report import machine_report
@@ -47,9 +46,6 @@ from engine.plan import memory_figure, plan_ranks
 from engine.run_report import save_picture
 from engine.side import Side, SideError
 from model import PRESETS
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-TRAIN = os.path.join(HERE, 'train.py')
 
 
 def settings():
@@ -195,10 +191,9 @@ def find_data(dataset, what, model, scratch):
     Return the folder of the data set, or of the first one of several. If it is not prepared, make
     one of random ids.
     """
-    folder = str(find_datasets(dataset)[0][2])
-    prepared = glob.glob(os.path.join(glob.escape(folder), 'train*.bin'))
-    if prepared or what != 'data':
-        return folder
+    folder = find_datasets(dataset)[0][2]
+    if what != 'data' or any(folder.glob('train*.bin')):
+        return str(folder)
     print(printable(f"data set '{dataset}' is not prepared: using 10 million random ids instead"))
     vocab_size = model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab_size, 10 ** 7)
@@ -290,10 +285,7 @@ def time_sides(config, sides, device):
 
 def find_peak(config, dtype, device):
     """Return (FLOP/s, source), and print them."""
-    if config['peak_tflops']:
-        flops, source = config['peak_tflops'] * 1e12, 'as given'
-    else:
-        flops, source = peak_flops(device, dtype)
+    flops, source = peak_flops(device, dtype, config['peak_tflops'])
     print(f'peak: {flops / 1e12:.4g} TFLOP/s ({source})', flush=True)
     return flops, source
 

@@ -259,7 +259,7 @@ state_tensors = {}
 if checkpoint is not None:
     start.restore(checkpoint, raw_model, state_tensors, opt, scaler, config, parallel)
     if 'compile' not in given and is_ours(checkpoint):  # the same kernels give the same numbers
-        compile = checkpoint['config'].get('compile', compile)
+        config['compile'] = checkpoint['config'].get('compile', compile)
 del checkpoint  # free its memory
 distillation = None
 if teacher and not eval_only:
@@ -274,11 +274,11 @@ if sample_interval and tokenizer:
 
 # set-up: what it will cost
 costs = measure_costs(config, given, raw_model, training_loss, distillation, opt,
-                      state_tensors, batches, splits, state.iter_num, compile, parallel, console)
+                      state_tensors, batches, splits, state.iter_num, parallel, console)
 config['compile'] = costs.compiled
 attention_note = choose_attention(model_config, batches.batch_size, dtype, parallel)
 summary, details = startup_report(config, costs, attention_note, raw_model, opt, batches, splits,
-                                  data_sets, train_loader, tokenizer, state.iter_num, parallel)
+                                  data_sets, tokenizer, state.iter_num, parallel)
 say_startup(summary, details, costs, out_dir, verbose, console)
 
 # set-up: logs

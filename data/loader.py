@@ -17,6 +17,8 @@ from data.packing import PackedShard
 from data.shards import check_shards
 from engine.common import UserError
 
+# Torch is imported in functions, because data/prepare.py's many processes do not need it.
+
 # ------------------------------------------------------------------------------------------------
 # the order of samples
 
@@ -113,7 +115,6 @@ class Loader:
         self.first = self.ends - windows
         self.n_tokens, self.n_windows = int(n_tokens.sum()), int(self.ends[-1])
         self.block_size, self.seed, self.shuffle = block_size, seed % 2**64, shuffle
-        # torch is imported late because data/prepare.py's many processes do not need it
         import torch
         self.vocab_size, self.device = vocab_size, torch.device(device)
 

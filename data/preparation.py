@@ -314,10 +314,9 @@ class Preparation:
                 yield number, coming.pop(number).result() if source.fetch else source.path
 
     def read_file(self, path):
+        kind, packed = kind_of(path.name)
         if not self.val_is_end_of_files:
-            kind, _ = kind_of(path.name)
             return kind.read(path, self.field, int(self.max_document_mb * 10**6))
-        _, packed = kind_of(path.name)
         length = path.stat().st_size
         if packed:
             length = sum(len(chunk) for chunk, _ in read_chunks(path))

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 from data.documents import Source
+from data.folder import HERE
 from engine.common import (
     UserError,
     first_line,
@@ -45,7 +46,7 @@ def script_parser(script, doc):
     """
     sys.excepthook = show_error
     script = Path(script).resolve()
-    in_data = script.parent == Path(__file__).resolve().parent  # data/prepare.py itself
+    in_data = script.parent == HERE  # data/prepare.py itself
     name = '/'.join(script.parts[-2 if in_data else -3:])
     return Parser(prog=name, description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.folder import TOKENIZER, read_meta
+from data.folder import HERE, TOKENIZER, read_meta
 from engine.common import UserError, optional
 from engine.schema import check, read_json
 
@@ -400,7 +400,7 @@ def find_tokenizer(ckpt, vocab_size):
             checkpoint = f"checkpoint '{ckpt['path']}' names no tokenizer"
             problem = f'its data set, {dataset!r:.100}, is no name of a folder in data/'
             raise UserError(f'{checkpoint}, and {problem}; name one with sample.py --tokenizer=...')
-        meta = read_meta(Path(__file__).resolve().parent / dataset)
+        meta = read_meta(HERE / dataset)
         tokenizer = get_tokenizer(meta['tokenizer']) if 'tokenizer' in meta else None
         if tokenizer and tokenizer.vocab_size <= vocab_size:
             return tokenizer

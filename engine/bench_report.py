@@ -156,9 +156,9 @@ def start_figures(side):
     if side.s['compile']:
         compiling = side.info.get('prepared', max(0.0, side.first - side.median('whole')))
         start += f', {compiling:.1f} of it compiling'
-    return {'peak memory': f'{peak / GIB:.2f} GiB', 'to the first step': start}, dict(
-        peak_bytes=peak, base_bytes=base, first_step=side.first, setup=side.info['setup'],
-        compile=compiling)
+    rows = {'peak memory': f'{peak / GIB:.2f} GiB', 'to the first step': start}
+    return rows, dict(peak_bytes=peak, base_bytes=base, first_step=side.first,
+                      setup=side.info['setup'], compile=compiling)
 
 
 def add_ratios(rows, numbers, side, first):

@@ -128,9 +128,11 @@ def picture(groups, path):
     Plot val loss against steps, tokens, FLOPs and seconds: a line per cell with the mean over
     seeds, and a band from the best seed to the worst.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True, layout='constrained')
-    shades = plt.get_cmap('viridis')(np.linspace(0, 0.85, len(groups)))  # also distinct in grey
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 9), layout='constrained')
+    axes = figure.subplots(2, 2, sharey=True)
+    shades = colormaps['viridis'](np.linspace(0, 0.85, len(groups)))  # also distinct in grey
     dashes, markers = itertools.cycle(('-', '--', ':')), itertools.cycle('os^Dvx*P')
     styles = list(zip(shades, dashes, markers))
     low, high = loss_limits(groups)
@@ -172,13 +174,6 @@ def loss_limits(groups):
     return min(low), np.median(high)
 
 
-def pyplot():
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def scaling_report(groups, config):
     """Return (text, facts) of a power law through the losses of all runs, and draw scaling.png."""
     results = [result for group in groups.values() for result in group]
@@ -206,9 +201,11 @@ def scaling_report(groups, config):
 
 
 def scaling_picture(n, losses, fit, config):
+    from matplotlib.figure import Figure
     x = np.geomspace(min(n) / 1.5, max(n) * 10, 100)
     y, half = fit.predict(x)
-    figure, ax = pyplot().subplots(figsize=(8, 6))
+    figure = Figure(figsize=(8, 6))
+    ax = figure.subplots()
     ax.plot(n, losses, 'o', color='black', label='runs')
     ax.plot(x, y, '-', color='black', label=fit.form)
     ax.fill_between(x, y - half, y + half, color='grey', alpha=0.3, linewidth=0,

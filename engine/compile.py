@@ -4,8 +4,9 @@ import time
 from engine.common import first_line, out_of_memory
 
 
-def choose_compile(setting, given, device, expected, eval_only):
+def choose_compile(settings, given, device, expected):
     """Return (whether to compile, reason). `expected` is the run's expected time in seconds."""
+    setting = settings['compile']
     if 'compile' in given:
         why = 'as asked'
     elif setting != 'auto':
@@ -20,7 +21,7 @@ def choose_compile(setting, given, device, expected, eval_only):
         why = 'the run is too short to pay for it'
     if setting != 'auto':
         return setting, why
-    long_on_cpu = device.type == 'cpu' and expected > 600 and not eval_only
+    long_on_cpu = device.type == 'cpu' and expected > 600 and not settings['eval_only']
     return device.type == 'cuda' or long_on_cpu, why
 
 

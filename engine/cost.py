@@ -7,15 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.common import (
-    UserError,
-)
+from engine.common import UserError
 from engine.lora import add_adapters
-from engine.machine import (
-    autocast,
-    check_memory,
-    never_compiled,
-)
+from engine.machine import autocast, check_memory, never_compiled
 from engine.optim import moment_numel
 from model import GPT
 

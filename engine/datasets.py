@@ -19,8 +19,7 @@ def prepare_data(data_sets, vocab_size, console, parallel):
     set's.
     """
     for name, _, folder in data_sets:
-        prepared = glob.glob(os.path.join(glob.escape(str(folder)), 'train*.bin'))
-        if parallel.local_rank == 0 and not prepared:
+        if parallel.local_rank == 0 and not any(folder.glob('train*.bin')):
             if os.path.isfile(name):
                 prepare_file(name, str(folder), console)
             else:

@@ -20,6 +20,8 @@ import torch
 
 from configurator import PositiveInt, Share, configure
 from data.folder import prepare_facts, read_meta
+from engine.checked_file import save_checked
+from engine.checkpoint import load_checkpoint
 from engine.common import (
     GIB,
     ROOT,
@@ -31,6 +33,8 @@ from engine.common import (
     user_errors,
 )
 from engine.cost import add_process, cache_bytes, memory_estimate
+from engine.export import save_onnx
+from engine.huggingface import load_weights
 from engine.lora import add_adapters, save_peft
 from engine.machine import (
     DATASHEETS,
@@ -80,8 +84,10 @@ def describe(model, settings, device, dtype, gpu=''):
     lines = ['architecture']
     lines += [f'  {key:<24} {value}' for key, value in vars(config).items() if value is not None]
     lines += parameter_lines(model) + flops_lines(model)
-    title, sizes = training_memory(model, settings, device, dtype, gpu)
-    lines += size_lines(title, sizes)
+    sizes = training_memory(model, settings, device, dtype, gpu)
+    lines += size_lines(
+        f"memory to train, {settings.get('optimizer', 'adamw')}, {dtype} on {gpu or device}, "
+        f'batch_size {whole_batch_size(settings)}, one process, estimated', sizes)
     if gpu:
         lines += gpu_lines(model, settings, dtype, device, gpu, sizes)
     lines += sampling_memory_lines(model)
@@ -126,34 +132,24 @@ def flops_lines(model):
     return lines + [f'  {name:<40} {a:>16,.0f} {b:>16,.0f}' for name, a, b in rows]
 
 
-def training_memory(model, settings, device, dtype, gpu='', mode='none', n=1):
-    """
-    Return (title, {part: bytes}) of a training step, as train.py estimates it, on each of n
-    processes.
-    """
-    batch_size = whole_batch_size(settings)
-    optimizer = settings.get('optimizer', 'adamw')
+def training_memory(model, settings, device, dtype, gpu, mode='none', n=1):
+    """Return {part: bytes} of a training step on each of n processes, as train.py estimates it."""
     accumulation = math.ceil(settings.get('gradient_accumulation_steps', 1) / n)
     present = memory(device)
     # A GPU is estimated with the kernels of a CPU. In bfloat16 some of them keep more than a GPU's.
     traced_dtype = 'float16' if gpu and dtype == 'bfloat16' else dtype
-    sizes = memory_estimate(model.config, batch_size, traced_dtype, device, accumulation, mode, n,
-                            optimizer, lora=getattr(model, 'lora', None))
+    sizes = memory_estimate(model.config, whole_batch_size(settings), traced_dtype, device,
+                            accumulation, mode, n, settings.get('optimizer', 'adamw'),
+                            lora=getattr(model, 'lora', None))
     if device.type == 'cpu' and not gpu:
         weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
         add_process(sizes, present.get('resident', present['peak']) - weights)
-    title = f'memory to train, {optimizer}, {dtype} on {gpu or device}, batch_size {batch_size}'
-    parts = {part: size for part, size in sizes.items() if size and part != 'peak'}
-    return f'{title}, one process, estimated', parts
+    return {part: size for part, size in sizes.items() if size and part != 'peak'}
 
 
 def whole_batch_size(settings):
     batch_size = settings.get('batch_size', 1)
-    if batch_size == 'auto':
-        return 1
-    if batch_size < 1:
-        raise UserError(f'batch_size must be positive, not {batch_size}')
-    return batch_size
+    return 1 if batch_size == 'auto' else batch_size
 
 
 def gpu_lines(model, settings, dtype, device, gpu, on_one):
@@ -168,7 +164,7 @@ def gpu_lines(model, settings, dtype, device, gpu, on_one):
             continue
         sizes = on_one
         if n > 1:
-            sizes = training_memory(model, settings, device, dtype, gpu, mode, n)[1]
+            sizes = training_memory(model, settings, device, dtype, gpu, mode, n)
         lines.append(f"  {'memory, ' + name:<24} {fit(sizes, gib, mode)}")
     if peak is None:
         return lines + [f"  {'speed':<24} not known, because the table has no peak for {dtype}"]
@@ -232,8 +228,6 @@ def list_configs():
 
 def consolidate_checkpoint(source, path, merge=False):
     """Write a checkpoint, sharded or not, as one file, as train.py would if not for `merge`."""
-    from engine.checked_file import save_checked
-    from engine.checkpoint import load_checkpoint
     saved = load_checkpoint(source, merge=merge)
     if os.path.lexists(path):
         raise UserError(f"'{path}' already exists: choose another name, or remove it first")
@@ -251,8 +245,6 @@ def export_checkpoint(source, path, dtype):
     Write a checkpoint as a folder for transformers, or as a file for ONNX. Raise UserError if the
     path has any other extension; '.36b' in llama-1.36b is none.
     """
-    from engine.export import save_onnx
-    from engine.huggingface import load_weights
     extension = os.path.splitext(path)[1]
     if re.match(r'\.[A-Za-z]', extension) and extension != '.onnx':
         raise UserError(f"--export='{path}' has the unknown extension '{extension}': use .onnx for "
@@ -272,7 +264,6 @@ def export_checkpoint(source, path, dtype):
 
 def inspect_checkpoint(source):
     """Print the model in a checkpoint, its training progress, and its settings."""
-    from engine.huggingface import load_weights
     saved = load_weights(source)
     config = saved.get('config') or {}
     print(describe(model_in(saved), config, *pick_device()))

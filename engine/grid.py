@@ -181,7 +181,7 @@ def ladder(config, given, block):
     Return the Runs of a ladder of widths. Heads keep their size and d_ff its proportion, as in the
     config file without flags. tokens_per_param determines the number of iterations.
     """
-    from engine.describe import meta_model
+    from engine.describe import meta_model  # imports torch, which takes seconds
     base = given.without_flags()
     for key in ('n_embd', 'n_head'):
         if not isinstance(base[key], int):

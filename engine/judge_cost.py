@@ -14,7 +14,7 @@ LIMITS_AT = {'steps': [*LIMITS], 'flops': ['parameters', 'seconds'],
 CLOCK_ERROR = 0.05  # trials that differ by less may only differ because the machine was busy
 
 
-def costs_of(result):
+def costs_of_run(result):
     return {'tokens': result.evals[-1].tokens,
             'parameters': result.startup_info['total_params'],
             'FLOPs per token': result.startup_info['flops_per_token']}
@@ -25,10 +25,10 @@ def cost_ratios(pairs):
     Return {cost: candidate over baseline}, medians over pairs of Results. Seconds are not among
     them: the runs of a pair are made at different times, when the machine may be more or less busy.
     """
-    ratios = {}
-    for name in costs_of(pairs[0][0]) if pairs else ():
-        ratios[name] = float(np.median([costs_of(b)[name] / costs_of(a)[name] for a, b in pairs]))
-    return ratios
+    if not pairs:
+        return {}
+    costs = [(costs_of_run(a), costs_of_run(b)) for a, b in pairs]
+    return {name: float(np.median([b[name] / a[name] for a, b in costs])) for name in costs[0][0]}
 
 
 def too_high(ratios, at):

@@ -8,7 +8,6 @@ import time
 from typing import NamedTuple
 
 from engine.common import ROOT, UserError, duration, first_line, printable, replacing
-from engine.compare_report import pyplot
 from engine.run_report import markdown_table, save_picture
 from engine.schema import Between, check
 
@@ -91,7 +90,9 @@ def git(*words):
 
 def draw(pairs, found, path):
     """Plot how the difference of each pair went, and where the mean ended."""
-    figure, ax = pyplot().subplots(figsize=(8, 5), layout='constrained')
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    ax = figure.subplots()
     for seed, (a, b) in zip(found['by_seed'], pairs):
         scale = unit_of(a, found['unit'])
         losses = {e.iter: e.loss for e in a.evals}

@@ -86,15 +86,17 @@ def kernels(device):
 
 def machine_facts(device, dtype, peak, source):
     """Return what is known about the machine, {name: text}."""
-    facts = dict(device=f'{device} ({device_name(device)})', processor=processor())
-    facts['memory'] = f'{total_memory(device) / GIB:.0f} GiB, {free_memory(device) / GIB:.0f} free'
-    facts['torch'] = f'{torch.__version__}, Python {platform.python_version()}'
-    facts['training in'] = dtype
-    facts['peak'] = f'{peak / 1e12:.4g} TFLOP/s ({source})'
-    facts['kernels'] = ', '.join(kernels(device)) or 'none beyond the standard ones'
-    facts['measured'] = time.strftime('%Y-%m-%d %H:%M')
-    facts['other work'] = f'a load average of {os.getloadavg()[0]:.1f} before'
-    return facts
+    return {
+        'device': f'{device} ({device_name(device)})',
+        'processor': processor(),
+        'memory': f'{total_memory(device) / GIB:.0f} GiB, {free_memory(device) / GIB:.0f} free',
+        'torch': f'{torch.__version__}, Python {platform.python_version()}',
+        'training in': dtype,
+        'peak': f'{peak / 1e12:.4g} TFLOP/s ({source})',
+        'kernels': ', '.join(kernels(device)) or 'none beyond the standard ones',
+        'measured': time.strftime('%Y-%m-%d %H:%M'),
+        'other work': f'a load average of {os.getloadavg()[0]:.1f} before',
+    }
 
 
 def synchronize(device):
@@ -139,13 +141,15 @@ def datasheet_peak(gpu, dtype):
     return DATASHEETS[gpu][0] * 1e12
 
 
-def peak_flops(device, dtype):
+def peak_flops(device, dtype, given_tflops=0.0):
     """
-    Return (FLOP/s, source): the datasheet's dense peak or, for an unknown device, the measured
-    speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048 elsewhere, or smaller where that
-    would take more than half a second. Other programs make a measured one lower, so it serves to
-    estimate times, and a share of it says little.
+    Return (FLOP/s, source): given_tflops if it is not 0, or the datasheet's dense peak, or, for an
+    unknown device, the measured speed of a large matmul: 8192 x 8192 on CUDA, 2048 x 2048
+    elsewhere, or smaller where that would take more than half a second. Other programs make a
+    measured one lower, so it serves to estimate times, and a share of it says little.
     """
+    if given_tflops:
+        return given_tflops * 1e12, 'as given'
     name = device_name(device) if device.type == 'cuda' else ''
     gpu = next((known for known in DATASHEETS if re.search(rf'\b{known}\b', name)), '')
     if gpu and not re.search('Laptop|MIG', name):

@@ -1,7 +1,6 @@
 """
 The commands of `bench.py --report`: rows that run bench.py or train.py and read what it wrote.
 """
-import glob
 import json
 import os
 import shutil
@@ -13,8 +12,10 @@ from configurator import configure, read_block
 from engine.common import GIB, ROOT
 from engine.cost import add_process, memory_estimate
 from engine.describe import TRAIN, meta_model
+from engine.hints import stem
 from engine.machine import free_memory
 from engine.machine_rows import Row, command_line, run, spread
+from engine.results import files_of
 from model import GPTConfig
 
 BENCH = os.path.join(ROOT, 'bench.py')
@@ -53,10 +54,6 @@ def settings_of(report, config, *flags):
     """Return the settings of a row of bench.py."""
     argv = [os.path.join(ROOT, config), *report.flags, *flags]
     return configure(BENCH, TRAIN, argv=argv)[0]
-
-
-def stem(config):
-    return os.path.basename(config).removesuffix('.py')
 
 
 def fitted(report, config, *flags):
@@ -165,8 +162,7 @@ def train_row(report, section, name, config, flags, read, seconds, processes=1, 
 
 def run_log(out_dir):
     """Return the newest run log in a folder."""
-    newest = sorted(glob.glob(os.path.join(glob.escape(out_dir), 'run_*.json')))[-1]
-    with open(newest, encoding='utf-8') as f:
+    with open(files_of(out_dir, 'run_*.json')[-1], encoding='utf-8') as f:
         return json.load(f)
 
 

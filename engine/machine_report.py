@@ -12,6 +12,7 @@ import torch
 from engine.common import GIB, ROOT, UserError, printable
 from engine.describe import meta_model
 from engine.gpu_checks import failed_checks, gpu_checks
+from engine.hints import stem
 from engine.machine import copy_times, linear_times, machine_facts, matmul_times, peak_flops
 from engine.machine_commands import (
     FEW,
@@ -22,7 +23,6 @@ from engine.machine_commands import (
     fitted,
     fitted_row,
     settings_of,
-    stem,
     step_figures,
     step_seconds,
     step_time,
@@ -48,9 +48,7 @@ def machine_report(config, argv, device, dtype):
     names = sections_asked(config, device)
     flags = user_flags(argv)
     os.makedirs(config['report'], exist_ok=True)
-    peak, source = config['peak_tflops'] * 1e12, 'as given'
-    if not peak:
-        peak, source = peak_flops(device, dtype)
+    peak, source = peak_flops(device, dtype, config['peak_tflops'])
     report = Report(
         folder=config['report'], device=device, dtype=dtype, flags=flags, versus=config['versus'],
         peak=peak, peak_is_measured=source.startswith('measured'),

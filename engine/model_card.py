@@ -1,11 +1,11 @@
 """Write the README.md of an exported model from its checkpoint and run logs."""
 import contextlib
-import glob
 import math
 import os
 
 import torch
 
+from engine.results import files_of
 from engine.schema import read_json
 from model import REGISTRY
 
@@ -40,7 +40,8 @@ def model_card(model, ckpt, architecture, tokenizer):
     c, trained, logs = model.config, ckpt.get('config') or {}, run_logs(ckpt)
     rows = {
         'architecture': describe_architecture(c, architecture),
-        'parameters': describe_parameters(model),
+        'parameters': f'{model.get_num_params(False):,}, '
+                      f'non-embedding {model.get_num_params():,}',
         'context': f'{c.block_size} tokens',
         'vocabulary': describe_vocabulary(c),
         'tokenizer': tokenizer.name if tokenizer else None,
@@ -65,10 +66,6 @@ def describe_architecture(c, architecture):
     biases = 'biases' if c.bias else 'no biases'
     return (f'{architecture}: {c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, '
             f"{c.kv_heads} key/value heads, {', '.join(names)}, {biases}")
-
-
-def describe_parameters(model):
-    return f'{model.get_num_params(False):,}, non-embedding {model.get_num_params():,}'
 
 
 def describe_vocabulary(c):
@@ -103,9 +100,8 @@ def run_logs(ckpt):
     Return the run_*.json files beside a checkpoint as dicts, oldest first. Unreadable ones are
     skipped.
     """
-    folder = glob.escape(os.path.dirname(ckpt.get('path', '')))
     logs = []
-    for path in sorted(glob.glob(os.path.join(folder, 'run_*.json'))):
+    for path in files_of(os.path.dirname(ckpt.get('path', '')), 'run_*.json'):
         with contextlib.suppress(OSError, ValueError):
             logs.append(read_json(path, LOG))
     return logs

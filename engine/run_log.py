@@ -150,10 +150,10 @@ class RunLog:
 
     def add_out_of_memory(self, batches):
         """Record that micro-batches are smaller from here on."""
-        changed = dict(batch_size=batches.batch_size,
-                       gradient_accumulation_steps=batches.accumulation_steps)
         iter_num = self.state.iter_num
-        self.data.setdefault('out_of_memory', []).append(dict(iter=iter_num) | changed)
+        self.data.setdefault('out_of_memory', []).append(dict(
+            iter=iter_num, batch_size=batches.batch_size,
+            gradient_accumulation_steps=batches.accumulation_steps))
         self.console.say(f'out of memory at iteration {iter_num}: retrying, from here on '
                          f'with batch_size={batches.batch_size} and gradient_accumulation_steps='
                          f'{batches.accumulation_steps}, the same {self.tokens_per_iter:,} tokens '

@@ -25,14 +25,12 @@ import torch
 import model as our_model
 from data.loader import Loader
 from engine.attention_kernel import choose_attention
-from engine.common import UserError, end_with_parent, first_line, out_of_memory
+from engine.common import ROOT, UserError, end_with_parent, first_line, out_of_memory
 from engine.fast_linear import matrix_bytes, prepare_to_generate
 from engine.lora import add_adapters
 from engine.machine import limit_memory, memory, synchronize
 from engine.parallel import Parallel
 from engine.report import GradientStatistics
-
-ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 def load_other_model(path):
@@ -41,9 +39,10 @@ def load_other_model(path):
     modules are removed from sys.modules and our folder from sys.path.
     """
     for name in list(sys.modules):
-        if name.split('.')[0] in ('model', 'bridge', 'configurator', 'engine', 'data'):
+        if name.split('.')[0] in ('model', 'configurator', 'engine', 'data'):
             del sys.modules[name]
-    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != ROOT]
+    ours = os.path.realpath(ROOT)
+    sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) != ours]
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     spec = importlib.util.spec_from_file_location('model', path)
     module = importlib.util.module_from_spec(spec)

@@ -57,9 +57,9 @@ def settings_of_run(script, config, given):
 
 def starting_point(config, given, folder, data_vocab, tokenizer, console):
     """
-    Return (config, model, checkpoint): (config, None, None) for a new model, (config, model, None)
-    for another run's weights, all three to resume. Raise UserError if out_dir, checkpoint and
-    settings do not fit.
+    Return (GPTConfig, model, checkpoint). A new run gets only the GPTConfig, one that takes another
+    run's weights also a model, and one that resumes also the checkpoint; otherwise they are None.
+    Raise UserError if out_dir, checkpoint and settings do not fit.
     """
     init_from, path, used = config['init_from'], config['ckpt'], folder.used()
     if init_from == 'auto' and used and not config['eval_only']:

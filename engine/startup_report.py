@@ -42,18 +42,16 @@ class Costs:
 
 
 def measure_costs(settings, given, model, loss, distillation, opt, state_tensors, batches, splits,
-                  iter_num, compile, parallel, console):
+                  iter_num, parallel, console):
     """
     Estimate the Costs of the rest of a run, the same on all processes. Measure the peak if it is
     unknown.
     """
-    device, dtype = parallel.device, settings['dtype']
+    device = parallel.device
     # before the peak, whose measurement leaves memory to this process that is not the run's
-    estimate = estimate_memory(model, loss, batches, settings['optimizer'], opt,
-                               state_tensors, dtype, parallel, console)
-    peak, peak_source = settings['peak_tflops'] * 1e12, 'as given'
-    if not peak:
-        peak, peak_source = peak_flops(device, dtype)
+    estimate = estimate_memory(settings, model, loss, opt, state_tensors, batches, parallel,
+                               console)
+    peak, peak_source = peak_flops(device, settings['dtype'], settings['peak_tflops'])
     peak = parallel.mean(peak)  # all processes must decide alike
     block_size = model.config.block_size
     flops_per_token = model.flops_per_token()
@@ -66,7 +64,7 @@ def measure_costs(settings, given, model, loss, distillation, opt, state_tensors
     # an evaluation is forward only, a third of training
     tokens = iters_left * tokens_per_iter + evaluations * eval_tokens / 3
     expected = tokens * flops_per_token / (0.5 * peak * parallel.world_size)
-    compiled, why = choose_compile(compile, given, device, expected, settings['eval_only'])
+    compiled, why = choose_compile(settings, given, device, expected)
     ranks_here = parallel.world_size if device.type == 'cpu' else 1
     too_large = estimate['peak'] * ranks_here > total_memory(device)
     # FSDP compiles block by block, and the mask is made outside the blocks
@@ -82,15 +80,15 @@ def measure_costs(settings, given, model, loss, distillation, opt, state_tensors
                  estimate, too_large, flex, disk_bytes)
 
 
-def startup_report(settings, costs, attention, model, opt, batches, splits, data_sets, train_loader,
-                   tokenizer, iter_num, parallel):
+def startup_report(settings, costs, attention, model, opt, batches, splits, data_sets, tokenizer,
+                   iter_num, parallel):
     """
     Return (summary, details), two dicts {title: text} about the model, the data, the expected speed
     and the cost. Every run prints the summary, and with --verbose=True the details too. `attention`
     is what choose_attention() returned.
     """
     c, device, max_iters = model.config, parallel.device, settings['max_iters']
-    tokens = costs.tokens_per_iter
+    tokens, train_loader = costs.tokens_per_iter, batches.loader
     epochs = max_iters * tokens / train_loader.n_tokens
     n_params = model.get_num_params(False)
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -220,17 +218,17 @@ def memory_line(estimate, compiled):
     return f"about {estimate['peak'] / GIB:.2f} GiB per device estimated: {parts}{note}"
 
 
-def estimate_memory(model, loss, batches, optimizer, opt, state_tensors, dtype, parallel, console):
+def estimate_memory(settings, model, loss, opt, state_tensors, batches, parallel, console):
     """
-    Estimate the memory of a training step and of state_tensors. `optimizer` is the name of `opt`.
-    On a CPU the estimate includes the rest of the process, because memory() counts all of it. If
-    the step cannot be run without data, print a NOTE and use zeros.
+    Estimate the memory of a training step and of state_tensors. On a CPU the estimate includes the
+    rest of the process, because memory() counts all of it. If the step cannot be run without data,
+    print a NOTE and use zeros.
     """
     device, present = parallel.device, memory(parallel.device)
     try:
-        estimate = memory_estimate(model.config, batches.batch_size, dtype, device,
-                                   batches.per_rank, parallel.mode, parallel.shard_size, optimizer,
-                                   loss, getattr(model, 'lora', None))
+        estimate = memory_estimate(model.config, batches.batch_size, settings['dtype'], device,
+                                   batches.per_rank, parallel.mode, parallel.shard_size,
+                                   settings['optimizer'], loss, getattr(model, 'lora', None))
     except UserError:  # the micro-batch is too large for any machine
         raise
     except Exception as e:  # not everything runs on tensors without data

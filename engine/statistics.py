@@ -206,7 +206,7 @@ def least_squares(x, losses, start, confidence):
     return best, t * np.sqrt(np.diag(covariance)), t ** 2 * covariance
 
 
-def tells_floor(best, half, square):
+def tells_floor(best, half):
     """Return whether a fit shows that E is above 0."""
     return np.isfinite(half).all() and best[1] > 0 and best[2] > half[2]
 
@@ -225,7 +225,7 @@ def fit_power_law(n, losses, confidence=0.95):
     fit = None
     if len(n) > 3:  # otherwise no degree of freedom is left to judge E by
         fit = least_squares(x, losses, [mean / 2, 0.2, mean / 2], confidence)
-    has_floor = fit is not None and tells_floor(*fit)
+    has_floor = fit is not None and tells_floor(*fit[:2])
     if not has_floor:
         fit = least_squares(x, losses, [mean, 0.1], confidence)
     if fit is None:

@@ -20,7 +20,7 @@ def devices_to_use(config):
     """Return (runs at a time, the GPUs that they share in turn)."""
     gpus = []
     if config['device'] in ('auto', 'cuda'):
-        import torch
+        import torch  # takes seconds, and --device=cpu does not need it
         count = torch.cuda.device_count()
         visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(count))))
         gpus = visible.split(',')[:count]

@@ -29,7 +29,7 @@ GRACE = 60  # seconds that a process has to end once another one of its group ha
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRELOAD = ('numpy.random', 'torch.distributed.fsdp', 'torch.distributed.optim', 'bench', 'compare',
            'engine.attention_map', 'engine.start', 'engine.startup_report', 'engine.text_metrics',
-           'scipy.stats', 'matplotlib.pyplot')
+           'scipy.stats', 'matplotlib.figure')
 OURS = 'bench', 'compare', 'configurator', 'data', 'engine', 'model'
 
 
