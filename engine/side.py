@@ -7,7 +7,6 @@ asked_dtype, compile, what, versus, quantize, fused, model (a dict for GPTConfig
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import io
 import multiprocessing
 import os
@@ -60,15 +59,13 @@ def checkout_module(s, name):
     return importlib.import_module(name) if exists else None
 
 
-def prepare_process(s, module):
+def prepare_process(s):
     """Set up the process as the train.py of its checkout does."""
-    tools = checkout_module(s, 'engine.machine') or module
-    if hasattr(tools, 'skip_dynamo_imports'):
-        tools.skip_dynamo_imports()
+    machine = checkout_module(s, 'engine.machine')
     device = torch.device(s['device'])
-    if device.type == 'cpu' and hasattr(tools, 'keep_freed_memory'):
-        tools.keep_freed_memory()
-    if device.type == 'cuda':
+    if machine is not None:
+        machine.prepare_to_train(device)
+    elif device.type == 'cuda':  # nanoGPT
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
 
@@ -78,7 +75,7 @@ def build_model(s):
     Return (model, note). The note says how the model differs from the requested one, if it does.
     """
     module = load_other_model(s['versus']) if s['versus'] else our_model
-    prepare_process(s, module)
+    prepare_process(s)
     torch.manual_seed(s['seed'])
     known = {f.name for f in fields(module.GPTConfig)}
     with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT prints
@@ -91,28 +88,23 @@ def build_model(s):
     return model, f"it does not know {', '.join(lost)}: not the same model" if lost else ''
 
 
-def has_optimizer(model, s):
+def has_optimizer(s):
     """Return whether the side's checkout has the requested optimizer."""
     optim = checkout_module(s, 'engine.optim')
-    if hasattr(optim, 'OPTIMIZER'):
-        return s['optimizer'] in optim.OPTIMIZER
-    has_muon = 'muon' in inspect.signature(model.configure_optimizers).parameters
-    return s['optimizer'] == 'adamw' or s['optimizer'] == 'muon' and has_muon
+    return s['optimizer'] in (optim.OPTIMIZER if optim else ['adamw'])
 
 
 def build_optimizer(model, s):
     """Build the optimizer s['optimizer'] with the side's own checkout."""
     device_type = torch.device(s['device']).type
     optim = checkout_module(s, 'engine.optim')
-    if hasattr(optim, 'build'):
+    if optim is not None:
         return optim.build(s['optimizer'], model, s, device_type)
     if s['fused']:
         device_type = 'cuda'  # nanoGPT fuses AdamW only for 'cuda'
-    arguments = [s['weight_decay'], s['learning_rate'], (s['beta1'], s['beta2']), device_type]
-    if s['optimizer'] == 'muon':
-        arguments += [dict(lr=s['muon_learning_rate'], momentum=s['muon_momentum'])]
     with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT prints
-        return model.configure_optimizers(*arguments)
+        return model.configure_optimizers(
+            s['weight_decay'], s['learning_rate'], (s['beta1'], s['beta2']), device_type)
 
 
 def random_batch(s):
@@ -278,7 +270,7 @@ def serve(pipe, s, t_spawn):
             limit_memory(device)
         base = memory(device)
         model, note = build_model(s)
-        if not has_optimizer(model, s):
+        if not has_optimizer(s):
             note = '; '.join(filter(None, (note, f"it has no {s['optimizer']}: AdamW there")))
             s = s | dict(optimizer='adamw')
         parameters = sum(p.numel() for p in model.parameters())
