@@ -15,6 +15,7 @@ from data.loader import permute
 from engine.common import UserError, first_line, optional
 
 PIECE = 2**18  # bytes: a longer text is encoded in pieces of about this size
+NEAR = 2**9    # bytes: code has line breaks before unindented lines seldom, but spaces everywhere
 
 
 class Source(NamedTuple):
@@ -262,14 +263,15 @@ def cut_before(text, end):
     """
     Return where to divide the bytes of a text so that its parts have the tokens of the whole: the
     last place before `end` that follows a line break or, failing that, precedes a single space
-    between printing characters, where common tokenizers divide it too. If there is none, divide it
-    between any two characters.
+    between printing characters, where common tokenizers divide it too. A place within NEAR bytes is
+    better than one farther away. If there is none, divide it between any two characters.
     """
-    for separator, keep in ((b'\n', 1), (b' ', 0)):
-        at = end - 1
-        while (at := text.rfind(separator, 0, at)) > 0:
-            if not text[at - 1:at].isspace() and text[at + 1] not in b' \t\r\n\v\f/':
-                return at + keep
+    for least in (max(0, end - NEAR), 0):
+        for separator, keep in ((b'\n', 1), (b' ', 0)):
+            at = end - 1
+            while (at := text.rfind(separator, least, at)) > 0:
+                if not text[at - 1:at].isspace() and text[at + 1] not in b' \t\r\n\v\f/':
+                    return at + keep
     end -= 1
     while end > 1 and text[end] & 0xC0 == 0x80:  # inside a character
         end -= 1

@@ -137,6 +137,13 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
     assert ids[:first - 5] == tokenizer.encode_corpus(text).tolist()[:first - 5]
 
 
+def test_code_is_cut_near_the_place_that_was_asked_for():
+    """A tenth of a file of code that is asked for as val could become half of it: lines in it are indented."""
+    text = b'def f():\n' + b'    if x and y:\n\n        return x + y\n' * 5000
+    end = len(text) * 9 // 10
+    assert end - 50 < cut_before(text, end) <= end
+
+
 def test_invalid_utf8_becomes_a_replacement_character():
     """A model can sample half a character; that must not end the program."""
     assert get_tokenizer('byte').decode([104, 255, 105]) == 'h\ufffdi'
