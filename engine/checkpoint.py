@@ -264,10 +264,6 @@ class Pieces:
 def load_sharded(path, moments, weights):
     """Return the dict that ckpt.pt would hold, however many processes wrote the folder."""
     ckpt = read_file(os.path.join(path, 'info.pt'))
-    if 'n_files' not in ckpt:
-        raise ValueError('an older version wrote this folder; in a checkout of that version '
-                         '(git worktree add ../plainGPT-old 3e9c4cc), convert it to one file: '
-                         f'python model.py --ckpt={os.path.abspath(path)} --consolidate=ckpt.pt')
     check(ckpt, {'n_files': POSITIVE, 'names': {str: str}, 'param_groups': list})
     sets = {}
     for number in range(ckpt.pop('n_files')):

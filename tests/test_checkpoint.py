@@ -472,14 +472,6 @@ def test_kept_checkpoints_are_links_that_a_kill_or_a_new_run_cannot_confuse(tmp_
     assert numbered_checkpoints(tmp_path) == [os.path.basename(run.numbered(3))]
 
 
-def test_a_sharded_folder_of_an_older_version_names_the_command(tmp_path):
-    """Its .metadata is a pickle, so the one way to read it is the version that wrote it."""
-    (tmp_path / 'ckpt_sharded').mkdir()
-    torch.save(dict(names={}, param_groups=[], metadata_crc32=1, iter_num=3), tmp_path / 'ckpt_sharded' / 'info.pt')
-    with pytest.raises(UserError, match='--consolidate'):
-        load_checkpoint(tmp_path)
-
-
 # context length
 
 @pytest.mark.parametrize('position', POSITION_ENCODING)
