@@ -15,10 +15,12 @@ Generate text from a trained model and print it token by token.
     python sample.py --out_dir=out --attention=map.png      # picture of each head's attention
 """
 import itertools
+import os
 import sys
 from json import dumps
 from typing import Literal
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # before torch is imported, as in train.py
 import torch
 
 from configurator import (

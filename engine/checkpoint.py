@@ -339,7 +339,9 @@ def restore_optimizer(optimizer, name, ckpt, parallel):
                 raise UserError(f"{where} has {', '.join(state)}, but another one has "
                                 f"{', '.join(keys[kind])}")
             n_moments = OPTIMIZER[kind].moments
-            if [getattr(t, 'shape', None) for t in state.values()].count(p.shape) != n_moments:
+            # the number of steps is no moment, though it has the shape of a 0-dim parameter
+            shapes = [getattr(t, 'shape', None) for key, t in state.items() if key != 'step']
+            if shapes.count(p.shape) != n_moments:
                 raise UserError(f'{where} must have {n_moments} tensors of shape {tuple(p.shape)}')
             loaded['state'][i] = {key: own_share(t, p, parallel, f'{where}.{key}')
                                   for key, t in state.items()}

@@ -110,6 +110,9 @@ def notes(config, given, parallel):
              if is_useless and key in flags]
     if config['wandb_artifacts'] and not config['wandb_log']:
         lines.append('NOTE: --wandb_artifacts=True has no effect without --wandb_log=True')
+    if config['eval_only'] and init_from == 'scratch':
+        lines.append('NOTE: this evaluates new weights; --init_from=resume evaluates the run in '
+                     'out_dir')
     rate, min_lr = config['learning_rate'], config['min_lr']
     only_adamw = 'learning_rate' in flags and 'muon_learning_rate' not in flags
     if has_muon and only_adamw:

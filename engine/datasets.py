@@ -47,9 +47,9 @@ def run_recipe(name, folder, vocab_size, console):
         shares = ' (several need shares, as in a:0.7,b:0.3)' if ',' in name else ''
         files = [file for file in os.listdir() if os.path.isfile(file)]
         raise UserError(f"there is no data set or file '{name}'{shares}"
-                        f"{suggestion(name, names + files)}. The data sets are "
-                        f"{', '.join(names)} (--dataset=pystdlib needs no download). A folder "
-                        f"data/{name} with nanoGPT's or llm.c's train*.bin and val*.bin also works")
+                        f"{suggestion(name, names + files) or '.'} The data sets are "
+                        f"{', '.join(names)} (--dataset=pystdlib needs no download). A folder in "
+                        "data/ with nanoGPT's or llm.c's train*.bin and val*.bin also works")
     if not os.path.exists(script):
         source = shlex.quote(name if os.path.isdir(name) else folder)
         raise UserError(f"'{name}' has no train*.bin; to make a data set of text in it: python "

@@ -160,9 +160,11 @@ def is_transposed(name, family):
 # Keys of GPTConfig that affect only training, speed or memory, and two that save_pretrained handles
 # itself. Every other key must be in a Family or have its default.
 NOT_EXPORTED = (
-    'dropout', 'zero_init_residual', 'attention_backend', 'attention_chunk_size',
+    'dropout', 'zero_init_residual', 'attention_chunk_size',
     'activation_checkpointing', 'unpadded_vocab_size', 'doc_mask_token',
 )
+
+SOFTMAX_BACKENDS = 'sdpa', 'manual', 'chunked'
 
 
 def effective_settings(config):
@@ -182,7 +184,9 @@ def misfits(config, family):
     defaults = vars(type(config)())
     found = []
     for key, value in effective_settings(config).items():
-        if key in family.parts:
+        if key == 'attention_backend':
+            fits = value in SOFTMAX_BACKENDS
+        elif key in family.parts:
             fits = value in family.parts[key]
         else:
             known = key in family.keys or key in NOT_EXPORTED

@@ -19,7 +19,7 @@ from engine.statistics import fit_power_law, t_quantile
 FIRST = 16  # a forecast needs the first sixteenth of a run
 # a finished run that is like another has the same of these; a smaller run may differ in SIZE only
 ALIKE = {'n_layer', 'n_head', 'n_embd', 'max_iters', 'lr_decay_iters', 'lr_schedule', 'decay_lr',
-         'log_interval'}
+         'log_interval', 'lora_rank'}
 SIZE = {'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'd_ff', 'max_iters', 'lr_decay_iters',
         'warmup_iters'}
 NO_CHOICE = {'seed', 'out_dir', 'init_from', 'overwrite', 'device'}

@@ -49,6 +49,12 @@ WITH_ADVICE = {
     'resume_from_checkpoint': RESUME,
 }
 
+# {a config file of nanoGPT's: ours with the same settings}
+NANOGPT_CONFIGS = {
+    'train_shakespeare_char': 'preset_shakespeare_char',
+    'train_gpt2': 'preset_gpt2_owt',
+}
+
 
 def suggestion(text, known):
     """Return the known word nearest to `text`, as a question; '' if none is near."""
@@ -62,6 +68,8 @@ def suggest_key(name, settings):
     for ours, others in OTHER_NAMES.items():
         if ours in settings and name in others.split():
             return f'; use {WITH_ADVICE.get(name, ours)}'
+    if name in ('config', 'config_file'):
+        return '; name config files without a flag, before the other flags'
     every = f"; 'python {sys.argv[0]} --help=all' lists every key"
     return suggestion(name, settings) or every
 
@@ -75,7 +83,8 @@ def suggest_file(path):
     for folder in os.path.relpath(os.path.join(ROOT, 'config')), os.path.dirname(path):
         for file in glob.glob(os.path.join(glob.escape(folder), '*.py')):
             found[stem(file)] = file
-    match = difflib.get_close_matches(stem(path), found, n=1, cutoff=0.7)
+    name = NANOGPT_CONFIGS.get(stem(path), stem(path))
+    match = difflib.get_close_matches(name, found, n=1, cutoff=0.7)
     return f"; did you mean '{found[match[0]]}'?" if match else ''
 
 

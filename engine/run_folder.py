@@ -50,6 +50,8 @@ class RunFolder:
         locked already. If another run holds the lock, raise an error on all processes.
         """
         refusal = None
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise UserError(f"out_dir '{self.path}' is a file: name another folder with --out_dir")
         if os.path.isdir(self.path) and not os.access(self.path, os.W_OK):
             raise UserError(f"out_dir '{self.path}' is not writable")
         missing = self.lock_file is None and self.can_lock and self.parallel.master

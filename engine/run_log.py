@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import time
+from importlib.util import find_spec
 
 from engine.common import GIB, duration, first_line, replacing
 from engine.forecast import FIRST, forecast
@@ -121,13 +122,15 @@ class RunLog:
         middle = config['max_iters'] <= FIRST * done < FIRST * config['max_iters']
         if not self.console.speaks or config['eval_only'] or not middle:
             return ''
+        if not (self.data['summary'] and find_spec('scipy')):
+            return ''  # nothing written yet since a resume, or no library for the interval
         try:
             if self.others is None:
                 self.others = runs_beside(self.out_dir, most_bytes=20e6)
             if not self.others:
                 return ''
             found = forecast(result_of(self.out_dir, [self.data]), self.others, seen=done)
-        except Exception as e:  # a damaged earlier log, no scipy: no reason to fail
+        except Exception as e:  # a damaged earlier log: no reason to fail
             self.others = []
             self.console.say(f'WARNING: no forecast of the loss: {first_line(e)}')
             return ''

@@ -159,8 +159,8 @@ def say_startup(summary, details, costs, out_dir, verbose, console):
                     '--activation_checkpointing=True')
     free = shutil.disk_usage(out_dir).free
     if costs.disk_bytes > free:
-        console.say(f'NOTE: the checkpoints may need {costs.disk_bytes / GIB:.1f} GiB in out_dir, '
-                    f'where {free / GIB:.1f} GiB are free')
+        console.say(f'NOTE: the checkpoints may need {costs.disk_bytes / 1e6:,.0f} MB in out_dir, '
+                    f'where {free / 1e6:,.0f} MB are free')
     if costs.expected_seconds > 3600:
         console.say(f'NOTE: on this device the run will take {duration(costs.expected_seconds)} or '
                     f'more; {QUICK_LOOK}')

@@ -352,6 +352,18 @@ def test_moments_that_do_not_fit_are_refused(tmp_path, key, moment):
     one_line(e.value, 'ckpt.pt', 'optimizer.state.0')
 
 
+def test_the_moments_of_a_parameter_without_dimensions_are_restored():
+    """The step count has its shape: such a run, with one scale per norm, could never be resumed."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    optimizer = torch.optim.AdamW([scale])
+    scale.square().backward()
+    optimizer.step()
+    fresh = torch.optim.AdamW([scale])
+    ckpt = dict(optimizer=optimizer.state_dict(), path='ckpt.pt')
+    restore_optimizer(fresh, 'adamw', ckpt, Parallel())
+    assert fresh.state[scale]['exp_avg'] == optimizer.state[scale]['exp_avg'] != 0
+
+
 @pytest.mark.parametrize('numbers', [[2], range(28)])
 def test_moments_without_a_step_count_are_refused(numbers):
     """The optimizer would end with KeyError: 'step', at once or in its first step."""

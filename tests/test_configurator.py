@@ -308,6 +308,14 @@ def test_a_missing_override_file_names_the_nearest(configured, path, parts):
     refused(parts, configured, path, files={'file.py': ''})
 
 
+@pytest.mark.parametrize('theirs, ours', [
+    ('train_shakespeare_char.py', 'preset_shakespeare_char.py'), ('train_gpt2.py', 'preset_gpt2_owt.py'),
+])
+def test_a_config_file_of_nanogpt_is_answered_with_ours(configured, theirs, ours):
+    """A similar name was suggested, of a config with other settings."""
+    refused([theirs, f"config/{ours}'?"], configured, f'config/{theirs}')
+
+
 @pytest.mark.parametrize('path', [
     'preset_quick_test', 'preset_quick_tset', 'preset_quick_tset.py', 'config/preset_quick_tset',
     'config/preset_quick_tset.py', 'conifg/preset_quick_test.py'])

@@ -175,3 +175,14 @@ def test_a_run_forecasts_its_end_while_it_trains(tmp_path):
     assert run_log.forecast().startswith(', about 1.5000 ± 0.')
     state.iter_num = 320
     assert run_log.forecast() == ''
+
+
+def test_a_run_that_has_just_been_resumed_forecasts_nothing_yet(tmp_path, capsys):
+    """Its log has no summary before the first write: every such resume printed a WARNING about 'outcome'."""
+    write(tmp_path / 'before', log_of(1.5, LOSSES))
+    log = log_of(1.5, LOSSES, until=41)
+    state = SimpleNamespace(iter_num=40, losses={}, best_val_loss=1.5)
+    run_log = RunLog(str(tmp_path / 'run'), log['config'], log['startup_info'], state, 10, Console())
+    (tmp_path / 'run').mkdir()
+    assert run_log.forecast() == '' and run_log.others is None
+    assert capsys.readouterr().out == ''

@@ -11,7 +11,7 @@ from data.tokenizer import get_tokenizer
 from engine.checkpoint import load_checkpoint
 from engine.describe import export_checkpoint
 from engine.huggingface import load_pretrained
-from model import GPT, PRESETS, GPTConfig
+from model import ATTENTION_BACKEND, GPT, PRESETS, GPTConfig
 
 TINY = dict(block_size=16, vocab_size=64, n_layer=2, n_head=4, n_embd=32, attention_chunk_size=5)
 V, T, B = TINY['vocab_size'], TINY['block_size'], 3
@@ -275,6 +275,15 @@ def test_a_key_that_export_does_not_know_is_refused_unless_at_its_default(tmp_pa
         GPT(Windowed(**TINY, attention_window=8)).save_pretrained(tmp_path / 'hf')
     one_line(e.value, 'attention_window=8')
     assert not (tmp_path / 'hf').exists()
+
+
+def test_an_attention_without_softmax_is_not_exported(tmp_path, monkeypatch):
+    """transformers would compute softmax attention with weights that were trained for something else."""
+    monkeypatch.setitem(ATTENTION_BACKEND, 'linear', ATTENTION_BACKEND['manual'])
+    with pytest.raises(ValueError) as e:
+        GPT(GPTConfig(**TINY, attention_backend='linear')).save_pretrained(tmp_path / 'hf')
+    one_line(e.value, 'attention_backend=linear')
+    GPT(GPTConfig(**TINY, attention_backend='chunked')).save_pretrained(tmp_path / 'hf')
 
 
 def test_a_tensor_that_export_does_not_know_is_refused(tmp_path):
